@@ -1,0 +1,195 @@
+"""What the commands share and the method does not need: options, one-line errors, files written whole.
+
+`run(main)` turns every foreseeable failure into one line on stderr and exit code 2. `write_whole` makes a file
+appear complete or not at all, so that a run killed at any moment leaves nothing half written behind.
+"""
+
+import argparse
+import errno
+import functools
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+HERE = Path(__file__).resolve().parent
+TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")  # what every command uses when no model is named
+
+
+class BadInput(Exception):
+    """Something the user can put right. The message says what is wrong, where, and what to do."""
+
+
+@functools.cache
+def note(message: str) -> None:
+    """Tell the user something once, on stderr."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows defaults and complains in one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    if not text.lstrip("-").isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
+    if not text.lstrip("-").isdigit() or int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class ByModel:
+    """A default that depends on the model: Stable Diffusion's, and the tiny one's of toy/."""
+
+    full: object
+    tiny: object
+
+    def __str__(self) -> str:
+        return f"{self.full}, tiny model {self.tiny}"
+
+
+def settle(args: argparse.Namespace, tiny: bool) -> None:
+    """Replace every ByModel among the arguments by the value for this model."""
+    for name, value in vars(args).items():
+        if isinstance(value, ByModel):
+            setattr(args, name, value.tiny if tiny else value.full)
+
+
+def not_below_zero(text: str) -> float:
+    """argparse type: a number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return value
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """--device, --dtype and --seed, the same for every command."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
+    group.add_argument(
+        "--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the networks; auto: bf16 where the hardware multiplies it natively, else fp32",
+    )  # fmt: skip
+    group.add_argument("--seed", type=not_negative, default=0, help="the run is a function of it")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How to read a checkpoint, where the file itself does not say."""
+    group = parser.add_argument_group("reading the checkpoint")
+    group.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, for checkpoints without their own")
+    group.add_argument(
+        "--kind", choices=["diffusion", "flow", "one-step"], help="what the U-Net predicts; default: as the file says"
+    )
+    group.add_argument("--use-ema", action="store_true", help="read the averaged U-Net of a full training checkpoint")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is cuda, else mps, else cpu. BadInput where it does not exist."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise BadInput(f"--device {name}: not usable on this machine ({reason}); try --device cpu") from None
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bf16 where the hardware multiplies it natively, else fp32."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere: the first with bf16 tensor cores
+    else:
+        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> None:
+    """Call write(temporary name beside path), flush it to the disk, then rename it to path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # one name, so that killed runs leave one file at most
+    try:
+        try:
+            write(str(temporary))
+        except SafetensorError as problem:  # it wraps the system's error, as "... (os error 28)"
+            number = re.search(r"os error (\d+)", str(problem))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file whole."""
+    write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def check_output(path: str | os.PathLike, needed: int = 0) -> None:
+    """Find out before the work whether `needed` bytes can be written beside path. BadInput where not."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():
+            raise BadInput(f"{path}: is a folder; name a file to write")
+        write_text(folder / ".can-write", "yes")
+        (folder / ".can-write").unlink()
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be written ({problem.strerror}); choose another place") from None
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BadInput(f"{path}: needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; make room first")
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a command's main; failures a user can mend become one line on stderr and exit code 2."""
+    # Numbers near zero that no longer fit the float format make CPU arithmetic up to 50 times slower.
+    torch.set_flush_denormal(True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main()
+    except BadInput as problem:
+        message = str(problem)
+    except KeyboardInterrupt:
+        message = "interrupted; run the same command again to continue"
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory; use a smaller --batch-size"
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        message = f"{problem.filename or 'output'}: {problem.strerror}; what was whole is kept, make room and run again"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,41 @@
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "toy")]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import command  # noqa: E402
+
+torch.set_flush_denormal(True)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run a command's main in this process, in an empty folder: call(main, "--flag", value, ...) -> (code, out, err)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        command.note.cache_clear()
+        code = 0
+        try:
+            command.run(main)
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        # Progress bars and warnings of libraries are not ours; what a command says starts with error: or note:.
+        said = [line for line in err.replace("\r", "\n").splitlines() if line.startswith(("error:", "note:"))]
+        return code, out, "\n".join(said)
+
+    return run
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖a - b‖ / ‖b‖."""
+    return ((a - b).norm() / b.norm()).item()

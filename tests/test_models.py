@@ -1,0 +1,154 @@
+"""The three networks agree with diffusers and transformers on random weights."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL as ReferenceVAE
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from checkpoint import text_to_transformers, unet_to_diffusers, vae_to_diffusers
+from conftest import relative_error
+from text_encoder import TextEncoder, TextEncoderConfig
+from unet import UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig
+
+# Between them every kind of block: with and without attention on the way down and up, changing and equal widths,
+# one and two layers, and a first level without attention, as the tiny model has.
+UNETS = {
+    "like SD": UNetConfig(4, 4, (32, 64, 64), (True, True, False), 2, 4, 48, 8, 16),
+    "attention below": UNetConfig(4, 4, (32, 64), (False, True), 1, 2, 24, 16, 16),
+    "three layers": UNetConfig(4, 4, (16, 16, 32), (True, False, True), 3, 2, 24, 8, 16),
+}
+VAES = {
+    "like SD": VAEConfig(block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8),
+    "one layer": VAEConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8),
+}
+TEXT = TextEncoderConfig(100, 12, 32, 64, 2, 4)
+
+
+def reference_unet(config: UNetConfig) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_config(unet_to_diffusers(config))
+
+
+def reference_vae(config: VAEConfig) -> ReferenceVAE:
+    return ReferenceVAE.from_config(vae_to_diffusers(config))
+
+
+def reference_text(config: TextEncoderConfig) -> CLIPTextModel:
+    return CLIPTextModel(CLIPTextConfig(**text_to_transformers(config), attn_implementation="sdpa"))
+
+
+def shapes_of(module) -> dict:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("config", UNETS.values(), ids=UNETS)
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (9, 13)], ids=str)
+def test_unet_agrees_with_diffusers(config, size):
+    torch.manual_seed(0)
+    reference, unet = reference_unet(config).eval(), UNet(config).eval()
+    unet.load_state_dict(reference.state_dict())
+    x, context = torch.randn(3, 4, *size), torch.randn(3, 7, config.cross_attention_dim)
+    timestep = torch.tensor([0.0, 333.25, 999.0])
+    expected, answer = reference(x, timestep, context).sample, unet(x, timestep, context)
+    assert relative_error(answer, expected) < 1e-5
+
+    target = torch.randn_like(x)
+    (expected - target).square().mean().backward()
+    (answer - target).square().mean().backward()
+    ours, theirs = dict(unet.named_parameters()), dict(reference.named_parameters())
+    a = torch.cat([ours[name].grad.flatten() for name in theirs])
+    b = torch.cat([theirs[name].grad.flatten() for name in theirs])
+    assert relative_error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("config", VAES.values(), ids=VAES)
+def test_vae_agrees_with_diffusers(config):
+    torch.manual_seed(0)
+    reference, vae = reference_vae(config).eval(), AutoencoderKL(config).eval()
+    vae.load_state_dict(reference.state_dict())
+    images = torch.randn(2, 3, 24, 32)
+    expected, answer = reference.encode(images).latent_dist, vae.encode(images)
+    assert relative_error(answer.mean, expected.mean) < 1e-5
+    assert relative_error(answer.logvar, expected.logvar) < 1e-5
+    a = answer.sample(torch.Generator().manual_seed(3))
+    b = expected.sample(torch.Generator().manual_seed(3))
+    assert relative_error(a, b) < 1e-5
+    decoded, again = reference.decode(expected.mean).sample, vae.decode(answer.mean * config.scaling_factor)
+    assert relative_error(again, decoded) < 1e-5
+
+    (decoded.square().mean() + expected.kl().mean() / 1000).backward()
+    (again.square().mean() + answer.kl().mean() / 1000).backward()
+    ours, theirs = dict(vae.named_parameters()), dict(reference.named_parameters())
+    a = torch.cat([ours[name].grad.flatten() for name in theirs])
+    b = torch.cat([theirs[name].grad.flatten() for name in theirs])
+    assert relative_error(a, b) < 1e-4
+
+
+def test_text_encoder_agrees_with_transformers():
+    torch.manual_seed(0)
+    reference, text = reference_text(TEXT).eval(), TextEncoder(TEXT).eval()
+    text.text_model.load_state_dict({k.removeprefix("text_model."): v for k, v in reference.state_dict().items()})
+    token_ids = torch.randint(0, 98, (3, 12))
+    expected, answer = reference(token_ids).last_hidden_state, text(token_ids)
+    assert answer.shape == (3, 12, 32)
+    assert relative_error(answer, expected) < 1e-5
+    expected.square().sum().backward()
+    answer.square().sum().backward()
+    ours = {name.removeprefix("text_model."): p for name, p in text.named_parameters()}
+    theirs = {name.removeprefix("text_model."): p for name, p in reference.named_parameters()}
+    a = torch.cat([ours[name].grad.flatten() for name in theirs])
+    b = torch.cat([theirs[name].grad.flatten() for name in theirs])
+    # A layer norm's output has a constant square sum, so gradients are small; they agree to rounding of the forward.
+    assert relative_error(a, b) < 1e-4
+
+
+def test_full_size_names_and_shapes_are_those_of_diffusers():
+    with torch.device("meta"):
+        assert shapes_of(UNet(UNetConfig())) == shapes_of(reference_unet(UNetConfig()))
+        assert shapes_of(AutoencoderKL(VAEConfig())) == shapes_of(reference_vae(VAEConfig()))
+        ours = shapes_of(TextEncoder(TextEncoderConfig()))
+        theirs = shapes_of(reference_text(TextEncoderConfig()))
+    strip = lambda shapes: {name.removeprefix("text_model."): shape for name, shape in shapes.items()}  # noqa: E731
+    assert strip(ours) == strip(theirs)
+    assert len(ours) == 196
+
+
+def test_gradient_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    unet, vae = UNet(UNETS["like SD"]), AutoencoderKL(VAES["like SD"])
+    x, context, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 48), torch.tensor([10.0, 900.0])
+    gradients = []
+    for switch in (False, True):
+        unet.gradient_checkpointing = vae.decoder.gradient_checkpointing = switch
+        unet.zero_grad()
+        vae.decode(unet(x, timestep, context)).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in unet.parameters()]))
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_channels_last(dtype):
+    torch.manual_seed(0)
+    config = UNETS["like SD"]
+    unet, vae, text = UNet(config), AutoencoderKL(VAES["like SD"]), TextEncoder(TEXT)
+    x, context, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 48), torch.tensor([10.0, 900.0])
+    tokens, images = torch.randint(0, 98, (2, 12)), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        exact = unet(x, timestep, context), vae.decode(x), vae.encode(images).mean, text(tokens)
+        for network in (unet, vae, text):
+            network.to(dtype)
+        unet.to(memory_format=torch.channels_last)
+        rough = unet(x, timestep, context), vae.decode(x), vae.encode(images).mean, text(tokens)
+    for a, b in zip(rough, exact):
+        assert a.dtype == dtype
+        assert relative_error(a.float(), b) < 0.05
+
+
+def test_one_timestep_a_sample():
+    torch.manual_seed(0)
+    unet = UNet(UNETS["like SD"]).eval()
+    x, context, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 48), torch.tensor([10.0, 900.0])
+    together = unet(x, timestep, context)
+    apart = torch.cat([unet(x[k : k + 1], timestep[k : k + 1], context[k : k + 1]) for k in range(2)])
+    assert relative_error(together, apart) < 1e-5

@@ -1,0 +1,316 @@
+"""The U-Net of Stable Diffusion 1.x: the network that predicts noise, and after reflow, velocity.
+
+It sees a latent x (B, 4, H, W), a timestep (B,) and the text as context (B, L, 768), and answers with
+something of x's shape. A down path halves the resolution level by level and remembers every state; an
+up path takes those states back in reverse order. At Stable Diffusion's sizes, for a 64 x 64 latent:
+
+            channels       resolution   a layer is
+    in         4 ->  320     64         3 x 3 convolution
+    down     320 ->  320     64         2 x (residual block, attention), halve
+             320 ->  640     32         2 x (residual block, attention), halve
+             640 -> 1280     16         2 x (residual block, attention), halve
+            1280 -> 1280      8         2 x (residual block)
+    mid     1280 -> 1280      8         residual block, attention, residual block
+    up      1280 -> 1280      8         3 x (residual block), double
+            1280 -> 1280     16         3 x (residual block, attention), double
+            1280 ->  640     32         3 x (residual block, attention), double
+             640 ->  320     64         3 x (residual block, attention)
+    out      320 ->    4     64         norm, SiLU, 3 x 3 convolution
+
+"Attention" is a transformer block: the pixels look at each other, then at the words of the prompt, then
+pass a gated feed-forward layer. Sizes come from `UNetConfig`, so the tiny model of `toy/` is the same
+class. Attributes carry the names of the diffusers layout: a diffusers folder loads without renaming.
+
+Sources: Rombach et al. 2022 (arXiv 2112.10752), U-Net and cross-attention; Ho et al. 2020 (2006.11239),
+residual blocks and timestep embedding.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of the U-Net; the defaults are Stable Diffusion 1.x."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    layers_per_block: int = 2
+    attention_heads: int = 8  # in diffusers' config.json this number is called attention_head_dim
+    cross_attention_dim: int = 768
+    norm_num_groups: int = 32
+    sample_size: int = 64  # height and width of the latent the model was trained at
+
+
+def timestep_embedding(timestep: Tensor, channels: int) -> Tensor:
+    """Cosines and sines of the timestep at `channels / 2` frequencies from 1 down to 1/10000.
+
+    timestep (B,) float -> (B, channels) float32. The Transformer's position code, with cosines first.
+    """
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timestep.device, dtype=torch.float32) / half)
+    angles = timestep.float()[:, None] * frequencies  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, channels: int, time_channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, time_channels)
+        self.linear_2 = nn.Linear(time_channels, time_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """Two 3 x 3 convolutions around a shortcut; the time enters as a shift between them."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to `context`, or to x itself where no context is given."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, tokens, C) -> (B, heads, tokens, C / heads)
+            for project, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, tokens, C)
+
+
+class GatedGELU(nn.Module):
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        # The middle entry is dropout in the original (rate 0); it stays so that the last is named net.2.
+        self.net = nn.Sequential(GatedGELU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, channels: int, context_channels: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, heads)  # pixels to pixels
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, context_channels, heads)  # pixels to words
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a feature map, between two 1 x 1 convolutions."""
+
+    def __init__(self, channels: int, config: UNetConfig):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        block = TransformerBlock(channels, config.cross_attention_dim, config.attention_heads)
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        h = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, C, H, W) -> (B, HW, C)
+        h = self.transformer_blocks[0](h, context)
+        h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement to the size of the next skip (twice, or one less when it was odd)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One row of the table above: layers of a residual block and maybe attention. Base of the three paths.
+
+    layers: (channels in, channels out) of every residual block.
+    attentions: how many transformers, after the first residual blocks; 0 for a level without.
+    """
+
+    def __init__(self, layers: list[tuple[int, int]], attentions: int, config: UNetConfig):
+        super().__init__()
+        time_channels = 4 * config.block_out_channels[0]
+        out_channels = layers[-1][1]
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, time_channels, config.norm_num_groups) for a, b in layers)
+        if attentions:
+            self.attentions = nn.ModuleList(SpatialTransformer(out_channels, config) for _ in range(attentions))
+
+    def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[index](x, time)
+        if hasattr(self, "attentions") and index < len(self.attentions):
+            x = self.attentions[index](x, context)
+        return x
+
+
+class DownLevel(Level):
+    def __init__(self, layers: list[tuple[int, int]], attentions: int, config: UNetConfig, downsample: bool):
+        super().__init__(layers, attentions, config)
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(layers[-1][1])])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+        """Every state on the way; the last is the level's output."""
+        states = []
+        for index in range(len(self.resnets)):
+            x = self.layer(index, x, time, context)
+            states.append(x)
+        if hasattr(self, "downsamplers"):
+            states.append(self.downsamplers[0](x))
+        return states
+
+
+class MidLevel(Level):
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        for index in range(len(self.resnets)):
+            x = self.layer(index, x, time, context)
+        return x
+
+
+class UpLevel(Level):
+    def __init__(self, layers: list[tuple[int, int]], attentions: int, config: UNetConfig, upsample: bool):
+        super().__init__(layers, attentions, config)
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(layers[-1][1])])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor], size: torch.Size) -> Tensor:
+        """skips: a state of the down path for each layer, in the order they are used; size: of the next level."""
+        for index, skip in enumerate(skips):
+            x = self.layer(index, torch.cat([x, skip], dim=1), time, context)
+        return self.upsamplers[0](x, size) if hasattr(self, "upsamplers") else x
+
+
+def level_table(config: UNetConfig) -> tuple[list, list, list]:
+    """The rows of the table at the top of this file, for any config.
+
+    Returns the down, mid and up rows; a row is (layers, number of attentions), layers a list of the
+    (channels in, channels out) of its residual blocks. On the up path, channels in counts the skip too.
+    """
+    widths, layers = config.block_out_channels, config.layers_per_block
+    down, skips = [], [widths[0]]  # skips: channels of every remembered state
+    for level, width in enumerate(widths):
+        before = widths[max(level - 1, 0)]
+        down.append(([(before, width)] + [(width, width)] * (layers - 1), layers * config.attention_levels[level]))
+        skips += [width] * (layers + (level < len(widths) - 1))  # the halved state is remembered too
+    mid = [([(widths[-1], widths[-1])] * 2, 1)]
+    up, before = [], widths[-1]
+    for level, width in reversed(list(enumerate(widths))):
+        inputs = [before] + [width] * layers
+        row = [(channels + skips.pop(), width) for channels in inputs]
+        up.append((row, (layers + 1) * config.attention_levels[level]))
+        before = width
+    return down, mid, up
+
+
+class UNet(nn.Module):
+    """unet(x, timestep, context): noise or velocity at a timestep in [0, 1000), given the text.
+
+    x (B, in_channels, H, W), timestep (B,) float, context (B, L, cross_attention_dim) -> (B, out_channels, H, W)
+    in the dtype of the weights' computation. H and W may be any size of at least 2 ** (levels - 1).
+    `gradient_checkpointing = True` recomputes each level in the backward pass: less memory, a third more time.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        first, groups = config.block_out_channels[0], config.norm_num_groups
+        down, mid, up = level_table(config)
+        last = len(down) - 1
+
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.time_embedding = TimestepEmbedding(first, 4 * first)
+        self.down_blocks = nn.ModuleList(DownLevel(*row, config, downsample=i < last) for i, row in enumerate(down))
+        self.mid_block = MidLevel(*mid[0], config)
+        self.up_blocks = nn.ModuleList(UpLevel(*row, config, upsample=i < last) for i, row in enumerate(up))
+        self.conv_norm_out = nn.GroupNorm(groups, first)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        dtype = self.conv_in.weight.dtype
+        x, context = x.to(dtype), context.to(dtype)
+        time = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0]).to(dtype))
+
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            skips += self._run(block, x, time, context)
+            x = skips[-1]
+
+        x = self._run(self.mid_block, x, time, context)
+
+        for block in self.up_blocks:
+            taken = [skips.pop() for _ in block.resnets]
+            size = skips[-1].shape[-2:] if skips else x.shape[-2:]
+            x = self._run(block, x, time, context, taken, size)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _run(self, block: Level, *inputs):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)

@@ -1,0 +1,225 @@
+"""The KL autoencoder of Stable Diffusion: pictures to latents an eighth their size, and back.
+
+The diffusion and the flow live in its latent space, where a 512 x 512 picture is (4, 64, 64) numbers:
+
+    encode   (B, 3, H, W) in [-1, 1]  ->  a normal distribution over (B, 4, H/8, W/8)
+    decode   (B, 4, H/8, W/8)         ->  (B, 3, H, W) in [-1, 1], up to a little overshoot
+
+Stable Diffusion multiplies latents by 0.18215 so that they have about unit variance. `encode` returns the
+distribution before that scaling; `encode_latents` and `decode` speak SD-scaled latents, as everything else in
+this project does. Both halves are stacks of residual blocks, with one self-attention at the lowest resolution:
+
+             SD's decoder      resolution (of 512)
+    mid      512 -> 512         64     residual block, attention, residual block
+    up       512 -> 512         64     3 residual blocks, double
+             512 -> 512        128     3 residual blocks, double
+             512 -> 256        256     3 residual blocks, double
+             256 -> 128        512     3 residual blocks
+
+The encoder is its mirror, with 2 residual blocks a level. Attributes carry diffusers' names.
+Sources: Rombach et al. 2022 (arXiv 2112.10752), Esser et al. 2021 (2012.09841).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the autoencoder; the defaults are Stable Diffusion 1.x. Each level but the last halves the picture."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of the picture along one side of a latent pixel: 8 for Stable Diffusion."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class SelfAttention(nn.Module):
+    """One head over all pixels."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # (B, C, H, W) -> (B, 1, HW, C)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = self.to_out[0](h[:, 0]).unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return x + h
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([SelfAttention(channels, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    """Stride 2, with the one row and column of padding at the bottom and right, as in the original."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution: "down", "up" or None."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, resample: str | None):
+        super().__init__()
+        inputs = [in_channels] + [out_channels] * (layers - 1)
+        self.resnets = nn.ModuleList(ResnetBlock(channels, out_channels, groups) for channels in inputs)
+        if resample == "down":
+            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
+        elif resample == "up":
+            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for resample in getattr(self, "downsamplers", []):
+            x = resample(x)
+        for resample in getattr(self, "upsamplers", []):
+            x = resample(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups, "down" if i < last else None)
+            for i, width in enumerate(widths)
+        )
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        last = len(widths) - 1
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        self.up_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, "up" if i < last else None)
+            for i, width in enumerate(widths)
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+@dataclass
+class LatentDistribution:
+    """A normal distribution for each number of the latent, before SD's scaling. mean, logvar: (B, 4, h, w)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * noise, the noise drawn on the generator's device (the CPU where there is none)."""
+        device = generator.device if generator is not None else "cpu"
+        noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean)
+
+    def kl(self) -> Tensor:
+        """KL divergence from N(0, I), summed over the latent: (B,)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
+
+
+class AutoencoderKL(nn.Module):
+    """`encode`, `encode_latents` and `decode`; see the top of this file for shapes and units."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        latent = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+
+    def encode(self, images: Tensor) -> LatentDistribution:
+        """images (B, 3, H, W) in [-1, 1] -> distribution over unscaled latents (B, 4, H/8, W/8)."""
+        mean, logvar = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))).chunk(2, dim=1)
+        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))  # the original's bounds, so that exp stays finite
+
+    def encode_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """images in [-1, 1] -> SD-scaled latents: a sample with a generator, else the mean."""
+        latent = self.encode(images)
+        return self.config.scaling_factor * (latent.mean if generator is None else latent.sample(generator))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """SD-scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [-1, 1]."""
+        latents = latents.to(self.post_quant_conv.weight.dtype) / self.config.scaling_factor
+        return self.decoder(self.post_quant_conv(latents))
