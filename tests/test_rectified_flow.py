@@ -1,0 +1,216 @@
+"""Flows, samplers and losses with known answers."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from conftest import relative_error
+from rectified_flow import (
+    NoiseSchedule,
+    ddim,
+    diffusion_start,
+    diffusion_velocity,
+    distill_loss,
+    dpm_solver,
+    euler,
+    flow_velocity,
+    guided,
+    interpolate,
+    noise_from_seeds,
+    noise_loss,
+    one_step,
+    reflow_loss,
+    sample_path,
+    straightness,
+)  # fmt: skip
+
+SCHEDULE = NoiseSchedule()
+
+
+def dummy_network(x, s, context):
+    """A smooth function of everything, in place of a noise-predicting U-Net."""
+    return 0.9 * torch.sin(1.3 * x + s[:, None] / 400)
+
+
+def gaussian_velocity(mean, std):
+    """The exact velocity from N(0, I) to N(mean, std² I), E[X1 - X0 | X_t = x]."""
+
+    def velocity(x, t, context):
+        t = t[:, None]
+        variance = (1 - t) ** 2 + t**2 * std**2
+        return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
+
+    return velocity
+
+
+def points(count=5, dim=7, seed=0):
+    return torch.randn(count, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_straight_flow_is_exact_in_one_step():
+    x0, x1 = points(seed=1), points(seed=2)
+    velocity = lambda x, t, context: x1 - x0  # noqa: E731
+    for steps in (1, 3, 10):
+        *_, end = euler(velocity, x0, steps)
+        torch.testing.assert_close(end, x1)
+    torch.testing.assert_close(one_step(velocity, x0), x1)
+    straight = straightness(velocity, x0, 10)
+    assert straight.value < 1e-20 and straight.relative < 1e-20
+    assert straight.transport_cost == pytest.approx((x1 - x0).square().sum(1).mean().item())
+
+
+def test_euler_keeps_every_state():
+    states = list(euler(lambda x, t, context: torch.ones_like(x), torch.zeros(2, 3), 4))
+    assert [state[0, 0].item() for state in states] == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_gaussian_flow_in_closed_form():
+    mean, std, dim = 3.0, 0.4, 50
+    x0 = points(400, dim)
+    velocity = gaussian_velocity(mean, std)
+    *_, end = euler(velocity, x0, 4000)
+    assert relative_error(end, mean + std * x0) < 1e-3
+    # Along Z_t = t m + γ(t) Z_0 the velocity is m + γ'(t) Z_0, so S = ∫ (std - 1 - γ')² dt E‖Z_0‖².
+    t = torch.linspace(0, 1, 200_001, dtype=torch.float64)
+    slope = (t * std**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * std**2).sqrt()
+    expected = torch.trapezoid((std - 1 - slope) ** 2, t).item() * dim
+    measured = straightness(velocity, x0, 1000)
+    assert abs(measured.value - expected) < 4 * measured.standard_error + 0.01 * expected
+    assert measured.standard_error > 0 and measured.relative_standard_error > 0
+    assert measured.relative == pytest.approx(measured.value / measured.transport_cost)
+
+
+def test_straightness_standard_error_is_the_spread_of_repeats():
+    velocity = gaussian_velocity(1.0, 0.2)
+    repeats = [straightness(velocity, points(64, 4, seed), 20) for seed in range(200)]
+    for value, error in (("value", "standard_error"), ("relative", "relative_standard_error")):
+        spread = torch.tensor([getattr(r, value) for r in repeats]).std().item()
+        claimed = torch.tensor([getattr(r, error) for r in repeats]).mean().item()
+        assert 0.8 < spread / claimed < 1.25
+
+
+def test_straightness_needs_two_steps():
+    with pytest.raises(ValueError, match="at least 2"):
+        straightness(gaussian_velocity(0.0, 1.0), points(), 1)
+
+
+def test_losses():
+    x0, x1, t = points(seed=1).float(), points(seed=2).float(), torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
+    torch.testing.assert_close(interpolate(x0, x1, t)[0], x0[0])
+    torch.testing.assert_close(interpolate(x0, x1, t)[4], x1[4])
+    seen = []
+
+    def velocity(x, time, context):
+        seen.append((x, time, context))
+        return x1 - x0 + 0.5
+
+    torch.testing.assert_close(reflow_loss(velocity, x0, x1, t, "text"), torch.full((5,), 0.25))
+    torch.testing.assert_close(seen[0][0], interpolate(x0, x1, t))
+    assert seen[0][1] is t and seen[0][2] == "text"
+    torch.testing.assert_close(distill_loss(velocity, x0, x1), torch.full((5,), 0.25))
+    assert torch.equal(seen[1][0], x0) and torch.equal(seen[1][1], torch.zeros(5))
+
+
+def test_guidance():
+    network = lambda x, t, context: x * t[:, None] + context  # noqa: E731
+    x, t, context, null = points(4), torch.rand(4).double(), torch.full((4, 7), 2.0).double(), torch.zeros(1, 7).double()
+    assert guided(network, null, 1.0) is network
+    torch.testing.assert_close(guided(network, null, 0.0)(x, t, context), network(x, t, null))
+    expected = network(x, t, null) + 3 * (network(x, t, context) - network(x, t, null))
+    torch.testing.assert_close(guided(network, null, 3.0)(x, t, context), expected)
+
+
+def test_noise_depends_on_its_seed_alone():
+    together = noise_from_seeds([3, 4, 5], (4, 8, 8))
+    assert torch.equal(together[1], noise_from_seeds([4], (4, 8, 8))[0])
+    assert not torch.equal(together[0], together[1])
+    assert abs(noise_from_seeds(range(200), (4, 8, 8)).std().item() - 1) < 0.01
+
+
+def test_flow_velocity_gives_the_published_timestep():
+    seen = []
+    flow_velocity(lambda x, s, context: seen.append(s) or x)(torch.zeros(4, 2), torch.tensor([0.0, 0.25, 0.5, 0.75]), None)
+    assert seen[0].tolist() == [1000, 750, 500, 250]
+
+
+# Diffusion
+
+
+def test_schedule_is_stable_diffusions():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    torch.testing.assert_close(SCHEDULE.alphas_cumprod, torch.cumprod(1 - betas, 0))
+    alpha, sigma = SCHEDULE.alpha_sigma(torch.arange(1000))
+    torch.testing.assert_close(alpha**2, SCHEDULE.alphas_cumprod)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1000, dtype=torch.float64))
+    assert SCHEDULE.time(torch.tensor([999.0, 0.0])).tolist() == pytest.approx([0.0640, 0.9717], abs=1e-4)
+
+
+def test_timestep_and_time_are_inverse():
+    s = torch.linspace(0, 999, 333, dtype=torch.float64)
+    torch.testing.assert_close(SCHEDULE.timestep(SCHEDULE.time(s)), s, atol=1e-7, rtol=0)
+    t = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    assert SCHEDULE.timestep(t).tolist() == pytest.approx([914.17, 673.16, 353.89, 95.31, 12.93], abs=0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 25])
+def test_ddim_is_euler_in_straight_coordinates(steps):
+    x = points()
+    *_, expected = ddim(dummy_network, x, steps, SCHEDULE)
+    velocity, times = diffusion_velocity(dummy_network, SCHEDULE), SCHEDULE.sampling_times(steps)
+    *_, end = euler(velocity, diffusion_start(x, SCHEDULE), steps, None, times)
+    assert relative_error(end, expected) < 1e-6
+
+
+def test_diffusion_velocity_of_a_gaussian_is_the_exact_one():
+    """The best noise prediction for data N(m, std² I) must give the closed-form velocity."""
+    mean, std = 0.7, 0.4
+
+    def best_noise(x, s, context):
+        alpha, sigma = (v[:, None] for v in SCHEDULE.alpha_sigma(s))
+        return sigma * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+
+    x, t = points(), torch.tensor([0.07, 0.2, 0.5, 0.8, 0.97], dtype=torch.float64)
+    answer = diffusion_velocity(best_noise, SCHEDULE)(x, t, None)
+    torch.testing.assert_close(answer, gaussian_velocity(mean, std)(x, t, None))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 10, 20, 25])  # divisors of 1000: otherwise diffusers' DDIM rounds unevenly
+@pytest.mark.parametrize("ours, reference", [(ddim, DDIMScheduler), (dpm_solver, DPMSolverMultistepScheduler)])
+def test_samplers_agree_with_diffusers(steps, ours, reference):
+    settings = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing")
+    if reference is DDIMScheduler:
+        settings |= dict(clip_sample=False, set_alpha_to_one=True)
+    scheduler = reference(num_train_timesteps=1000, **settings)
+    scheduler.set_timesteps(steps)
+    x = points()
+    expected = x
+    for s in scheduler.timesteps:
+        noise = dummy_network(expected, torch.full((len(x),), float(s), dtype=x.dtype), None)
+        expected = scheduler.step(noise, s, expected).prev_sample
+    states = list(ours(dummy_network, x, steps, SCHEDULE))
+    assert len(states) == steps + 1
+    assert relative_error(states[-1], expected) < 1e-4
+
+
+def test_noise_loss():
+    x1, noise, s = points(seed=1), points(seed=2), torch.tensor([0.0, 10.0, 500.0, 900.0, 999.0]).double()
+    alpha, sigma = (v[:, None] for v in SCHEDULE.alpha_sigma(s))
+
+    def network(x, timestep, context):
+        torch.testing.assert_close(x, alpha * x1 + sigma * noise)
+        return noise + 2.0
+
+    torch.testing.assert_close(noise_loss(network, SCHEDULE, x1, noise, s, None), torch.full((5,), 4.0).double())
+
+
+def test_sample_path_by_kind():
+    x = points(3).float()
+    context, null = torch.zeros(3, 7), torch.zeros(1, 7)
+    network = lambda y, s, c: dummy_network(y, s, c)  # noqa: E731
+    for solver, sampler in (("dpm", dpm_solver), ("ddim", ddim)):
+        *_, expected = sampler(network, x, 5, SCHEDULE)
+        *_, answer = sample_path(network, "diffusion", x, 5, context, null, 1.0, solver)
+        torch.testing.assert_close(answer, expected)
+    *_, expected = euler(flow_velocity(network), x, 5)
+    *_, answer = sample_path(network, "flow", x, 5, context, null, 1.0)
+    torch.testing.assert_close(answer, expected)
