@@ -1,0 +1,281 @@
+"""Both layouts in, both out; every variant of real files; every refusal."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+import checkpoint
+from command import BadInput
+from conftest import ROOT
+from make_checkpoint import make_model, single_file_tensors, write_folder, write_single_file
+from text_encoder import TextEncoder, TextEncoderConfig
+from unet import UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig
+
+PARTS = ("unet", "vae", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def assert_same(a, b, dtype=torch.float32):
+    for part in PARTS:
+        ours, theirs = getattr(a, part).state_dict(), getattr(b, part).state_dict()
+        assert list(ours) == list(theirs)
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name].to(dtype).to(ours[name].dtype)), name
+
+
+def full_size_on_meta():
+    with torch.device("meta"):
+        networks = UNet(UNetConfig()), AutoencoderKL(VAEConfig()), TextEncoder(TextEncoderConfig())
+    return checkpoint.StableDiffusion(*networks, None, "diffusion")
+
+
+def test_original_names_are_those_that_diffusers_converts():
+    full = full_size_on_meta()
+    tensors = single_file_tensors(full, torch.float16)
+    count = lambda prefix: sum(name.startswith(prefix) for name in tensors)  # noqa: E731
+    assert count("model.diffusion_model.") == 686
+    assert count("first_stage_model.") == 248
+    assert count("cond_stage_model.transformer.text_model.") == 196 + 1  # and position_ids
+    assert tensors["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
+
+    config = {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": None}
+    unet = convert_ldm_unet_checkpoint(dict(tensors), config)
+    assert {n: tuple(t.shape) for n, t in unet.items()} == {n: tuple(t.shape) for n, t in full.unet.state_dict().items()}
+    vae = convert_ldm_vae_checkpoint(dict(tensors), {"down_block_types": [""] * 4, "up_block_types": [""] * 4})
+    assert {n: tuple(t.shape) for n, t in vae.items()} == {n: tuple(t.shape) for n, t in full.vae.state_dict().items()}
+
+
+def test_original_names_carry_the_same_tensors_as_diffusers_converter(model):
+    """Shapes can agree while tensors are swapped, so compare the values too."""
+    tensors = single_file_tensors(model, torch.float32)
+    config = {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": None}
+    for name, tensor in convert_ldm_unet_checkpoint(dict(tensors), config).items():
+        assert torch.equal(tensor, model.unet.state_dict()[name]), name
+    levels = {"down_block_types": [""] * 4, "up_block_types": [""] * 4}
+    for name, tensor in convert_ldm_vae_checkpoint(dict(tensors), levels).items():
+        assert torch.equal(tensor, model.vae.state_dict()[name]), name
+
+
+FILE_VARIANTS = {
+    "plain": {}, "no text_model level": {"text_level": False}, "float ids": {"position_ids": torch.float32},
+    "no ids": {"position_ids": None}, "no buffers": {"buffers": False}, "with EMA": {"ema": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", FILE_VARIANTS.values(), ids=FILE_VARIANTS)
+def test_single_files(model, tmp_path, capsys, variant, dtype):
+    write_single_file(model, tmp_path / "a.safetensors", dtype, **variant)
+    loaded = checkpoint.load(tmp_path / "a.safetensors")
+    assert_same(loaded, model, dtype)
+    assert loaded.kind == "diffusion" and not loaded.unet.training
+    assert capsys.readouterr().err == ""  # everything in these files is known
+
+
+def test_ema_weights_are_read_when_asked(model, tmp_path):
+    write_single_file(model, tmp_path / "a.safetensors", torch.float32, ema=True)
+    averaged = checkpoint.load(tmp_path / "a.safetensors", use_ema=True)
+    for name, tensor in averaged.unet.state_dict().items():
+        assert torch.equal(tensor, model.unet.state_dict()[name] + 1), name
+    write_single_file(model, tmp_path / "b.safetensors")
+    with pytest.raises(BadInput, match="holds no averaged weights"):
+        checkpoint.load(tmp_path / "b.safetensors", use_ema=True)
+
+
+FOLDER_VARIANTS = {
+    "plain": {}, "old attention": {"old_attention": True}, "transformers 5": {"text_level": False},
+    "fp16 names": {"fp16_names": True}, "shards": {"shards": True}, "no scaling factor": {"scaling_factor": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", FOLDER_VARIANTS.values(), ids=FOLDER_VARIANTS)
+def test_folders(model, tmp_path, capsys, variant):
+    write_folder(model, tmp_path / "sd", torch.float32, **variant)
+    loaded = checkpoint.load(tmp_path / "sd")
+    assert_same(loaded, model)
+    assert loaded.unet.config == model.unet.config
+    assert loaded.vae.config == model.vae.config
+    assert loaded.text_encoder.config == model.text_encoder.config
+    assert loaded.encode_prompts(["a cat"]).shape == (1, 16, 32)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_round_trips_are_exact(model, tmp_path, dtype):
+    model = checkpoint.StableDiffusion(model.unet, model.vae, model.text_encoder, model.tokenizer, "one-step", "c.txt")
+    checkpoint.save(model, tmp_path / "a.safetensors", dtype)
+    checkpoint.export(checkpoint.load(tmp_path / "a.safetensors", dtype=dtype), tmp_path / "b", None)
+    checkpoint.save(checkpoint.load(tmp_path / "b", dtype=dtype), tmp_path / "c.safetensors", None)
+    first, last = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "c.safetensors")
+    assert first.keys() == last.keys()
+    assert all(first[name].dtype == dtype and torch.equal(first[name], last[name]) for name in first)
+    loaded = checkpoint.load(tmp_path / "c.safetensors")
+    assert_same(loaded, model, dtype)
+    assert (loaded.kind, loaded.captions, loaded.vae.config) == ("one-step", "c.txt", model.vae.config)
+    assert torch.equal(
+        checkpoint.tokenize(loaded.tokenizer, ["Ünïcode cat, 3"], 16),
+        checkpoint.tokenize(model.tokenizer, ["Ünïcode cat, 3"], 16),
+    )
+
+
+def test_exported_folder_loads_in_diffusers_and_transformers(model, tmp_path):
+    checkpoint.export(model, tmp_path / "sd", torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "sd" / "unet")
+    x, context, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.tensor([10.0, 900.0])
+    with torch.no_grad():
+        torch.testing.assert_close(unet(x, timestep, context).sample, model.unet(x, timestep, context))
+        text = CLIPTextModel.from_pretrained(tmp_path / "sd" / "text_encoder")
+        token_ids = checkpoint.tokenize(model.tokenizer, ["a cat"], 16)
+        torch.testing.assert_close(text(token_ids).last_hidden_state, model.text_encoder(token_ids))
+
+
+def test_kind(model, tmp_path):
+    write_single_file(model, tmp_path / "a.safetensors")
+    assert checkpoint.load(tmp_path / "a.safetensors", kind="flow").kind == "flow"
+    write_folder(model, tmp_path / "sd")
+    index = json.loads((tmp_path / "sd" / "model_index.json").read_text())
+    del index["kind"]  # as the published InstaFlow folders
+    (tmp_path / "sd" / "model_index.json").write_text(json.dumps(index | {"_class_name": "RectifiedFlowPipeline"}))
+    assert checkpoint.load(tmp_path / "sd").kind == "flow"
+
+
+def test_long_prompts_keep_their_end_token(model, capsys):
+    import command
+
+    command.note.cache_clear()
+    ids = checkpoint.tokenize(model.tokenizer, ["abc", "abcdefghijklmnopqrstuvwxyz"], 16)
+    assert ids.shape == (2, 16)
+    assert ids[1, 0] == 512 and ids[1, 15] == 513 and (ids[1, 1:15] < 512).all()
+    assert (ids[0, 4:] == 513).all()
+    checkpoint.tokenize(model.tokenizer, ["abcdefghijklmnopqrstuvwxyz"], 16)
+    assert capsys.readouterr().err.count("cut to 16 tokens") == 1
+
+
+def test_the_shell_command_converts_both_ways(model, tmp_path, call):
+    write_single_file(model, tmp_path / "a.safetensors", torch.float32)
+    assert call(checkpoint.main, tmp_path / "a.safetensors", tmp_path / "b", "--kind", "flow")[0] == 0
+    assert call(checkpoint.main, tmp_path / "b", tmp_path / "c.safetensors")[0] == 0
+    loaded = checkpoint.load(tmp_path / "c.safetensors")
+    assert loaded.kind == "flow"
+    assert_same(loaded, model, torch.float16)
+
+
+def test_the_maker_runs(tmp_path):
+    script = [sys.executable, str(ROOT / "tests" / "make_checkpoint.py")]
+    subprocess.run([*script, str(tmp_path / "a.safetensors"), "--size", "small", "--ema"], check=True)
+    subprocess.run([*script, str(tmp_path / "b"), "--size", "small", "--layout", "folder", "--shards"], check=True)
+    assert_same(checkpoint.load(tmp_path / "a.safetensors"), checkpoint.load(tmp_path / "b"))
+
+
+# What is refused, each with one line that names the file
+
+
+def edited(model, path, edit):
+    write_single_file(model, path, torch.float32)
+    with checkpoint.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata)
+    return path
+
+
+def drop(prefix):
+    def edit(tensors):
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            del tensors[name]
+
+    return edit
+
+
+REFUSED = {
+    "SDXL": (lambda t: t.update({"conditioner.embedders.0.x": torch.zeros(1)}), "Stable Diffusion XL"),
+    "SD 2": (lambda t: t.update({"cond_stage_model.model.x": torch.zeros(1)}), "Stable Diffusion 2.x"),
+    "no text encoder": (drop("cond_stage_model."), "no text encoder"),
+    "no U-Net": (drop("model.diffusion_model."), "no U-Net"),
+    "no autoencoder": (drop("first_stage_model."), "no autoencoder"),
+    "missing": (drop("model.diffusion_model.out.2"), "2 tensors are missing, first model.diffusion_model.out.2"),
+    "shape": (
+        lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(9)}),
+        r"model.diffusion_model.out.2.bias is \[9\] and should be \[4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit, words", REFUSED.values(), ids=REFUSED)
+def test_refused_files(model, tmp_path, edit, words):
+    path = edited(model, tmp_path / "a.safetensors", edit)
+    with pytest.raises(BadInput, match=words) as problem:
+        checkpoint.load(path)
+    assert "a.safetensors" in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_at_most_three_names_are_given(model, tmp_path):
+    with pytest.raises(BadInput, match="248 tensors are missing|tensors are missing") as problem:
+        checkpoint.load(edited(model, tmp_path / "a.safetensors", drop("first_stage_model.decoder")))
+    assert str(problem.value).count("first_stage_model.") == 3
+
+
+def test_truncated_missing_and_pickled_files(model, tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_single_file(model, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BadInput, match="not a whole safetensors file"):
+        checkpoint.load(path)
+    path.write_bytes(b"garbage" * 100)
+    with pytest.raises(BadInput, match="not a whole safetensors file"):
+        checkpoint.load(path)
+    with pytest.raises(BadInput, match="no such file"):
+        checkpoint.load(tmp_path / "b.safetensors")
+    (tmp_path / "sd.ckpt").write_bytes(b"x")
+    with pytest.raises(BadInput, match="convert it"):
+        checkpoint.load(tmp_path / "sd.ckpt")
+
+
+def test_refused_folders(model, tmp_path):
+    write_folder(model, tmp_path / "sd")
+    (tmp_path / "sd" / "text_encoder_2").mkdir()
+    with pytest.raises(BadInput, match="XL"):
+        checkpoint.load(tmp_path / "sd")
+    (tmp_path / "sd" / "text_encoder_2").rmdir()
+    config = tmp_path / "sd" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 1024}))
+    with pytest.raises(BadInput, match="2.x"):
+        checkpoint.load(tmp_path / "sd")
+    with pytest.raises(BadInput, match="unet/config.json"):
+        checkpoint.load(tmp_path)
+    write_folder(model, tmp_path / "weightless")
+    (tmp_path / "weightless" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(BadInput, match="holds no .safetensors"):
+        checkpoint.load(tmp_path / "weightless")
+
+
+def test_without_a_tokenizer_offline(model, tmp_path):
+    write_single_file(model, tmp_path / "a.safetensors")
+    with pytest.raises(BadInput, match="--tokenizer"):
+        checkpoint.load(tmp_path / "a.safetensors").encode_prompts(["a cat"])
+    with pytest.raises(BadInput, match="holds no tokenizer"):
+        checkpoint.load(tmp_path / "a.safetensors", tokenizer=tmp_path)
+    vocabulary, merges = checkpoint.tokenizer_parts(model.tokenizer)
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"more": 514}))
+    (tmp_path / "merges.txt").write_text(checkpoint.merges_text(merges))
+    with pytest.raises(BadInput, match="has 515 tokens and the text encoder 514"):
+        checkpoint.load(tmp_path / "a.safetensors", tokenizer=tmp_path)
+
+
+def test_unknown_tensors_are_named(model, tmp_path, capsys):
+    path = edited(model, tmp_path / "a.safetensors", lambda t: t.update({"some.lora.weight": torch.zeros(1)}))
+    checkpoint.load(path)
+    assert "1 unknown tensors are not used, first some.lora.weight" in capsys.readouterr().err
