@@ -1,0 +1,245 @@
+"""Pairs: the training data of reflow and distillation, drawn from a teacher.
+
+A pair is (prompt, noise X0, latent X1): the teacher's ODE carries X0 to X1 under the prompt, so the pairing is the
+teacher's own, and that is what makes straight lines between pairs cross so little. On disk a folder:
+
+    pairs.json                 what made it: teacher and its hash, kind, steps, guidance, solver, prompts, seed ...
+    shard-00000.safetensors    latents (n, 4, h, w) fp16, seeds (n,) int64, the prompts as JSON in the metadata
+    shard-00001.safetensors    ...
+
+Pair number i has the prompt i (mod their number) and the noise of seed + i. The noise is not stored: its seed makes
+it again. A shard appears whole or not at all, and a run that was stopped makes only what is missing. At 512 px a
+pair is 32 KB; InstaFlow's 1.6 million are 52 GB.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from command import HERE, BadInput, ByModel, check_output, not_below_zero, note, positive, write_text, write_whole
+from rectified_flow import noise_from_seeds, sample_path
+
+PAIRS_PER_SHARD = 1000
+# Guidance when none is asked for. Stable Diffusion's 6 and the flow's 1.5 are the paper's.
+GUIDANCE = {"diffusion": ByModel(6.0, 3.0), "flow": ByModel(1.5, 1.5), "one-step": ByModel(1.0, 1.0)}
+NUMBERS_PER_BATCH = 2**18  # of latents, in one forward pass of the teacher: 16 at 512 px, 256 of the tiny model at most
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def read_prompts(path: str | Path, column: str = "Prompt") -> list[str]:
+    """A prompt a line from a text file, or the named column of a .tsv or .csv with a header. Blank ones are skipped."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not UTF-8 text; save it as UTF-8, a prompt a line") from None
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be read ({problem.strerror}); give a text file with a prompt a line") from None
+    lines = text.splitlines()
+    if path.suffix in (".tsv", ".csv"):
+        table = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
+        if column not in (table.fieldnames or []):
+            raise BadInput(f"{path}: has no column {column!r} but {table.fieldnames}; name one with --prompt-column")
+        lines = [row[column] or "" for row in table]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise BadInput(f"{path}: holds no prompt; write one a line")
+    if len(prompts) < len(lines):
+        note(f"{path}: {len(lines) - len(prompts)} blank lines are skipped")
+    return prompts
+
+
+# For Stable Diffusion without a prompt file: what follows is enough to try the method, not to train a good model.
+MEDIA = ["a photo of", "an oil painting of", "a watercolor of", "a pencil sketch of", "a 3d render of", "a poster of"]
+LOOKS = ["a small", "an old", "a colorful", "a wooden", "a broken", "a shiny", "a snow-covered", "a giant"]
+SUBJECTS = ["house", "cat", "dog", "bicycle", "boat", "teapot", "robot", "tree", "bridge", "car", "chair", "horse",
+            "lighthouse", "clock", "guitar", "castle"]  # fmt: skip
+PLACES = ["on a beach", "in a forest", "in a busy street", "on a table", "under a starry sky", "in the desert",
+          "beside a lake", "in an empty room"]  # fmt: skip
+
+
+def built_in_prompts() -> list[str]:
+    """Every sentence of a small grammar, in an order in which neighbours differ."""
+    every = [f"{a} {b} {c} {d}" for a in MEDIA for b in LOOKS for c in SUBJECTS for d in PLACES]
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
+    return [every[i] for i in order]
+
+
+def prompts_for(captions: str | None, path: str | None, column: str = "Prompt") -> tuple[list[str], str]:
+    """(prompts, where they are from): a file of the user's, else the model's own captions, else the grammar."""
+    if path is not None:
+        return read_prompts(path, column), Path(path).name
+    if captions is not None:
+        return read_prompts(HERE / captions), captions
+    return built_in_prompts(), "built-in"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Making pairs
+
+
+def default_guidance(model) -> float:
+    return GUIDANCE[model.kind].tiny if model.captions is not None else GUIDANCE[model.kind].full
+
+
+def make_pairs(
+    model, prompts: list[str], prompts_name: str, folder: str | Path, count: int, steps: int, guidance: float,
+    solver: str = "dpm", seed: int = 0, batch_size: int | None = None, repair: bool = False,
+) -> "Pairs":  # fmt: skip
+    """Make what is missing of `count` pairs in the folder, and open it.
+
+    model: a StableDiffusion of kind "diffusion" or "flow", sampled with `steps` and `guidance` (1 is off); solver
+    "dpm" or "ddim" for a diffusion, while a flow always takes Euler steps.
+    BadInput: the folder holds pairs of another teacher or setting, a shard is damaged (repair makes it again).
+    """
+    folder, shape = Path(folder), model.latent_shape()
+    description = {
+        "teacher": Path(model.path).name, "teacher_hash": model.fingerprint(), "kind": model.kind, "steps": steps,
+        "guidance": guidance, "solver": solver if model.kind == "diffusion" else "euler", "seed": seed,
+        "prompts": prompts_name, "prompts_hash": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "latent_shape": list(shape), "pairs_per_shard": PAIRS_PER_SHARD,
+    }  # fmt: skip
+    check_output(folder / "pairs.json", needed=2 * count * torch.Size(shape).numel())
+    check_description(folder, description)
+    write_text(folder / "pairs.json", json.dumps(description | {"count": count}, indent=2) + "\n")
+
+    sizes = [min(PAIRS_PER_SHARD, count - start) for start in range(0, count, PAIRS_PER_SHARD)]
+    missing = [i for i, size in enumerate(sizes) if not shard_is_whole(folder, i, size, shape, repair)]
+    batch_size = batch_size or max(1, min(256, NUMBERS_PER_BATCH // torch.Size(shape).numel()))
+    done = count - sum(sizes[i] for i in missing)
+    with tqdm(total=count, initial=done, desc="pairs", unit="pair", dynamic_ncols=True, disable=not missing) as bar:
+        null_context = model.encode_prompts([""]) if missing else None
+        for i in missing:
+            numbers = range(i * PAIRS_PER_SHARD, i * PAIRS_PER_SHARD + sizes[i])
+            texts = [prompts[number % len(prompts)] for number in numbers]
+            seeds = [seed + number for number in numbers]
+            latents = []
+            for start in range(0, sizes[i], batch_size):
+                part = slice(start, start + batch_size)
+                context = model.encode_prompts(texts[part])
+                latents.append(draw_latents(model, context, seeds[part], steps, guidance, solver, null_context).cpu())
+                bar.update(len(latents[-1]))
+            latents = torch.cat(latents)
+            if not torch.isfinite(latents).all():
+                bad = numbers[(~torch.isfinite(latents).flatten(1).all(1)).nonzero()[0].item()]
+                raise BadInput(f"{folder}: the teacher's latent of pair {bad} is not finite; try --dtype fp32")
+            tensors = {"latents": latents.half(), "seeds": torch.tensor(seeds)}
+            metadata = {"prompts": json.dumps(texts)}
+            write_whole(shard_path(folder, i), lambda path: save_file(tensors, path, metadata))
+    return Pairs(folder)
+
+
+@torch.inference_mode()
+def draw_latents(
+    model, context: Tensor, seeds: list[int], steps: int, guidance: float, solver: str, null_context: Tensor,
+    shape: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Latents (B, 4, h, w), fp32, for encoded prompts and the seeds of the noise. shape: of one, if not the model's."""
+    noise = noise_from_seeds(seeds, shape or model.latent_shape()).to(model.device)
+    *_, latents = sample_path(model.unet, model.kind, noise, steps, context, null_context, guidance, solver)
+    return latents
+
+
+def check_description(folder: Path, description: dict) -> None:
+    if not (folder / "pairs.json").exists():
+        return
+    try:
+        before = json.loads((folder / "pairs.json").read_text())
+    except ValueError:
+        raise BadInput(f"{folder / 'pairs.json'}: damaged; delete the folder or name another with --pairs") from None
+    changed = [
+        f"{key} was {before.get(key)!r}, now {value!r}" for key, value in description.items() if before.get(key) != value
+    ]
+    if changed:
+        raise BadInput(f"{folder}: holds other pairs ({'; '.join(changed)}); name another folder with --pairs or delete it")
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def shard_is_whole(folder: Path, number: int, size: int, shape: tuple, repair: bool) -> bool:
+    """Is this shard there with `size` pairs? BadInput where it is damaged, unless it is to be repaired.
+
+    A shorter one, the last of a smaller set, is made again. A longer one is the start of the same shard.
+    """
+    path = shard_path(folder, number)
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            length, *rest = file.get_slice("latents").get_shape()
+            prompts = json.loads(file.metadata()["prompts"])
+            if tuple(rest) != tuple(shape) or len(prompts) != length or file.get_slice("seeds").get_shape() != [length]:
+                raise ValueError("its parts do not fit together")
+        return length >= size
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
+        if repair:
+            return False
+        raise BadInput(f"{path}: damaged ({problem}); --repair makes it again, or delete it") from None
+
+
+def add_pairs_options(parser: argparse.ArgumentParser, teacher: str, folder: str, count: ByModel) -> None:
+    """The options that `pairs_from` reads, with the defaults of one command."""
+    group = parser.add_argument_group("pairs")
+    group.add_argument("--teacher", default=teacher, help="an SD 1.x .safetensors, one of ours, or a diffusers folder")
+    group.add_argument("--prompts", help="text file with a prompt a line, or .tsv/.csv; default: the tiny model's captions, "
+                       "for SD a built-in grammar")  # fmt: skip
+    group.add_argument("--prompt-column", default="Prompt", help="column of a .tsv or .csv that holds the prompts")
+    group.add_argument("--pairs", default=folder, help="folder of the pairs; whole shards in it are kept")
+    group.add_argument("--num-pairs", type=positive, default=count)
+    group.add_argument("--teacher-steps", type=positive, default=25)
+    group.add_argument("--teacher-guidance", type=not_below_zero, help="1 is off; default: 6 for SD, "
+                       f"{GUIDANCE['diffusion'].tiny} for its tiny model, {GUIDANCE['flow'].full} for a flow")  # fmt: skip
+    group.add_argument("--solver", choices=["dpm", "ddim"], default="dpm", help="for a diffusion teacher; flows use Euler")
+    group.add_argument("--teacher-batch-size", type=positive, help="pairs drawn at once; default: 16 at 512 px")
+    group.add_argument("--repair", action="store_true", help="make damaged shards again")
+
+
+def pairs_from(model, args: argparse.Namespace) -> "Pairs":
+    """Make (or find) the pairs that a command's settled arguments ask for."""
+    prompts, prompts_name = prompts_for(model.captions, args.prompts, args.prompt_column)
+    guidance = default_guidance(model) if args.teacher_guidance is None else args.teacher_guidance
+    return make_pairs(
+        model, prompts, prompts_name, args.pairs, args.num_pairs, args.teacher_steps, guidance, args.solver, args.seed,
+        args.teacher_batch_size, args.repair,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading pairs
+
+
+class Pairs:
+    """A folder of pairs, read through the memory map. len(pairs); pairs.batch(indices)."""
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self.description = json.loads((folder / "pairs.json").read_text())
+        shards = range(-(-self.description["count"] // PAIRS_PER_SHARD))
+        self.shards = [load_file(shard_path(folder, i)) for i in shards]
+        self.prompts = []
+        for i in shards:
+            with safe_open(shard_path(folder, i), "pt") as file:
+                self.prompts.append(json.loads(file.metadata()["prompts"]))
+
+    def __len__(self) -> int:
+        return self.description["count"]
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+        """X0 and X1 (B, 4, h, w) in fp32 on the CPU, and their prompts."""
+        places = [divmod(int(i), PAIRS_PER_SHARD) for i in indices]
+        x1 = torch.stack([self.shards[shard]["latents"][row] for shard, row in places]).float()
+        x0 = noise_from_seeds([self.shards[shard]["seeds"][row] for shard, row in places], tuple(x1.shape[1:]))
+        return x0, x1, [self.prompts[shard][row] for shard, row in places]

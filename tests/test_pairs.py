@@ -1,0 +1,155 @@
+"""Pairs: what a seed makes, what is kept, what is refused."""
+
+import json
+
+import pytest
+import torch
+
+import checkpoint
+import pairs
+from command import BadInput
+from make_checkpoint import make_model, write_single_file
+from pairs import built_in_prompts, make_pairs, read_prompts
+from rectified_flow import noise_from_seeds, sample_path
+
+PROMPTS = ["a cat", "a dog", "a bird"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "a.safetensors"
+    checkpoint.save(make_model(), path)
+    return checkpoint.load(path)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(pairs, "PAIRS_PER_SHARD", 4)
+
+
+def make(model, folder, count=10, **changes):
+    settings = dict(prompts=PROMPTS, prompts_name="test", steps=2, guidance=2.0, seed=5, batch_size=3) | changes
+    return make_pairs(model, folder=folder, count=count, **settings)
+
+
+def test_pairs_are_what_the_teacher_draws(model, tmp_path):
+    made = make(model, tmp_path)
+    assert len(made) == 10
+    x0, x1, prompts = made.batch(torch.tensor([7, 0]))
+    assert prompts == [PROMPTS[7 % 3], PROMPTS[0]]
+    assert torch.equal(x0, noise_from_seeds([5 + 7, 5 + 0], (4, 8, 8)))
+    context, null = model.encode_prompts(prompts), model.encode_prompts([""])
+    with torch.no_grad():
+        *_, expected = sample_path(model.unet, "diffusion", x0, 2, context, null, 2.0)
+    torch.testing.assert_close(x1, expected, atol=2e-3, rtol=2e-3)  # stored as fp16
+    description = json.loads((tmp_path / "pairs.json").read_text())
+    assert description["count"] == 10 and description["solver"] == "dpm" and description["teacher"] == "a.safetensors"
+    assert len(list(tmp_path.glob("shard-*.safetensors"))) == 3
+
+
+def test_only_missing_shards_are_made(model, tmp_path, monkeypatch):
+    make(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("shard-*")}
+    (tmp_path / "shard-00001.safetensors").unlink()
+    stamps = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
+    make(model, tmp_path)
+    for path in tmp_path.glob("shard-*"):
+        assert path.read_bytes() == before[path.name]
+        assert stamps.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+    monkeypatch.setattr(pairs, "draw_latents", None)  # nothing more to draw
+    make(model, tmp_path)
+
+
+def test_more_pairs_keep_the_first(model, tmp_path):
+    few = make(model, tmp_path, count=6).batch(torch.arange(6))
+    many = make(model, tmp_path, count=10)
+    assert len(many) == 10
+    assert torch.equal(many.batch(torch.arange(4))[1], few[1][:4])
+    torch.testing.assert_close(many.batch(torch.arange(6))[1], few[1], atol=1e-2, rtol=1e-2)
+    assert len(make(model, tmp_path, count=5)) == 5
+
+
+def test_batch_size_changes_rounding_alone(model, tmp_path):
+    a = make(model, tmp_path / "a", batch_size=1).batch(torch.arange(10))[1]
+    b = make(model, tmp_path / "b", batch_size=4).batch(torch.arange(10))[1]
+    torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"steps": 3}, "steps was 2, now 3"),
+        ({"guidance": 1.0}, "guidance was 2.0, now 1.0"),
+        ({"seed": 6}, "seed was 5, now 6"),
+        ({"solver": "ddim"}, "solver was 'dpm', now 'ddim'"),
+        ({"prompts": ["else"]}, "prompts_hash was"),
+    ],
+)
+def test_other_settings_are_refused_by_name(model, tmp_path, change, words):
+    make(model, tmp_path)
+    with pytest.raises(BadInput, match=words):
+        make(model, tmp_path, **change)
+
+
+def test_another_teacher_is_refused(model, tmp_path):
+    make(model, tmp_path)
+    write_single_file(make_model(seed=1), tmp_path / "a.safetensors")
+    other = checkpoint.load(tmp_path / "a.safetensors")
+    other.tokenizer = model.tokenizer
+    with pytest.raises(BadInput, match="teacher_hash was"):
+        make(other, tmp_path)
+
+
+def test_a_damaged_shard_is_named_and_repaired(model, tmp_path):
+    expected = make(model, tmp_path).batch(torch.arange(10))[1]
+    path = tmp_path / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(BadInput, match="shard-00001.safetensors: damaged.*--repair"):
+        make(model, tmp_path)
+    assert torch.equal(make(model, tmp_path, repair=True).batch(torch.arange(10))[1], expected)
+
+
+def test_a_teacher_that_diverges_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "sample_path", lambda *a: iter([torch.full((3, 4, 8, 8), float("nan"))]))
+    with pytest.raises(BadInput, match="latent of pair 0 is not finite"):
+        make(model, tmp_path, count=3)
+    assert not list(tmp_path.glob("shard-*"))
+
+
+# Prompts
+
+
+def test_prompt_files(tmp_path, capsys):
+    import command
+
+    command.note.cache_clear()
+    text = tmp_path / "p.txt"
+    text.write_text("a cat\n\n  a dog \n\n")
+    assert read_prompts(text) == ["a cat", "a dog"]
+    assert capsys.readouterr().err.count("2 blank lines are skipped") == 1
+    table = tmp_path / "p.tsv"
+    table.write_text('Prompt\tNote\na cat\tx\na "quoted" dog\ty\n')
+    assert read_prompts(table) == ["a cat", 'a "quoted" dog']
+    table = tmp_path / "p.csv"
+    table.write_text('id,caption\n1,"a cat, asleep"\n')
+    assert read_prompts(table, "caption") == ["a cat, asleep"]
+    with pytest.raises(BadInput, match="no column 'Prompt'"):
+        read_prompts(table)
+
+
+@pytest.mark.parametrize(
+    "content, words", [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"\xff\xfea", "not UTF-8")]
+)
+def test_refused_prompt_files(tmp_path, content, words):
+    path = tmp_path / "p.txt"
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=words):
+        read_prompts(path)
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_built_in_prompts_are_many_and_different():
+    prompts = built_in_prompts()
+    assert len(set(prompts)) == len(prompts) == 6 * 8 * 16 * 8
+    assert prompts == built_in_prompts()

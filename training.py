@@ -1,0 +1,349 @@
+"""The one training loop: the teacher, reflow, both distillation stages and the toys are all trained by `train`.
+
+In order: draw a batch, warm up the learning rate, forward, backward, clip, AdamW, average the weights (EMA), log,
+save. Progress, warm-up and EMA half-life are counted in samples, so they mean the same at any batch size.
+
+Everything random in a step is drawn from a generator seeded by (seed, step), and samples are numbered from 0 over
+the whole run. So the position in the run is one number, and a run that was killed and started again computes,
+bit for bit on a CPU, what it would have computed without stopping.
+
+The state (weights, EMA, both AdamW moments) is one safetensors file that appears whole or not at all, in a folder
+beside the output: `<out>.state/state.safetensors`, with `settings.json`, `metrics.jsonl` and `loss.png`.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from command import BadInput, ByModel, check_output, not_below_zero, not_negative, pick_dtype, positive, write_text, write_whole
+
+TIME_BINS = 10  # the loss is also reported for each tenth of [0, 1]
+EMA_RAMP = 0.05  # the EMA's half-life never exceeds this share of the samples seen, so early weights are forgotten
+BYTES_PER_PARAMETER = 16  # of a saved state: weights, EMA and two moments in fp32
+
+
+@dataclass
+class TrainingOptions:
+    """How to train. Counts are samples unless the name says iterations."""
+
+    iterations: int
+    batch_size: int = 64  # samples of one update, over all accumulation steps
+    accumulate: int = 1  # forward passes that one update is split into
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    warmup_samples: int = 0
+    cooldown: float = 0.0  # share of the run, at its end, over which the learning rate falls to 0
+    ema_half_life: int = 500_000
+    clip_norm: float = 1.0
+    save_every: int = 1000  # iterations
+    log_every: int = 10  # iterations
+    seed: int = 0
+
+
+AUTOCAST_FROM = 50_000_000  # parameters; below, casting costs more time on a CPU than bf16 products save
+
+
+def add_training_options(parser: argparse.ArgumentParser, learning_rate: ByModel, warmup: ByModel, half_life: ByModel):
+    """The options that `options_from` reads, with the defaults of one command. Returns their group."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch-size", type=positive, default=ByModel(64, 128), help="samples of one update")
+    group.add_argument("--accumulate", type=positive, default=1, help="forward passes that one update is split into")
+    group.add_argument("--learning-rate", type=not_below_zero, default=learning_rate)
+    group.add_argument("--warmup-samples", type=not_negative, default=warmup, help="samples until the full learning rate")
+    group.add_argument("--ema-half-life", type=positive, default=half_life, help="samples after which a weight counts half")
+    group.add_argument("--save-every", type=positive, default=500, help="iterations between saved states")
+    group.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=ByModel(True, False),
+        help="recompute activations in the backward pass: less memory, a third more time",
+    )  # fmt: skip
+    return group
+
+
+def options_from(args: argparse.Namespace, iterations: int) -> TrainingOptions:
+    """TrainingOptions from settled arguments."""
+    return TrainingOptions(
+        iterations, args.batch_size, args.accumulate, args.learning_rate, warmup_samples=args.warmup_samples,
+        ema_half_life=args.ema_half_life, save_every=args.save_every, seed=args.seed,
+    )  # fmt: skip
+
+
+def autocast_dtype(name: str, device: torch.device, network: nn.Module) -> torch.dtype:
+    """The dtype to train in: --dtype's; under "auto" a small network on a CPU stays in fp32."""
+    small = sum(p.numel() for p in network.parameters()) < AUTOCAST_FROM
+    return torch.float32 if name == "auto" and device.type == "cpu" and small else pick_dtype(name, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Randomness that depends on the position in the run alone
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed from several integers, e.g. (seed, step): well mixed, the same on every machine."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch's generators take 63 bits
+
+
+def generator_for(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*numbers))
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(size: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(size, generator=generator_for(seed, epoch))
+
+
+def shuffled(samples: Tensor, size: int, seed: int) -> Tensor:
+    """Sample numbers of the run -> indices into a data set of `size`, in a new order every epoch."""
+    return torch.stack([permutation(size, seed, n // size)[n % size] for n in samples.tolist()])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The state on disk
+
+
+def named_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
+def save_state(folder: Path, step: int, weights: dict, ema: dict, optimizer: torch.optim.Optimizer) -> None:
+    tensors = {}
+    for name, weight in weights.items():
+        tensors[f"weights.{name}"] = weight.detach()
+        tensors[f"ema.{name}"] = ema[name]
+        moments = optimizer.state[weight]
+        tensors[f"exp_avg.{name}"] = moments["exp_avg"]
+        tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_whole(folder / "state.safetensors", lambda path: save_file(tensors, path, {"step": str(step)}))
+
+
+def load_state(folder: Path, weights: dict, ema: dict, optimizer: torch.optim.Optimizer) -> int:
+    """Copy a saved state into the given tensors; the step it was saved at, 0 where there is none."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+            for name, weight in weights.items():
+                weight.data.copy_(file.get_tensor(f"weights.{name}"))
+                ema[name].copy_(file.get_tensor(f"ema.{name}"))
+                optimizer.state[weight] = {
+                    "step": torch.tensor(float(step), device=weight.device),
+                    "exp_avg": torch.empty_like(weight).copy_(file.get_tensor(f"exp_avg.{name}")),
+                    "exp_avg_sq": torch.empty_like(weight).copy_(file.get_tensor(f"exp_avg_sq.{name}")),
+                }
+    except (SafetensorError, KeyError, RuntimeError) as problem:
+        raise BadInput(f"{path}: damaged or of another model ({problem}); delete {folder} to start again") from None
+    return step
+
+
+def load_average(folder: Path, network: nn.Module) -> None:
+    """Copy the averaged weights of a saved state into a network of the same shape."""
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        for name, weight in named_parameters(network).items():
+            weight.data.copy_(file.get_tensor(f"ema.{name}"))
+
+
+def saved_step(folder: str | Path) -> int:
+    """The iteration at which the state in this folder was saved; 0 where there is none."""
+    path = Path(folder) / "state.safetensors"
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            return int(file.metadata()["step"])
+    except (SafetensorError, KeyError, TypeError):
+        raise BadInput(f"{path}: damaged; delete {folder} to start again") from None
+
+
+def is_finished(folder: str | Path, options: TrainingOptions, settings: dict) -> bool:
+    """Has this very run reached its last iteration? BadInput where the folder holds another run."""
+    if saved_step(folder) < options.iterations:
+        return False
+    check_settings(folder, decisive(options, settings))
+    return True
+
+
+def decisive(options: TrainingOptions, settings: dict) -> dict:
+    """What decides a run's result. Its length is left out: a finished run may be continued."""
+    return settings | {k: v for k, v in asdict(options).items() if k not in ("iterations", "save_every", "log_every")}
+
+
+def check_settings(folder: str | Path, settings: dict) -> None:
+    """Write settings.json into a run's folder, or compare with the one there. BadInput names the differences."""
+    path = Path(folder) / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [
+            f"{key} was {before.get(key)!r}, now {value!r}" for key, value in settings.items() if before.get(key) != value
+        ]
+        if changed:
+            raise BadInput(f"{folder}: holds another run ({'; '.join(changed)}); give another --out or delete it")
+    else:
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a run reports
+
+
+def plot_loss(folder: Path) -> None:
+    """loss.png from metrics.jsonl: the loss over samples, and over t where it has one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    axes[0].plot([row["samples"] for row in rows], [row["loss"] for row in rows], linewidth=1, color="tab:blue")
+    positive_losses = all(row["loss"] > 0 for row in rows)
+    axes[0].set(xlabel="samples seen", ylabel="loss", yscale="log" if positive_losses else "linear", title="training loss")
+    late = [row["loss_by_t"] for row in rows[-max(1, len(rows) // 5) :] if row["loss_by_t"]]
+    if late:
+        means = [[by_t[k] for by_t in late if by_t[k] is not None] for k in range(TIME_BINS)]
+        centres = [(k + 0.5) / TIME_BINS for k in range(TIME_BINS)]
+        axes[1].bar(centres, [sum(m) / len(m) if m else 0 for m in means], width=0.9 / TIME_BINS, color="tab:orange")
+        axes[1].set(xlabel="t  (0 noise, 1 data)", ylabel="loss", title="loss by t, last fifth of the run")
+    else:
+        axes[1].set_visible(False)
+    write_whole(folder / "loss.png", lambda path: figure.savefig(path, dpi=120))
+    plt.close(figure)
+
+
+def mean_by_time(losses: list[Tensor], times: list[Tensor]) -> list[float | None]:
+    """The mean loss in each tenth of [0, 1]; None where no t fell. Empty when the loss has no t."""
+    if not times:
+        return []
+    loss, bins = torch.cat(losses), (torch.cat(times) * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+    return [loss[bins == k].mean().item() if (bins == k).any() else None for k in range(TIME_BINS)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(
+    network: nn.Module,
+    draw: Callable,
+    loss: Callable,
+    options: TrainingOptions,
+    folder: str | Path,
+    settings: dict,
+    name: str = "training",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Train the network in place, resuming from `folder`; it ends with its averaged (EMA) weights.
+
+    draw(samples, generator): a batch, as a tuple of tensors and lists with one entry a sample. samples (B,) int64
+        are the global numbers of the samples; all randomness comes from the generator.
+    loss(*batch): the loss of each sample (B,), and their t in [0, 1] (B,) or None; called on parts of a batch
+        when gradients are accumulated.
+    settings: what else decides the result (data, teacher ...); a run in the same folder must have the same.
+    dtype: bf16 or fp16 runs the forward pass under autocast; weights, moments and EMA stay fp32.
+
+    BadInput: a non-finite loss, a damaged state, other settings, no room for the state, Ctrl-C (after saving).
+    """
+    folder = Path(folder)
+    weights = named_parameters(network)
+    device = next(iter(weights.values())).device
+    count = sum(weight.numel() for weight in weights.values())
+    # Twice, because the old state is replaced only when the new one is whole.
+    check_output(folder / "state.safetensors", needed=2 * BYTES_PER_PARAMETER * count)
+    check_settings(folder, decisive(options, settings))
+
+    fused = device.type in ("cpu", "cuda")  # one kernel, without copies of all moments
+    optimizer = torch.optim.AdamW(weights.values(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=fused)
+    ema = {key: weight.detach().clone() for key, weight in weights.items()}
+    first = load_state(folder, weights, ema, optimizer)
+    metrics = folder / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= first] if metrics.exists() else []
+    write_text(metrics, "".join(line + "\n" for line in kept))
+
+    stop = []  # a signal lands here, so that a step is never cut in half
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    network.train()
+    bar = tqdm(total=options.iterations, initial=first, desc=name, unit="it", dynamic_ncols=True, leave=True)
+    losses, times, started, saved = [], [], time.monotonic(), first
+    try:
+        for step in range(first, options.iterations):
+            seen = step * options.batch_size
+            samples = torch.arange(seen, seen + options.batch_size)
+            batch = draw(samples, generator_for(options.seed, step))
+
+            rate = options.learning_rate * min(1.0, (seen + options.batch_size) / max(options.warmup_samples, 1))
+            rate *= min(1.0, (1 - step / options.iterations) / max(options.cooldown, 1e-9))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            optimizer.zero_grad(set_to_none=True)
+            part = math.ceil(options.batch_size / options.accumulate)
+            for start in range(0, options.batch_size, part):
+                with autocast:
+                    per_sample, t = loss(*(column[start : start + part] for column in batch))
+                scaler.scale(per_sample.sum() / options.batch_size).backward()
+                losses.append(per_sample.detach().float().cpu())
+                if t is not None:
+                    times.append(t.detach().float().cpu())
+                if not torch.isfinite(losses[-1]).all():
+                    last = min(seen + start + part, seen + options.batch_size) - 1
+                    raise BadInput(
+                        f"{name}: the loss is not finite at step {step}, samples {seen + start} to {last}; the state of step "
+                        f"{saved} is kept in {folder}; try a lower --learning-rate or --dtype fp32"
+                    )
+
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(weights.values(), options.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+
+            half_life = max(1.0, min(options.ema_half_life, EMA_RAMP * seen))
+            torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - 0.5 ** (options.batch_size / half_life))
+
+            bar.update()
+            done = step + 1
+            if done % options.log_every == 0 or done == options.iterations:
+                row = {
+                    "step": done,
+                    "samples": done * options.batch_size,
+                    "loss": torch.cat(losses).mean().item(),
+                    "gradient_norm": norm.item(),
+                    "learning_rate": rate,
+                    "seconds_per_step": (time.monotonic() - started) / options.log_every,
+                    "loss_by_t": mean_by_time(losses, times),
+                }
+                with open(metrics, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                bar.set_postfix(loss=f"{row['loss']:.4g}")
+                losses, times, started = [], [], time.monotonic()
+            if done % options.save_every == 0 or done == options.iterations or stop:
+                save_state(folder, done, weights, ema, optimizer)
+                saved = done
+            if stop and done < options.iterations:
+                raise BadInput(f"{name}: stopped after step {done}, which is saved; run the same command again to continue")
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    plot_loss(folder)
+    for key, weight in weights.items():
+        weight.data.copy_(ema[key])
+    network.eval()
