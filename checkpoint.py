@@ -35,6 +35,7 @@ from text_encoder import TextEncoder, TextEncoderConfig
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
+METADATA = "instaflow"  # one entry that holds all: safetensors writes several in any order, and runs would differ
 KINDS = ("diffusion", "flow", "one-step")
 HUB_TOKENIZER = "openai/clip-vit-large-patch14"  # the one that Stable Diffusion 1.x was trained with
 UNET_PREFIX, EMA_PREFIX = "model.diffusion_model.", "model_ema."
@@ -114,9 +115,10 @@ def merges_text(merges: Iterable[str]) -> str:
 
 
 def tokenizer_parts(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[str]]:
-    """The inverse: (vocabulary, merges)."""
+    """The inverse: (vocabulary in the order of its numbers, merges)."""
+    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    return tokenizer.get_vocab(), [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    return vocabulary, [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
 
 
 def tokenizer_in(folder: str | Path) -> CLIPTokenizer:
@@ -300,10 +302,10 @@ def load(
 def load_single_file(path: Path, device, dtype, use_ema: bool) -> StableDiffusion:
     index = index_of([path])
     with opened(path) as file:
-        metadata = file.metadata() or {}
+        about = json.loads((file.metadata() or {}).get(METADATA, "{}"))  # empty for files that others wrote
     refuse_other_models(path, index)
-    if "config" in metadata:
-        config = json.loads(metadata["config"])
+    if about:
+        config = about["config"]
         configs = (
             UNetConfig(**tuples(config["unet"])),
             VAEConfig(**tuples(config["vae"])),
@@ -326,10 +328,8 @@ def load_single_file(path: Path, device, dtype, use_ema: bool) -> StableDiffusio
         fill(network, part, names, index, str(path), device, dtype)
         used |= set(names.values())
     tell_unused(path, set(index) - used)
-    tokenizer = tokenizer_from(**json.loads(metadata["tokenizer"])) if "tokenizer" in metadata else None
-    return StableDiffusion(
-        **networks, tokenizer=tokenizer, kind=metadata.get("kind", "diffusion"), captions=metadata.get("captions")
-    )
+    tokenizer = tokenizer_from(**about["tokenizer"]) if about.get("tokenizer") else None
+    return StableDiffusion(**networks, tokenizer=tokenizer, kind=about.get("kind", "diffusion"), captions=about.get("captions"))
 
 
 def refuse_other_models(path: Path, index: dict[str, Path]) -> None:
@@ -486,12 +486,10 @@ def save(model: StableDiffusion, path: str | Path, dtype: torch.dtype | None = t
     dtype None keeps each tensor's own. The file appears whole or not at all.
     """
     configs = {"unet": model.unet.config, "vae": model.vae.config, "text_encoder": model.text_encoder.config}
-    metadata = {"format": "pt", "kind": model.kind, "config": json.dumps({part: asdict(c) for part, c in configs.items()})}
-    if model.captions is not None:
-        metadata["captions"] = model.captions
+    about = {"kind": model.kind, "captions": model.captions, "config": {part: asdict(c) for part, c in configs.items()}}
     if model.tokenizer is not None:
         vocabulary, merges = tokenizer_parts(model.tokenizer)
-        metadata["tokenizer"] = json.dumps({"vocabulary": vocabulary, "merges": merges})
+        about["tokenizer"] = {"vocabulary": vocabulary, "merges": merges}
     table = original_names(model.unet.config, model.vae.config)
     tensors = {}
     for part in configs:
@@ -501,7 +499,7 @@ def save(model: StableDiffusion, path: str | Path, dtype: torch.dtype | None = t
             if is_pixel_linear(part, name):
                 tensor = tensor[:, :, None, None]
             tensors[names[name]] = tensor.detach().to("cpu", dtype or tensor.dtype, memory_format=torch.contiguous_format)
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_whole(path, lambda temporary: save_file(tensors, temporary, {METADATA: json.dumps(about)}))
 
 
 def export(model: StableDiffusion, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:

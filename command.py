@@ -144,6 +144,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> None
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        temporary.chmod(0o644)  # safetensors makes its files for their owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -52,7 +52,7 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
 
 
 def reflow_loss(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-    """‖(X1 - X0) - v(X_t, t)‖² a number of the latent (the mean over dimensions): (B,). InstaFlow, equation 4."""
+    """‖(X1 - X0) - v(X_t, t)‖² a number of the latent (the mean over dimensions): (B,). InstaFlow, text-conditioned reflow."""
     error = (x1 - x0) - velocity(interpolate(x0, x1, t), t, context)
     return error.square().flatten(1).mean(1)
 
@@ -63,7 +63,7 @@ def one_step(velocity: Velocity, x0: Tensor, context: Tensor | None = None) -> T
 
 
 def distill_loss(velocity: Velocity, x0: Tensor, x1: Tensor, context: Tensor | None = None) -> Tensor:
-    """‖X1 - (X0 + v(X0, 0))‖² a number of the latent: (B,). InstaFlow, equation 6, with D the squared L2."""
+    """‖X1 - (X0 + v(X0, 0))‖² a number of the latent: (B,). InstaFlow's distillation, with D the squared L2."""
     return (x1 - one_step(velocity, x0, context)).square().flatten(1).mean(1)
 
 
@@ -120,7 +120,7 @@ class Straightness:
 def straightness(
     velocity: Velocity, x: Tensor, steps: int, context: Tensor | None = None, times: Tensor | None = None
 ) -> Straightness:
-    """S = ∫ E‖(Z1 - Z0) - v(Z_t, t)‖² dt along the flow's own Euler path from x. Rectified flow, equation 7.
+    """S = ∫ E‖(Z1 - Z0) - v(Z_t, t)‖² dt along the flow's own Euler path from x. Liu et al. 2022, section 2.2.
 
     It is 0 exactly when the velocity never changes along a path, so it needs at least 2 steps (else ValueError).
     For a flow that lives on part of [0, 1] only (a diffusion teacher, `diffusion_times`), Z1 - Z0 is divided by

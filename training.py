@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ AUTOCAST_FROM = 50_000_000  # parameters; below, casting costs more time on a CP
 def add_training_options(parser: argparse.ArgumentParser, learning_rate: ByModel, warmup: ByModel, half_life: ByModel):
     """The options that `options_from` reads, with the defaults of one command. Returns their group."""
     group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=positive, default=ByModel(64, 128), help="samples of one update")
+    group.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
     group.add_argument("--accumulate", type=positive, default=1, help="forward passes that one update is split into")
     group.add_argument("--learning-rate", type=not_below_zero, default=learning_rate)
     group.add_argument("--warmup-samples", type=not_negative, default=warmup, help="samples until the full learning rate")
@@ -201,17 +202,20 @@ def check_settings(folder: str | Path, settings: dict) -> None:
 # What a run reports
 
 
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The rows of metrics.jsonl; a last line that a killed run left unfinished is passed over."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def plot_loss(folder: Path) -> None:
     """loss.png from metrics.jsonl: the loss over samples, and over t where it has one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(folder)
     if not rows:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     axes[0].plot([row["samples"] for row in rows], [row["loss"] for row in rows], linewidth=1, color="tab:blue")
     positive_losses = all(row["loss"] > 0 for row in rows)
     axes[0].set(xlabel="samples seen", ylabel="loss", yscale="log" if positive_losses else "linear", title="training loss")
@@ -224,7 +228,6 @@ def plot_loss(folder: Path) -> None:
     else:
         axes[1].set_visible(False)
     write_whole(folder / "loss.png", lambda path: figure.savefig(path, dpi=120))
-    plt.close(figure)
 
 
 def mean_by_time(losses: list[Tensor], times: list[Tensor]) -> list[float | None]:
@@ -273,8 +276,8 @@ def train(
     ema = {key: weight.detach().clone() for key, weight in weights.items()}
     first = load_state(folder, weights, ema, optimizer)
     metrics = folder / "metrics.jsonl"
-    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= first] if metrics.exists() else []
-    write_text(metrics, "".join(line + "\n" for line in kept))
+    kept = [row for row in read_metrics(folder) if row["step"] <= first]
+    write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     stop = []  # a signal lands here, so that a step is never cut in half
     handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}

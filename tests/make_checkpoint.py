@@ -92,7 +92,8 @@ def write_single_file(model: StableDiffusion, path: str | Path, dtype: torch.dty
     metadata = {"format": "pt"}
     if model.unet.config != UNetConfig():
         parts = ("unet", "vae", "text_encoder")
-        metadata["config"] = json.dumps({part: asdict(getattr(model, part).config) for part in parts})
+        config = {part: asdict(getattr(model, part).config) for part in parts}
+        metadata = {checkpoint.METADATA: json.dumps({"config": config})}
     save_file(single_file_tensors(model, dtype, **variants), path, metadata)
 
 
