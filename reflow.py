@@ -1,0 +1,102 @@
+"""Reflow: teach a velocity the straight lines between the teacher's noises and its latents.
+
+    python reflow.py                                    the tiny model, minutes on a laptop
+    python reflow.py --teacher sd14.safetensors         Stable Diffusion: the paper's 70,000 x 64 samples,
+                                                        11.2 A100-days and 52 GB of pairs
+
+The teacher's ODE pairs every noise X0 with a latent X1 (pairs.py). On those pairs the U-Net, started from the
+teacher's own weights, regresses the direction of the line:
+
+    min_v  E ‖(X1 - X0) - v(X_t, t | T)‖²      X_t = (1-t) X0 + t X1,  t ~ U[0, 1]
+
+A tenth of the prompts T is dropped, so that guidance works on the result. The result is 2-Rectified Flow, of kind
+"flow"; given as --teacher itself, it makes 3-Rectified Flow. InstaFlow (arXiv 2309.06380).
+"""
+
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from command import (
+    TINY_TEACHER,
+    BadInput,
+    ByModel,
+    Parser,
+    add_machine_options,
+    add_model_options,
+    check_output,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    settle,
+)  # fmt: skip
+from pairs import Pairs, add_pairs_options, pairs_from
+from rectified_flow import flow_velocity, reflow_loss
+from training import TrainingOptions, add_training_options, autocast_dtype, is_finished, options_from, shuffled, train
+from unet import UNet
+
+CAPTION_DROPOUT = 0.1  # share of prompts replaced by the empty one (Ho & Salimans 2022, 2207.12598)
+
+
+def reflow(model, pairs: Pairs, options: TrainingOptions, folder: Path, settings: dict, dtype: torch.dtype) -> None:
+    """Train model.unet on the pairs, in place; model becomes a flow."""
+    device, velocity = model.device, flow_velocity(model.unet)
+
+    def draw(samples, generator):
+        x0, x1, prompts = pairs.batch(shuffled(samples, len(pairs), options.seed))
+        t = torch.rand(len(samples), generator=generator)
+        kept = torch.rand(len(samples), generator=generator) >= CAPTION_DROPOUT
+        return x0, x1, t, [prompt if keep else "" for prompt, keep in zip(prompts, kept.tolist())]
+
+    def loss(x0, x1, t, prompts):
+        context = model.encode_prompts(prompts)
+        return reflow_loss(velocity, x0.to(device), x1.to(device), t.to(device), context), t
+
+    train(model.unet, draw, loss, options, folder, settings, "reflow", dtype)
+    model.kind = "flow"
+
+
+def main():
+    parser = Parser("Make a 2-Rectified Flow from a diffusion teacher (or a 3-Rectified Flow from a 2-Rectified Flow).")
+    add_pairs_options(parser, teacher=TINY_TEACHER, folder="runs/pairs", count=ByModel(1_600_000, 15_000))
+    # InstaFlow: learning rate 1e-6, 1000 warm-up steps of 64, and EMA 0.9999, which halves in 6931 steps of 64.
+    group = add_training_options(parser, ByModel(1e-6, 5e-4), ByModel(64_000, 6_400), ByModel(443_584, 10_000))
+    group.add_argument("--iterations", type=positive, default=ByModel(70_000, 1400))
+    group.add_argument("--init", choices=["teacher", "random"], default="teacher", help="weights to start from")
+    group.add_argument("--out", default="runs/2rf.safetensors", help="the flow; its training state lies in OUT.state")
+    add_model_options(parser)
+    add_machine_options(parser)
+    args = parser.parse_args()
+
+    device = pick_device(args.device)
+    reading = {"kind": args.kind, "tokenizer": args.tokenizer, "use_ema": args.use_ema}
+    teacher = checkpoint.load(args.teacher, device, pick_dtype(args.dtype, device), **reading)
+    settle(args, tiny=teacher.captions is not None)
+    if teacher.kind == "one-step":
+        raise BadInput(f"{args.teacher}: a one-step model has no path to straighten; give a diffusion or a flow as --teacher")
+    check_output(args.out)
+
+    pairs = pairs_from(teacher, args)
+    options, folder = options_from(args, args.iterations), Path(args.out + ".state")
+    settings = {"pairs": pairs.description, "init": args.init}
+    if Path(args.out).exists() and is_finished(folder, options, settings):
+        print(f"{args.out}: finished already, {args.iterations} iterations")
+        return
+    seen = args.iterations * args.batch_size
+    print(f"reflow: {len(pairs)} pairs, each seen {seen / len(pairs):.1f} times in {args.iterations} x {args.batch_size}")
+
+    del teacher  # the student is read anew in fp32: bf16 would round the weights that it starts from
+    model = checkpoint.load(args.teacher, device, torch.float32, **reading)
+    if args.init == "random":
+        torch.manual_seed(args.seed)
+        model.unet = UNet(model.unet.config).to(device)
+    model.unet.gradient_checkpointing = args.gradient_checkpointing
+    reflow(model, pairs, options, folder, settings, autocast_dtype(args.dtype, device, model.unet))
+    checkpoint.save(model, args.out)
+    print(f"{args.out}: a rectified flow; its loss is in {folder / 'loss.png'}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,76 @@
+"""At Stable Diffusion 1.4's own size: agreement with diffusers, and the memory that loading takes. Needs 10 GB."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AutoencoderKL as ReferenceVAE
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import checkpoint
+from checkpoint import text_to_transformers, unet_to_diffusers, vae_to_diffusers
+from conftest import ROOT, relative_error
+from make_checkpoint import make_model, write_single_file
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A full-size single file in fp16, as published, with random weights."""
+    path = tmp_path_factory.mktemp("full") / "sd14.safetensors"
+    write_single_file(make_model("full"), path)
+    yield path
+    path.unlink()  # 2 GB
+
+
+@torch.no_grad()
+def test_agreement_in_fp32(path):
+    model = checkpoint.load(path)
+
+    def reference(make, state):
+        with torch.device("meta"):
+            network = make()
+        network.load_state_dict(state, assign=True)
+        return network.eval()
+
+    torch.manual_seed(1)
+    x, context, timestep = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768), torch.tensor([501.5])
+    unet = reference(lambda: UNet2DConditionModel.from_config(unet_to_diffusers(model.unet.config)), model.unet.state_dict())
+    assert relative_error(model.unet(x, timestep, context), unet(x, timestep, context).sample) <= 1e-5
+    del unet
+
+    vae = reference(lambda: ReferenceVAE.from_config(vae_to_diffusers(model.vae.config)), model.vae.state_dict())
+    images = torch.rand(1, 3, 256, 256) * 2 - 1
+    latent = vae.encode(images).latent_dist.mean
+    assert relative_error(model.vae.encode(images).mean, latent) <= 1e-5
+    decoded = vae.decode(latent).sample
+    assert relative_error(model.vae.decode(latent * model.vae.config.scaling_factor), decoded) <= 1e-5
+
+    config = CLIPTextConfig(**text_to_transformers(model.text_encoder.config), attn_implementation="sdpa")
+    text = CLIPTextModel(config).eval()
+    text.load_state_dict({k.removeprefix("text_model."): v for k, v in model.text_encoder.text_model.state_dict().items()})
+    token_ids = torch.randint(0, 49406, (2, 77))
+    assert relative_error(model.text_encoder(token_ids), text(token_ids).last_hidden_state) <= 1e-5
+
+
+LOADING = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch, checkpoint
+memory = lambda name: 1024 * int(next(l for l in open("/proc/self/status") if l.startswith(name)).split()[1])
+before = memory("VmRSS")
+model = checkpoint.load(sys.argv[2], dtype=torch.bfloat16)
+peak = memory("VmHWM") - before
+size = sum(p.numel() * p.element_size() for part in (model.unet, model.vae, model.text_encoder) for p in part.parameters())
+print(json.dumps({"peak": peak, "size": size}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+def test_loading_takes_little_more_memory_than_the_model(path):
+    result = subprocess.run([sys.executable, "-c", LOADING, str(ROOT), str(path)], capture_output=True, text=True, check=True)
+    measured = json.loads(result.stdout)
+    assert 2.1e9 < measured["size"] < 2.2e9
+    assert measured["peak"] < 1.3 * measured["size"]
