@@ -40,6 +40,7 @@ KINDS = ("diffusion", "flow", "one-step")
 HUB_TOKENIZER = "openai/clip-vit-large-patch14"  # the one that Stable Diffusion 1.x was trained with
 UNET_PREFIX, EMA_PREFIX = "model.diffusion_model.", "model_ema."
 VAE_PREFIX, TEXT_PREFIX = "first_stage_model.", "cond_stage_model.transformer."
+WIDE = 128  # channels from which convolutions are faster with channels last: SD's decoder 2.2 x on a CPU; not the tiny ones
 OPEN_AT_ONCE = 50  # tensors read per opening of a file: closing it gives its mapped pages back
 
 
@@ -294,6 +295,9 @@ def load(
     if model.tokenizer is not None and len(model.tokenizer.get_vocab()) != expected:
         found = len(model.tokenizer.get_vocab())
         raise BadInput(f"{tokenizer or path}: the tokenizer has {found} tokens and the text encoder {expected}; give its own")
+    for network in (model.unet, model.vae):
+        if network.config.block_out_channels[0] >= WIDE:
+            network.to(memory_format=torch.channels_last)
     for network in (model.unet, model.vae, model.text_encoder):
         network.eval()
     return model

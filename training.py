@@ -119,15 +119,26 @@ def named_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
+def channels_last(tensor: Tensor) -> Tensor:
+    """(O, I, H, W) -> (O, H, W, I): the order in memory of a large network, which so is written without a copy."""
+    return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
+
+
+def channels_second(tensor: Tensor) -> Tensor:
+    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+
+
 def save_state(folder: Path, step: int, weights: dict, ema: dict, optimizer: torch.optim.Optimizer) -> None:
     tensors = {}
     for name, weight in weights.items():
-        tensors[f"weights.{name}"] = weight.detach()
-        tensors[f"ema.{name}"] = ema[name]
         moments = optimizer.state[weight]
-        tensors[f"exp_avg.{name}"] = moments["exp_avg"]
-        tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        kept = {
+            "weights": weight.detach(),
+            "ema": ema[name],
+            "exp_avg": moments["exp_avg"],
+            "exp_avg_sq": moments["exp_avg_sq"],
+        }
+        tensors |= {f"{kind}.{name}": channels_last(tensor) for kind, tensor in kept.items()}
     write_whole(folder / "state.safetensors", lambda path: save_file(tensors, path, {"step": str(step)}))
 
 
@@ -140,23 +151,19 @@ def load_state(folder: Path, weights: dict, ema: dict, optimizer: torch.optim.Op
         with safe_open(path, "pt") as file:
             step = int(file.metadata()["step"])
             for name, weight in weights.items():
-                weight.data.copy_(file.get_tensor(f"weights.{name}"))
-                ema[name].copy_(file.get_tensor(f"ema.{name}"))
+                saved = {
+                    k: channels_second(file.get_tensor(f"{k}.{name}")) for k in ("weights", "ema", "exp_avg", "exp_avg_sq")
+                }
+                weight.data.copy_(saved["weights"])
+                ema[name].copy_(saved["ema"])
                 optimizer.state[weight] = {
                     "step": torch.tensor(float(step), device=weight.device),
-                    "exp_avg": torch.empty_like(weight).copy_(file.get_tensor(f"exp_avg.{name}")),
-                    "exp_avg_sq": torch.empty_like(weight).copy_(file.get_tensor(f"exp_avg_sq.{name}")),
+                    "exp_avg": torch.empty_like(weight).copy_(saved["exp_avg"]),
+                    "exp_avg_sq": torch.empty_like(weight).copy_(saved["exp_avg_sq"]),
                 }
     except (SafetensorError, KeyError, RuntimeError) as problem:
         raise BadInput(f"{path}: damaged or of another model ({problem}); delete {folder} to start again") from None
     return step
-
-
-def load_average(folder: Path, network: nn.Module) -> None:
-    """Copy the averaged weights of a saved state into a network of the same shape."""
-    with safe_open(folder / "state.safetensors", "pt") as file:
-        for name, weight in named_parameters(network).items():
-            weight.data.copy_(file.get_tensor(f"ema.{name}"))
 
 
 def saved_step(folder: str | Path) -> int:

@@ -81,6 +81,22 @@ def test_continued_equals_longer_run(tmp_path):
     assert torch.equal(weights(run(tmp_path / "a", iterations=20)), weights(run(tmp_path / "b", iterations=20)))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_resume_in_either_order_in_memory(tmp_path, memory_format):
+    def convolve(folder, iterations):
+        torch.manual_seed(0)
+        network = nn.Conv2d(3, 3, 3, padding=1).to(memory_format=memory_format)
+        draw = lambda samples, generator: (torch.randn(len(samples), 3, 5, 5, generator=generator),)
+        loss = lambda x: ((network(x) - x).square().flatten(1).mean(1), None)
+        train(network, draw, loss, TrainingOptions(iterations, 4, learning_rate=0.1), folder, {})
+        return network.weight.detach()
+
+    convolve(tmp_path / "a", 5)
+    resumed = convolve(tmp_path / "a", 10)
+    assert torch.equal(resumed, convolve(tmp_path / "b", 10))
+    assert resumed.is_contiguous(memory_format=memory_format)
+
+
 def test_accumulation_is_the_same_batch(tmp_path):
     torch.testing.assert_close(weights(run(tmp_path / "a", accumulate=3)), weights(run(tmp_path / "b")))
 
