@@ -15,6 +15,7 @@ kind says what the U-Net predicts: "diffusion" noise (Stable Diffusion itself), 
 "one-step" a velocity that is right at t = 0 alone. It lies in the metadata of files written here.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from command import BadInput, Parser, note, run, write_text, write_whole
+from command import BadInput, Parser, note, pick_dtype, run, write_text, write_whole
 from text_encoder import TextEncoder, TextEncoderConfig
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
@@ -301,6 +302,14 @@ def load(
     for network in (model.unet, model.vae, model.text_encoder):
         network.eval()
     return model
+
+
+def load_as_asked(
+    path: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None = None
+) -> StableDiffusion:
+    """`load` with a command's own options (command.py); dtype None is what --dtype says."""
+    dtype = pick_dtype(args.dtype, device) if dtype is None else dtype
+    return load(path, device, dtype, args.kind, args.tokenizer, args.use_ema)
 
 
 def load_single_file(path: Path, device, dtype, use_ema: bool) -> StableDiffusion:

@@ -33,7 +33,6 @@ from command import (
     check_output,
     not_negative,
     pick_device,
-    pick_dtype,
     run,
     settle,
 )  # fmt: skip
@@ -121,8 +120,7 @@ def main():
     args = parser.parse_args()
 
     device = pick_device(args.device)
-    reading = {"kind": args.kind, "tokenizer": args.tokenizer, "use_ema": args.use_ema}
-    teacher = checkpoint.load(args.teacher, device, pick_dtype(args.dtype, device), **reading)
+    teacher = checkpoint.load_as_asked(args.teacher, args, device)
     settle(args, tiny=teacher.captions is not None)
     if teacher.kind == "one-step":
         raise BadInput(f"{args.teacher}: a one-step model is distilled already; give a flow or a diffusion as --teacher")
@@ -144,7 +142,7 @@ def main():
           f"iterations of {args.batch_size}")  # fmt: skip
 
     del teacher  # the student is read anew in fp32: bf16 would round the weights that it starts from
-    model = checkpoint.load(args.teacher, device, torch.float32, **reading)
+    model = checkpoint.load_as_asked(args.teacher, args, device, torch.float32)
     model.unet.gradient_checkpointing = model.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
     dtype = autocast_dtype(args.dtype, device, model.unet)
     if args.l2_iterations:

@@ -44,7 +44,6 @@ from command import (
     check_output,
     not_below_zero,
     pick_device,
-    pick_dtype,
     positive,
     run,
     write_text,
@@ -261,10 +260,9 @@ def main():
         raise BadInput(f"{missing[0]}: no such checkpoint; make it with reflow.py and distill.py, or name others with --model")
     check_output(args.out)
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
     rows, pictures, questions = [], [], None
     for path in args.model:
-        model = checkpoint.load(path, device, dtype, args.kind, args.tokenizer, args.use_ema)
+        model = checkpoint.load_as_asked(path, args, device)
         if questions is None:  # the first model decides what all are asked
             judge = args.judge or (TINY_JUDGE if model.captions is not None else None)
             questions = questions_of(judge, args.num_samples, args.seed)

@@ -27,7 +27,6 @@ from command import (
     add_model_options,
     check_output,
     pick_device,
-    pick_dtype,
     positive,
     run,
     settle,
@@ -71,8 +70,7 @@ def main():
     args = parser.parse_args()
 
     device = pick_device(args.device)
-    reading = {"kind": args.kind, "tokenizer": args.tokenizer, "use_ema": args.use_ema}
-    teacher = checkpoint.load(args.teacher, device, pick_dtype(args.dtype, device), **reading)
+    teacher = checkpoint.load_as_asked(args.teacher, args, device)
     settle(args, tiny=teacher.captions is not None)
     if teacher.kind == "one-step":
         raise BadInput(f"{args.teacher}: a one-step model has no path to straighten; give a diffusion or a flow as --teacher")
@@ -88,7 +86,7 @@ def main():
     print(f"reflow: {len(pairs)} pairs, each seen {seen / len(pairs):.1f} times in {args.iterations} x {args.batch_size}")
 
     del teacher  # the student is read anew in fp32: bf16 would round the weights that it starts from
-    model = checkpoint.load(args.teacher, device, torch.float32, **reading)
+    model = checkpoint.load_as_asked(args.teacher, args, device, torch.float32)
     if args.init == "random":
         torch.manual_seed(args.seed)
         model.unet = UNet(model.unet.config).to(device)

@@ -25,7 +25,6 @@ from command import (
     check_output,
     not_below_zero,
     pick_device,
-    pick_dtype,
     positive,
     run,
     write_whole,
@@ -89,7 +88,7 @@ def main():
             raise BadInput(f"{flag} {size}: must be a multiple of 8, such as {max(8, round(size / 8) * 8)}")
     check_output(args.out)
     device = pick_device(args.device)
-    model = checkpoint.load(args.model, device, pick_dtype(args.dtype, device), args.kind, args.tokenizer, args.use_ema)
+    model = checkpoint.load_as_asked(args.model, args, device)
     steps = check_steps(model, args.steps)
     guidance = default_guidance(model) if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:

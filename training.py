@@ -144,24 +144,19 @@ def save_state(folder: Path, step: int, weights: dict, ema: dict, optimizer: tor
 
 def load_state(folder: Path, weights: dict, ema: dict, optimizer: torch.optim.Optimizer) -> int:
     """Copy a saved state into the given tensors; the step it was saved at, 0 where there is none."""
-    path = folder / "state.safetensors"
-    if not path.exists():
+    step, path = saved_step(folder), folder / "state.safetensors"
+    if not step:
         return 0
+    kinds = ("weights", "ema", "exp_avg", "exp_avg_sq")
     try:
-        with safe_open(path, "pt") as file:
-            step = int(file.metadata()["step"])
-            for name, weight in weights.items():
-                saved = {
-                    k: channels_second(file.get_tensor(f"{k}.{name}")) for k in ("weights", "ema", "exp_avg", "exp_avg_sq")
-                }
+        for name, weight in weights.items():
+            with safe_open(path, "pt") as file:  # opened for each, since what is read stays mapped until it is closed
+                saved = {kind: channels_second(file.get_tensor(f"{kind}.{name}")) for kind in kinds}
                 weight.data.copy_(saved["weights"])
                 ema[name].copy_(saved["ema"])
-                optimizer.state[weight] = {
-                    "step": torch.tensor(float(step), device=weight.device),
-                    "exp_avg": torch.empty_like(weight).copy_(saved["exp_avg"]),
-                    "exp_avg_sq": torch.empty_like(weight).copy_(saved["exp_avg_sq"]),
-                }
-    except (SafetensorError, KeyError, RuntimeError) as problem:
+                moments = {kind: torch.empty_like(weight).copy_(saved[kind]) for kind in kinds[2:]}
+                optimizer.state[weight] = moments | {"step": torch.tensor(float(step), device=weight.device)}
+    except (SafetensorError, RuntimeError) as problem:
         raise BadInput(f"{path}: damaged or of another model ({problem}); delete {folder} to start again") from None
     return step
 
@@ -354,6 +349,7 @@ def train(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     plot_loss(folder)
+    optimizer.zero_grad(set_to_none=True)
     for key, weight in weights.items():
         weight.data.copy_(ema[key])
     network.eval()
