@@ -244,6 +244,13 @@ def mean_by_time(losses: list[Tensor], times: list[Tensor]) -> list[float | None
 # The loop
 
 
+def learning_rate_at(step: int, options: TrainingOptions) -> float:
+    """Rising over the warm-up's samples, then constant, then falling to 0 over the cooldown's share of the run."""
+    warm = (step + 1) * options.batch_size / max(options.warmup_samples, 1)
+    left = (1 - step / options.iterations) / options.cooldown if options.cooldown else 1.0
+    return options.learning_rate * min(1.0, warm, left)
+
+
 def train(
     network: nn.Module,
     draw: Callable,
@@ -281,8 +288,14 @@ def train(
     kept = [row for row in read_metrics(folder) if row["step"] <= first]
     write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
-    stop = []  # a signal lands here, so that a step is never cut in half
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    stop = []  # the first signal lands here, so that a step is not cut in half; a second one does cut it
+
+    def on_signal(number, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     network.train()
@@ -294,8 +307,7 @@ def train(
             samples = torch.arange(seen, seen + options.batch_size)
             batch = draw(samples, generator_for(options.seed, step))
 
-            rate = options.learning_rate * min(1.0, (seen + options.batch_size) / max(options.warmup_samples, 1))
-            rate *= min(1.0, (1 - step / options.iterations) / max(options.cooldown, 1e-9))
+            rate = learning_rate_at(step, options)
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
