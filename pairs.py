@@ -29,7 +29,7 @@ from rectified_flow import noise_from_seeds, sample_path
 
 PAIRS_PER_SHARD = 1000
 # Guidance when none is asked for. Stable Diffusion's 6 and the flow's 1.5 are the paper's.
-GUIDANCE = {"diffusion": ByModel(6.0, 3.0), "flow": ByModel(1.5, 1.5), "one-step": ByModel(1.0, 1.0)}
+GUIDANCE = {"diffusion": ByModel(6.0, 2.5), "flow": ByModel(1.5, 1.5), "one-step": ByModel(1.0, 1.0)}
 NUMBERS_PER_BATCH = 2**18  # of latents, in one forward pass of the teacher: 16 at 512 px, 256 of the tiny model at most
 
 

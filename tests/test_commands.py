@@ -1,0 +1,312 @@
+"""The commands as users run them: the whole method in miniature, killed and continued, and given bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import distill
+import evaluate
+import pairs
+import reflow
+import sample
+from conftest import ROOT
+from make_checkpoint import make_model, write_folder, write_single_file
+from training import saved_step
+
+REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4, "--save-every", 1]
+DISTILL = ["--num-pairs", 40, "--teacher-steps", 3, "--l2-iterations", 4, "--lpips-iterations", 3, "--batch-size", 4,
+           "--save-every", 1]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(pairs, "PAIRS_PER_SHARD", 16)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which reflow and distill ran without arguments but for their size."""
+    folder = tmp_path_factory.mktemp("finished")
+    for name, arguments in (("reflow", REFLOW), ("distill", DISTILL)):
+        start(name, arguments, folder).wait()
+    return folder
+
+
+def start(name, arguments, folder):
+    """Start a command in a process of its own, with shards as small as in this one."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]\n"
+    code += f"import pairs, command, {name}; pairs.PAIRS_PER_SHARD = 16; command.run({name}.main)"
+    log = open(folder / f"{name}.log", "a")
+    command = [sys.executable, "-c", code, name, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The method
+
+
+def test_the_whole_method(finished, call, tmp_path, monkeypatch):
+    flow = checkpoint.load(finished / "runs/2rf.safetensors")
+    student = checkpoint.load(finished / "runs/instaflow.safetensors")
+    assert (flow.kind, student.kind) == ("flow", "one-step")
+    teacher = checkpoint.load(ROOT / "toy/tiny_sd.safetensors")
+    for part in ("vae", "text_encoder"):  # what is not trained is passed on to the bit
+        for name, tensor in getattr(teacher, part).state_dict().items():
+            assert torch.equal(tensor, getattr(student, part).state_dict()[name]), name
+    weight = lambda model: model.unet.conv_in.weight  # noqa: E731
+    assert not torch.equal(weight(teacher), weight(flow)) and not torch.equal(weight(flow), weight(student))
+    for path in ("runs/2rf.safetensors.state", "runs/instaflow.safetensors.state/l2", "runs/instaflow.safetensors.state/lpips"):
+        assert (finished / path / "loss.png").stat().st_size > 5000
+
+    from_here = lambda main, *arguments: in_folder(monkeypatch, finished, call, main, *arguments)  # noqa: E731
+    code, out, err = from_here(sample.main)
+    assert code == 0 and "seconds each (text" in out and not err
+    picture = Image.open(finished / "out.png")
+    assert picture.text["steps"] == "1" and picture.text["model"] == "instaflow.safetensors" and picture.text["seed"] == "0"
+    assert picture.size == (4 * 128 + 3 * 2, 128)
+
+    code, out, err = from_here(evaluate.main, "--num-samples", 32, "--steps", "4,1")
+    assert code == 0 and "comparison picture: runs/evaluate.png" in out
+    rows = json.loads((finished / "runs/evaluate.json").read_text())
+    keys = ["model", "kind", "steps", "guidance", "caption_accuracy", "frechet", "straightness", "relative_straightness",
+            "seconds_per_image", "samples", "seed"]  # fmt: skip
+    assert all(list(row) == keys for row in rows)
+    assert [(row["kind"], row["steps"]) for row in rows] == [
+        (None, None), ("diffusion", 4), ("diffusion", 1), ("flow", 4), ("flow", 1), ("one-step", 1)
+    ]  # fmt: skip
+    assert rows[0]["caption_accuracy"] > 0.95 and rows[-1]["straightness"] is None
+    assert rows[3]["relative_straightness"] > 0 and rows[1]["frechet"] > 0
+    assert (finished / "runs/evaluate.md").read_text().count("\n") == 8
+    for name in ("evaluate.png", "evaluate-curves.png"):
+        assert len(Image.open(finished / "runs" / name).convert("RGB").getcolors(10**7)) > 20
+
+    for main, arguments in ((reflow.main, REFLOW), (distill.main, DISTILL)):  # all is done already
+        code, out, err = from_here(main, *arguments)
+        assert code == 0 and "finished already" in out
+
+
+def in_folder(monkeypatch, folder, call, main, *arguments):
+    """`call`, in the given folder and not in a new one."""
+    real = os.getcwd()
+    os.chdir(folder)
+    try:
+        return call(main, *arguments)
+    finally:
+        os.chdir(real)
+
+
+def test_a_third_flow_from_the_second(finished, call):
+    code, out, err = call(reflow.main, "--teacher", finished / "runs/2rf.safetensors", *REFLOW)
+    assert code == 0, err
+    assert json.loads(Path("runs/pairs/pairs.json").read_text())["solver"] == "euler"
+    assert checkpoint.load("runs/2rf.safetensors").kind == "flow"
+
+
+def test_direct_distillation_of_the_teacher(call):
+    code, out, err = call(distill.main, "--teacher", ROOT / "toy/tiny_sd.safetensors", *DISTILL)
+    assert code == 0, err
+    assert json.loads(Path("runs/pairs-2rf/pairs.json").read_text())["kind"] == "diffusion"
+
+
+def test_a_model_of_stable_diffusions_shape(call, tmp_path):
+    """Published layout, no captions of its own: the built-in prompts and the options of a large model."""
+    write_single_file(make_model(), tmp_path / "sd.safetensors")
+    folder = tmp_path / "tokens"
+    write_folder(make_model(), tmp_path / "folder")
+    (tmp_path / "folder" / "tokenizer").rename(folder)
+    common = ["--tokenizer", folder, "--batch-size", 2, "--num-pairs", 4]
+    code, _, err = call(reflow.main, "--teacher", tmp_path / "sd.safetensors", "--teacher-steps", 2, "--iterations", 2, *common)
+    assert code == 0, err
+    code, _, err = call(distill.main, "--teacher-steps", 2, "--l2-iterations", 1, "--lpips-iterations", 1,
+                        "--lpips-net", "random", *common)  # fmt: skip
+    assert code == 0, err
+    code, out, err = call(sample.main, "--prompt", "a cat", "--num-images", 2, "--height", 64, "--width", 128)
+    assert code == 0, err
+    assert Image.open("out.png").size == (2 * 256 + 2, 128)
+    code, out, err = call(evaluate.main, "--model", "runs/2rf.safetensors", "--num-samples", 2, "--steps", "2")
+    assert code == 0, err
+    row = json.loads(Path("runs/evaluate.json").read_text())[0]
+    assert row["caption_accuracy"] is None and row["relative_straightness"] > 0
+
+
+def test_sampling_options(finished, call):
+    model = ["--model", ROOT / "toy/tiny_sd.safetensors"]
+    pictures = {}
+    for name, options in {
+        "plain": [], "again": [], "seed": ["--seed", 9], "ddim": ["--solver", "ddim"], "unguided": ["--guidance", 1],
+        "unconditional": ["--guidance", 0], "negative": ["--negative-prompt", "a red shape"], "steps": ["--steps", 4],
+        "batch": ["--batch-size", 1],
+    }.items():  # fmt: skip
+        code, _, err = call(sample.main, *model, "--prompt", "a red circle", "--num-images", 2, "--dtype", "fp32", *options)
+        assert code == 0, err
+        pictures[name] = torch.frombuffer(bytearray(Image.open("out.png").tobytes()), dtype=torch.uint8).float()
+    assert torch.equal(pictures["plain"], pictures["again"])
+    assert (pictures["plain"] - pictures["batch"]).abs().max() <= 1  # one seed, one picture, whatever the batch
+    for name in ("seed", "ddim", "unguided", "unconditional", "negative", "steps"):
+        assert (pictures["plain"] - pictures[name]).abs().mean() > 0.2, name
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# kill -9, then the same command again
+
+
+@pytest.mark.parametrize(
+    "name, arguments, reached",
+    [
+        ("reflow", REFLOW, lambda folder: list((folder / "runs/pairs").glob("shard-00001*"))),
+        ("reflow", REFLOW, lambda folder: saved_step(folder / "runs/2rf.safetensors.state") >= 2),
+        ("distill", DISTILL, lambda folder: saved_step(folder / "runs/instaflow.safetensors.state/l2") >= 2),
+        ("distill", DISTILL, lambda folder: saved_step(folder / "runs/instaflow.safetensors.state/lpips") >= 1),
+    ],
+    ids=["pairs", "reflow", "L2", "LPIPS"],
+)
+def test_killed_and_continued(finished, tmp_path, name, arguments, reached):
+    (tmp_path / "runs").mkdir()
+    if name == "distill":
+        (tmp_path / "runs/2rf.safetensors").write_bytes((finished / "runs/2rf.safetensors").read_bytes())
+    process = start(name, arguments, tmp_path)
+    while process.poll() is None and not reached(tmp_path):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert start(name, arguments, tmp_path).wait() == 0, (tmp_path / f"{name}.log").read_text()
+    out = "runs/2rf.safetensors" if name == "reflow" else "runs/instaflow.safetensors"
+    same = (tmp_path / out).read_bytes() == (finished / out).read_bytes()
+    assert same  # not compared in the assertion, which would show both files
+
+
+def test_ctrl_c_while_pairs_are_made(tmp_path):
+    process = start("reflow", [*REFLOW[:2], "--teacher-steps", 200], tmp_path)
+    while not (tmp_path / "runs/pairs/pairs.json").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 2
+    log = (tmp_path / "reflow.log").read_text()
+    assert "error: interrupted; run the same command again to continue" in log and "Traceback" not in log
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input: exit code 2 and one line
+
+
+TINY = ROOT / "toy/tiny_sd.safetensors"
+BAD = {
+    "missing teacher": (reflow, ["--teacher", "none.safetensors"], "none.safetensors: no such file"),
+    "missing flow": (distill, [], "runs/2rf.safetensors: no such file"),
+    "missing model": (sample, [], "runs/instaflow.safetensors: no such file"),
+    "nothing to evaluate": (evaluate, [], "runs/2rf.safetensors: no such checkpoint"),
+    "pickle": (reflow, ["--teacher", "a.ckpt"], "a.ckpt: only .safetensors is read"),
+    "corrupted": (reflow, ["--teacher", "corrupt.safetensors"], "corrupt.safetensors: not a whole safetensors file"),
+    "no prompts": (reflow, ["--prompts", "empty.txt"], "empty.txt: holds no prompt"),
+    "no prompt file": (reflow, ["--prompts", "none.txt"], "none.txt: cannot be read"),
+    "not UTF-8": (reflow, ["--prompts", "latin.txt"], "latin.txt: not UTF-8"),
+    "no column": (reflow, ["--prompts", "a.tsv", "--prompt-column", "x"], "a.tsv: has no column 'x'"),
+    "size": (sample, ["--height", 500], "--height 500: must be a multiple of 8"),
+    "zero pairs": (reflow, ["--num-pairs", 0], "--num-pairs: must be a whole number of at least 1, got '0'"),
+    "negative steps": (reflow, ["--teacher-steps", -1], "--teacher-steps: must be a whole number of at least 1, got '-1'"),
+    "zero batch": (distill, ["--batch-size", 0], "--batch-size: must be a whole number of at least 1"),
+    "zero steps": (sample, ["--steps", 0], "--steps: must be a whole number of at least 1"),
+    "words for steps": (evaluate, ["--steps", "1,many"], "--steps: must be a whole number of at least 1, got 'many'"),
+    "guidance": (sample, ["--guidance", "nan"], "--guidance: must be a number of at least 0"),
+    "unknown flag": (reflow, ["--stepz", 3], "unrecognized arguments: --stepz 3"),
+    "unknown device": (reflow, ["--device", "cuda:77"], "--device cuda:77: not usable"),
+    "output is a folder": (reflow, ["--out", "."], ".: is a folder"),
+    "output in a file": (reflow, ["--out", "empty.txt/x.safetensors"], "empty.txt/x.safetensors: cannot be written"),
+    "useless negative": (sample, ["--model", TINY, "--guidance", 1, "--negative-prompt", "x"], "no effect at guidance 1"),
+    "nothing to distill": (
+        distill, ["--teacher", TINY, "--l2-iterations", 0, "--lpips-iterations", 0], "both 0: nothing to do"
+    ),
+    "backbone offline": (distill, ["--teacher", TINY, "--lpips-net", "vgg"], "--lpips-net vgg: its backbone could not be"),
+    "not a tokenizer": (reflow, ["--tokenizer", "."], ".: holds no tokenizer"),
+    "EMA": (reflow, ["--use-ema"], "holds no averaged weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module, arguments, words", BAD.values(), ids=BAD)
+def test_bad_input(call, tmp_path, monkeypatch, module, arguments, words):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no-cache"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    Path(tmp_path, "a.ckpt").write_bytes(b"x")
+    Path(tmp_path, "corrupt.safetensors").write_bytes(b"x" * 1000)
+    Path(tmp_path, "empty.txt").write_text("")
+    Path(tmp_path, "latin.txt").write_bytes("café".encode("latin-1"))
+    Path(tmp_path, "a.tsv").write_text("Prompt\na cat\n")
+    code, out, err = call(module.main, *arguments)
+    assert code == 2
+    assert err.count("\n") == 0 and err.startswith("error: ") and words in err
+
+
+def offline(*arguments, **options):
+    raise OSError("no network")
+
+
+def test_no_command_shows_a_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "reflow.py"), "--teacher", "none.safetensors"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: none.safetensors")
+
+
+def test_a_one_step_model_is_refused_where_it_makes_no_sense(finished, call):
+    student = finished / "runs/instaflow.safetensors"
+    for main, arguments, words in (
+        (sample.main, ["--model", student, "--steps", 4], "is a one-step model, trained at t = 0 alone"),
+        (reflow.main, ["--teacher", student], "has no path to straighten"),
+        (distill.main, ["--teacher", student], "is distilled already"),
+    ):
+        code, _, err = call(main, *arguments)
+        assert code == 2 and words in err
+
+
+def test_other_settings_in_the_same_place(finished, call, monkeypatch):
+    from_here = lambda *arguments: in_folder(monkeypatch, finished, call, reflow.main, *REFLOW, *arguments)  # noqa: E731
+    code, _, err = from_here("--teacher-guidance", 3)
+    assert code == 2 and "guidance was 2.5, now 3.0" in err and "--pairs" in err
+    code, _, err = from_here("--learning-rate", 1)
+    assert code == 2 and "learning_rate was 0.0005, now 1.0" in err
+
+
+def test_a_full_disk_is_found_before_the_work(call, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": 100}))
+    code, _, err = call(reflow.main, *REFLOW)
+    assert code == 2 and "GB are free; make room first" in err
+    assert not list(Path("runs/pairs").glob("shard-*"))
+
+
+def test_an_unwritable_place(call, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("command.write_text", refuse)
+    code, _, err = call(reflow.main, "--out", "x/y.safetensors")
+    assert code == 2 and "x/y.safetensors: cannot be written (Permission denied)" in err
+
+
+def test_the_disk_fills_up_during_the_work(tmp_path):
+    """What is whole stays whole, and no half file is left. A limit on file sizes stands in for a full disk."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]\n"
+    code += "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+    code += "import reflow, command; command.run(reflow.main)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "reflow", *map(str, REFLOW)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "state.safetensors: File too large; what was whole is kept, make room and run again" in result.stderr
+    assert [path.name for path in (tmp_path / "runs/pairs").glob("*shard*")] == ["shard-00000.safetensors"]
+    assert not list((tmp_path / "runs/2rf.safetensors.state").glob("*state.*"))
+
+
+def test_blank_lines_in_prompts_are_told_once(call, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n\n\na blue square\n")
+    code, _, err = call(reflow.main, *REFLOW, "--prompts", "p.txt")
+    assert code == 0 and err == "note: p.txt: 2 blank lines are skipped"

@@ -1,0 +1,130 @@
+"""The tiny world, its judge, and the committed tiny model."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import checkpoint
+import shapes
+import train_teacher
+from conftest import ROOT
+from evaluate import draw_pictures, frechet_distance
+from shapes import Caption, Phrase, Scene, obeys, parse
+
+FIGURES = json.loads((ROOT / "toy" / "tiny_sd.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return shapes.load_reader()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return checkpoint.load(ROOT / "toy" / "tiny_sd.safetensors")
+
+
+def test_captions_and_scenes():
+    for caption in shapes.random_captions(2000, 1) + shapes.full_captions(200, 1) + shapes.open_captions(200, 1):
+        assert parse(str(caption)) == caption
+        assert obeys(shapes.scene_of(caption, random.Random(1)), caption)
+    assert all(caption.is_full for caption in shapes.full_captions(100, 2))
+    assert not any(caption.is_full for caption in shapes.open_captions(100, 2))
+    for wrong in ("a pink circle", "circle", "a red", ""):
+        with pytest.raises(ValueError):
+            parse(wrong)
+
+
+def test_obeying():
+    red, blue = Phrase("red", "circle"), Phrase("blue", "square")
+    scene = Scene("vertical", (("red", "circle"), ("blue", "square")))
+    true = [Caption(red, "above", blue), Caption(blue, "below", red), Caption(blue, "and", red), Caption(red, "and", blue),
+            Caption(Phrase(None, "circle"), "above", Phrase("blue", None))]  # fmt: skip
+    false = [Caption(red, "below", blue), Caption(blue, "above", red), Caption(red, "left of", blue), Caption(red),
+             Caption(Phrase("red", "square"), "and", Phrase("blue", "circle"))]  # fmt: skip
+    assert all(obeys(scene, caption) for caption in true)
+    assert not any(obeys(scene, caption) for caption in false)
+
+
+def test_pictures_are_what_the_scene_says():
+    scene = Scene("horizontal", (("red", "square"), ("blue", "circle")))
+    pictures = shapes.draw([scene] * 4, seed=3)
+    assert pictures.shape == (4, 3, 32, 32) and pictures.min() >= -1 and pictures.max() <= 1
+    assert torch.equal(pictures, shapes.draw([scene] * 4, seed=3))
+    assert not torch.equal(pictures[0], pictures[1])
+    red, _, blue = pictures[0]
+    columns = torch.arange(32.0)
+    centre = lambda channel: (
+        ((channel - shapes.GRAY).clamp(min=0).sum(0) * columns).sum() / (channel - shapes.GRAY).clamp(min=0).sum()
+    )  # noqa: E731, E501
+    assert centre(red) < centre(blue)
+
+
+def test_the_reader_reads_drawn_pictures(reader):
+    captions = shapes.random_captions(4000, 99)
+    assert sum(shapes.right(reader, shapes.drawn(captions, 98), captions)) / 4000 >= 0.995
+    wrong = captions[1:] + captions[:1]
+    assert sum(shapes.right(reader, shapes.drawn(captions, 98), wrong)) / 4000 < 0.3
+
+
+def test_the_tiny_checkpoint(model):
+    path = ROOT / "toy" / "tiny_sd.safetensors"
+    assert path.stat().st_size <= 15e6
+    assert model.kind == "diffusion" and model.captions == "toy/captions.txt"
+    prompts = (ROOT / model.captions).read_text().splitlines()
+    assert prompts == [str(caption) for caption in shapes.random_captions(train_teacher.CAPTIONS, FIGURES["seed"])]
+    assert (checkpoint.tokenize(model.tokenizer, prompts, 16)[:, -1] == model.tokenizer.eos_token_id).all()
+
+
+def test_each_word_of_the_captions_is_one_token(model):
+    text = "a red circle left of a white shape"
+    assert len(model.tokenizer(text)["input_ids"]) == len(text.split()) + 2
+    assert len(model.tokenizer("Ünïcode")["input_ids"]) > 3
+
+
+def test_the_committed_figures_meet_their_targets():
+    for kind, teacher in (("full", 0.90), ("open", 0.97)):
+        assert FIGURES[kind]["reader_on_drawn"] >= 0.995
+        assert FIGURES[kind]["reconstructions"] >= 0.98
+        assert FIGURES[kind]["teacher"] >= teacher
+    assert FIGURES["mixed"]["frechet_teacher"] <= 3 * FIGURES["mixed"]["frechet_reconstructions"]
+
+
+def test_the_committed_figures_are_the_models(model, reader):
+    captions = shapes.full_captions(200, 7)
+    from tqdm import tqdm
+
+    pictures = draw_pictures(
+        model, [str(c) for c in captions], list(range(200)), 25, FIGURES["guidance"], 200, tqdm(disable=True)
+    )
+    share = sum(shapes.right(reader, pictures, captions)) / 200
+    # Three standard errors of a share measured on 200 pictures.
+    assert abs(share - FIGURES["full"]["teacher"]) < 3 * (max(share * (1 - share), 0.02) / 200) ** 0.5
+
+
+def test_the_teachers_training_runs(tmp_path, call):
+    """Every stage, for a few steps, from nothing; then again, which finds all done."""
+    few = [f"--{stage}-iterations=3" for stage in ("reader", "autoencoder", "text", "unet")]
+    arguments = [*few, "--data", "64", "--out", tmp_path / "t.safetensors", "--work", tmp_path / "work"]
+    train_teacher.MEASURED, before = 8, train_teacher.MEASURED
+    try:
+        assert call(train_teacher.main, *arguments)[0] == 0
+        first = (tmp_path / "t.safetensors").read_bytes()
+        assert call(train_teacher.main, *arguments)[0] == 0
+    finally:
+        train_teacher.MEASURED = before
+    assert (tmp_path / "t.safetensors").read_bytes() == first
+    assert checkpoint.load(tmp_path / "t.safetensors").encode_prompts(["a red circle"]).shape == (1, 16, 128)
+
+
+def test_frechet_distance_of_known_gaussians():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(200_000, 3, generator=generator, dtype=torch.float64)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + 2) == pytest.approx(12, rel=1e-6)
+    scale = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    # Diagonal covariances: the sum of the squared differences of the standard deviations.
+    b = torch.randn(200_000, 3, generator=generator, dtype=torch.float64) * scale
+    assert frechet_distance(a, b) == pytest.approx(1.0 + 0.25, rel=0.02)
