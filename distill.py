@@ -108,7 +108,7 @@ def draw_from(pairs: Pairs, seed: int) -> Callable:
 
 def main():
     parser = Parser("Distill a flow (or a diffusion) into a one-step model.")
-    add_pairs_options(parser, teacher="runs/2rf.safetensors", folder="runs/pairs-2rf", count=ByModel(1_600_000, 15_000))
+    add_pairs_options(parser, teacher="runs/2rf.safetensors", folder="runs/pairs-2rf", count=ByModel(1_600_000, 10_000))
     # InstaFlow-0.9B: 21,500 updates of 1024 in L2, then 18,000 in LPIPS; 1000 warm-up steps, EMA 0.9999.
     group = add_training_options(parser, ByModel(1e-6, 5e-4), ByModel(64_000, 6_400), ByModel(443_584, 10_000))
     group.add_argument("--l2-iterations", type=not_negative, default=ByModel(21_500, 700))

@@ -20,7 +20,7 @@ import reflow
 import sample
 from conftest import ROOT
 from make_checkpoint import make_model, write_folder, write_single_file
-from training import saved_step
+from training import read_metrics, saved_step
 
 REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4, "--save-every", 1]
 DISTILL = ["--num-pairs", 40, "--teacher-steps", 3, "--l2-iterations", 4, "--lpips-iterations", 3, "--batch-size", 4,
@@ -109,6 +109,24 @@ def test_a_third_flow_from_the_second(finished, call):
     assert code == 0, err
     assert json.loads(Path("runs/pairs/pairs.json").read_text())["solver"] == "euler"
     assert checkpoint.load("runs/2rf.safetensors").kind == "flow"
+
+
+def test_a_negated_start_predicts_the_opposite():
+    model = make_model()
+    x, context, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.tensor([10.0, 900.0])
+    with torch.no_grad():
+        before = model.unet(x, timestep, context)
+        reflow.negate_output(model.unet)
+        torch.testing.assert_close(model.unet(x, timestep, context), -before)
+
+
+def test_starts_differ(call):
+    losses = {}
+    for init in ("teacher", "negated", "random"):
+        code, _, err = call(reflow.main, *REFLOW, "--init", init, "--out", f"runs/{init}.safetensors")
+        assert code == 0, err
+        losses[init] = read_metrics(f"runs/{init}.safetensors.state")[-1]["loss"]
+    assert losses["negated"] < losses["teacher"] and len(set(losses.values())) == 3
 
 
 def test_direct_distillation_of_the_teacher(call):
