@@ -11,7 +11,9 @@ demo: .venv/installed
 	$(BIN)/python reflow.py
 	$(BIN)/python distill.py
 	$(BIN)/python sample.py --out runs/sample.png
-	$(BIN)/python evaluate.py
+	if test runs/evaluate.json -nt runs/instaflow.safetensors; \
+	then cat runs/evaluate.md; echo "comparison picture: runs/evaluate.png"; \
+	else $(BIN)/python evaluate.py; fi
 
 test: .venv/installed-dev lint
 	$(BIN)/python -m pytest tests
