@@ -296,9 +296,10 @@ def load(
     if model.tokenizer is not None and len(model.tokenizer.get_vocab()) != expected:
         found = len(model.tokenizer.get_vocab())
         raise BadInput(f"{tokenizer or path}: the tokenizer has {found} tokens and the text encoder {expected}; give its own")
-    for network in (model.unet, model.vae):
-        if network.config.block_out_channels[0] >= WIDE:
-            network.to(memory_format=torch.channels_last)
+    if model.unet.config.block_out_channels[0] >= WIDE:
+        model.unet.to(memory_format=torch.channels_last)
+        if dtype != torch.float32:  # where the autoencoder's norms would round four times as coarsely on a CPU
+            model.vae.to(memory_format=torch.channels_last)
     for network in (model.unet, model.vae, model.text_encoder):
         network.eval()
     return model

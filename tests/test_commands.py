@@ -47,7 +47,9 @@ def start(name, arguments, folder):
     code += f"import pairs, command, {name}; pairs.PAIRS_PER_SHARD = 16; command.run({name}.main)"
     log = open(folder / f"{name}.log", "a")
     command = [sys.executable, "-c", code, name, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+    # A shell starts background jobs with Ctrl-C ignored, and the tests may be run by one.
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, preexec_fn=listen)
 
 
 # ---------------------------------------------------------------------------------------------------------------
