@@ -139,8 +139,8 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> None
     try:
         try:
             write(str(temporary))
-        except SafetensorError as problem:  # it wraps the system's error, as "... (os error 28)"
-            number = re.search(r"os error (\d+)", str(problem))
+        except SafetensorError as problem:  # it wraps the error of the system, as "... (os error 28)"
+            number = re.search(r"(?:os error |code: )(\d+)", str(problem))
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
