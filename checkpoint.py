@@ -31,13 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from command import BadInput, Parser, note, pick_dtype, run, write_text, write_whole
+from command import KINDS, BadInput, Parser, note, pick_dtype, run, write_text, write_whole
 from text_encoder import TextEncoder, TextEncoderConfig
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
 METADATA = "instaflow"  # one entry that holds all: safetensors writes several in any order, and runs would differ
-KINDS = ("diffusion", "flow", "one-step")
 HUB_TOKENIZER = "openai/clip-vit-large-patch14"  # the one that Stable Diffusion 1.x was trained with
 UNET_PREFIX, EMA_PREFIX = "model.diffusion_model.", "model_ema."
 VAE_PREFIX, TEXT_PREFIX = "first_stage_model.", "cond_stage_model.transformer."

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 HERE = Path(__file__).resolve().parent
+KINDS = ("diffusion", "flow", "one-step")  # what a checkpoint's U-Net predicts; see checkpoint.py
 TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")  # what every command uses when no model is named
 
 
@@ -102,9 +103,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """How to read a checkpoint, where the file itself does not say."""
     group = parser.add_argument_group("reading the checkpoint")
     group.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, for checkpoints without their own")
-    group.add_argument(
-        "--kind", choices=["diffusion", "flow", "one-step"], help="what the U-Net predicts; default: as the file says"
-    )
+    group.add_argument("--kind", choices=KINDS, help="what the U-Net predicts; default: as the file says")
     group.add_argument("--use-ema", action="store_true", help="read the averaged U-Net of a full training checkpoint")
 
 
@@ -155,6 +154,11 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> None
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file whole."""
     write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def differences(before: dict, now: dict) -> str:
+    """What `now` holds that `before` does not, for an error message; empty where nothing differs."""
+    return "; ".join(f"{key} was {before.get(key)!r}, now {value!r}" for key, value in now.items() if before.get(key) != value)
 
 
 def check_output(path: str | os.PathLike, needed: int = 0) -> None:

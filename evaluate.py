@@ -201,11 +201,13 @@ def questions_of(judge_path: str | None, count: int | None, seed: int) -> Questi
     count, judge = count or 1000, load_judge(judge_path)
     reader, captions = judge.load_reader(), judge.random_captions(count, seed)
     drawn = [judge.drawn(captions, seed), judge.drawn(captions, seed + 1)]
+    with torch.no_grad():
+        real = reader.features(drawn[0])
 
     @torch.no_grad()
     def grade(pictures: Tensor) -> dict:
         accuracy = sum(judge.right(reader, pictures, captions)) / count
-        return {"caption_accuracy": accuracy, "frechet": frechet_distance(reader.features(drawn[0]), reader.features(pictures))}
+        return {"caption_accuracy": accuracy, "frechet": frechet_distance(real, reader.features(pictures))}
 
     return Questions([str(caption) for caption in captions], list(range(seed, seed + count)), grade, drawn)
 

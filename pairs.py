@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from command import HERE, BadInput, ByModel, check_output, not_below_zero, note, positive, write_text, write_whole
+from command import HERE, BadInput, ByModel, check_output, differences, not_below_zero, note, positive, write_text, write_whole
 from rectified_flow import noise_from_seeds, sample_path
 
 PAIRS_PER_SHARD = 1000
@@ -158,11 +158,9 @@ def check_description(folder: Path, description: dict) -> None:
         before = json.loads((folder / "pairs.json").read_text())
     except ValueError:
         raise BadInput(f"{folder / 'pairs.json'}: damaged; delete the folder or name another with --pairs") from None
-    changed = [
-        f"{key} was {before.get(key)!r}, now {value!r}" for key, value in description.items() if before.get(key) != value
-    ]
+    changed = differences(before, description)
     if changed:
-        raise BadInput(f"{folder}: holds other pairs ({'; '.join(changed)}); name another folder with --pairs or delete it")
+        raise BadInput(f"{folder}: holds other pairs ({changed}); name another folder with --pairs or delete it")
 
 
 def shard_path(folder: Path, number: int) -> Path:

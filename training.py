@@ -29,7 +29,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from command import BadInput, ByModel, check_output, not_below_zero, not_negative, pick_dtype, positive, write_text, write_whole
+from command import (
+    BadInput,
+    ByModel,
+    check_output,
+    differences,
+    not_below_zero,
+    not_negative,
+    pick_dtype,
+    positive,
+    write_text,
+    write_whole,
+)
 
 TIME_BINS = 10  # the loss is also reported for each tenth of [0, 1]
 EMA_RAMP = 0.05  # the EMA's half-life never exceeds this share of the samples seen, so early weights are forgotten
@@ -190,12 +201,9 @@ def check_settings(folder: str | Path, settings: dict) -> None:
     """Write settings.json into a run's folder, or compare with the one there. BadInput names the differences."""
     path = Path(folder) / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text())
-        changed = [
-            f"{key} was {before.get(key)!r}, now {value!r}" for key, value in settings.items() if before.get(key) != value
-        ]
+        changed = differences(json.loads(path.read_text()), settings)
         if changed:
-            raise BadInput(f"{folder}: holds another run ({'; '.join(changed)}); give another --out or delete it")
+            raise BadInput(f"{folder}: holds another run ({changed}); give another --out or delete it")
     else:
         write_text(path, json.dumps(settings, indent=2) + "\n")
 
