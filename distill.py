@@ -38,7 +38,16 @@ from command import (
 )  # fmt: skip
 from pairs import Pairs, add_pairs_options, pairs_from
 from rectified_flow import distill_loss, flow_velocity, one_step
-from training import TrainingOptions, add_training_options, autocast_dtype, is_finished, options_from, shuffled, train
+from training import (
+    TrainingOptions,
+    add_training_options,
+    autocast_dtype,
+    is_finished,
+    options_from,
+    plot_loss,
+    shuffled,
+    train,
+)
 
 RANDOM_NET_SEED = 1
 
@@ -150,6 +159,9 @@ def main():
     if args.lpips_iterations:
         distill_perceptual(model, pairs, distance, lpips, state / "lpips", lpips_settings, dtype)
     checkpoint.save(model, args.out)
+    for folder, options, _ in stages:
+        if options.iterations:
+            plot_loss(folder)
     print(f"{args.out}: a one-step model; its losses are in {state}")
 
 

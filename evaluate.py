@@ -50,15 +50,7 @@ from command import (
     write_whole,
 )  # fmt: skip
 from pairs import NUMBERS_PER_BATCH, built_in_prompts, default_guidance, draw_latents
-from rectified_flow import (
-    NoiseSchedule,
-    diffusion_start,
-    diffusion_velocity,
-    flow_velocity,
-    guided,
-    noise_from_seeds,
-    straightness,
-)  # fmt: skip
+from rectified_flow import as_flow, noise_from_seeds, straightness
 
 TINY_JUDGE = str(HERE / "toy" / "shapes.py")
 STRAIGHTNESS_STEPS = 25
@@ -109,13 +101,8 @@ def measure_straightness(model, prompts: list[str], seeds: list[int], guidance: 
     """S along the model's own path. A diffusion is looked at as a flow, on the part of [0, 1] that it covers."""
     x = noise_from_seeds(seeds, model.latent_shape()).to(model.device)
     context, null_context = model.encode_prompts(prompts), model.encode_prompts([""])
-    if model.kind == "flow":
-        velocity = guided(flow_velocity(model.unet), null_context, guidance)
-        return straightness(velocity, x, STRAIGHTNESS_STEPS, context)
-    schedule = NoiseSchedule()
-    velocity = diffusion_velocity(guided(model.unet, null_context, guidance), schedule)
-    times = schedule.sampling_times(STRAIGHTNESS_STEPS)
-    return straightness(velocity, diffusion_start(x, schedule), STRAIGHTNESS_STEPS, context, times)
+    velocity, start, times = as_flow(model.unet, model.kind, x, STRAIGHTNESS_STEPS, null_context, guidance)
+    return straightness(velocity, start, STRAIGHTNESS_STEPS, context, times)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -237,7 +224,7 @@ def row_of(model: str, kind: str | None, steps: int | None, questions: Questions
     return row | {"samples": len(questions.prompts), "seed": questions.seeds[0]}
 
 
-def step_list(text: str) -> list[int]:
+def number_list(text: str) -> list[int]:
     """argparse type: whole numbers of at least 1, with commas."""
     return [positive(part) for part in text.split(",")]
 
@@ -248,7 +235,7 @@ def main():
         "--model", nargs="+", default=[TINY_TEACHER, "runs/2rf.safetensors", "runs/instaflow.safetensors"],
         help="one or more checkpoints",
     )  # fmt: skip
-    parser.add_argument("--steps", type=step_list, default="25,8,4,2,1", help="numbers of steps; a one-step model takes 1")
+    parser.add_argument("--steps", type=number_list, default="25,8,4,2,1", help="numbers of steps; a one-step model takes 1")
     parser.add_argument("--guidance", type=not_below_zero, help="for all; default: each kind's own, as for sample.py")
     parser.add_argument("--num-samples", type=positive, help="pictures for each row; default: 1000 with a judge, else 8")
     parser.add_argument("--judge", help="Python file that draws and reads captions; default: toy/shapes.py for the tiny model")

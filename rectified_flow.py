@@ -301,3 +301,18 @@ def sample_path(
     if kind == "diffusion":
         return {"dpm": dpm_solver, "ddim": ddim}[solver](network, x0, steps, NoiseSchedule(), context)
     return euler(network, x0, steps, context)
+
+
+def as_flow(
+    unet, kind: str, x0: Tensor, steps: int, null_context: Tensor, guidance: float = 1.0
+) -> tuple[Velocity, Tensor, Tensor]:
+    """A model of any kind seen as a flow: its velocity, where it starts from the noise x0, and the times of `steps` steps.
+
+    `euler(velocity, start, steps, context, times)` then moves the points. A flow lives on all of [0, 1]; a diffusion on
+    the part that its schedule covers, where Euler's method is DDIM.
+    """
+    if kind != "diffusion":
+        return guided(flow_velocity(unet), null_context, guidance), x0, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    schedule = NoiseSchedule()
+    velocity = diffusion_velocity(guided(unet, null_context, guidance), schedule)
+    return velocity, diffusion_start(x0, schedule), schedule.sampling_times(steps)

@@ -35,7 +35,16 @@ from command import (
 )  # fmt: skip
 from pairs import Pairs, add_pairs_options, pairs_from
 from rectified_flow import flow_velocity, reflow_loss
-from training import TrainingOptions, add_training_options, autocast_dtype, is_finished, options_from, shuffled, train
+from training import (
+    TrainingOptions,
+    add_training_options,
+    autocast_dtype,
+    is_finished,
+    options_from,
+    plot_loss,
+    shuffled,
+    train,
+)
 from unet import UNet
 
 CAPTION_DROPOUT = 0.1  # share of prompts replaced by the empty one (Ho & Salimans 2022, 2207.12598)
@@ -112,6 +121,7 @@ def main():
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     reflow(model, pairs, options, folder, settings, autocast_dtype(args.dtype, device, model.unet))
     checkpoint.save(model, args.out)
+    plot_loss(folder)
     print(f"{args.out}: a rectified flow; its loss is in {folder / 'loss.png'}")
 
 

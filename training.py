@@ -8,7 +8,7 @@ the whole run. So the position in the run is one number, and a run that was kill
 bit for bit on a CPU, what it would have computed without stopping.
 
 The state (weights, EMA, both AdamW moments) is one safetensors file that appears whole or not at all, in a folder
-beside the output: `<out>.state/state.safetensors`, with `settings.json`, `metrics.jsonl` and `loss.png`.
+beside the output: `<out>.state/state.safetensors`, with `settings.json` and `metrics.jsonl`, which `plot_loss` draws.
 """
 
 import argparse
@@ -119,7 +119,11 @@ def permutation(size: int, seed: int, epoch: int) -> Tensor:
 
 def shuffled(samples: Tensor, size: int, seed: int) -> Tensor:
     """Sample numbers of the run -> indices into a data set of `size`, in a new order every epoch."""
-    return torch.stack([permutation(size, seed, n // size)[n % size] for n in samples.tolist()])
+    epochs, indices = samples // size, torch.empty_like(samples)
+    for epoch in epochs.unique().tolist():
+        mine = epochs == epoch
+        indices[mine] = permutation(size, seed, epoch)[samples[mine] % size]
+    return indices
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -219,7 +223,7 @@ def read_metrics(folder: str | Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def plot_loss(folder: Path) -> None:
+def plot_loss(folder: str | Path) -> None:
     """loss.png from metrics.jsonl: the loss over samples, and over t where it has one."""
     rows = read_metrics(folder)
     if not rows:
@@ -237,7 +241,7 @@ def plot_loss(folder: Path) -> None:
         axes[1].set(xlabel="t  (0 noise, 1 data)", ylabel="loss", title="loss by t, last fifth of the run")
     else:
         axes[1].set_visible(False)
-    write_whole(folder / "loss.png", lambda path: figure.savefig(path, dpi=120))
+    write_whole(Path(folder) / "loss.png", lambda path: figure.savefig(path, dpi=120))
 
 
 def mean_by_time(losses: list[Tensor], times: list[Tensor]) -> list[float | None]:
@@ -368,7 +372,6 @@ def train(
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    plot_loss(folder)
     optimizer.zero_grad(set_to_none=True)
     for key, weight in weights.items():
         weight.data.copy_(ema[key])

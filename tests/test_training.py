@@ -57,6 +57,7 @@ def test_it_learns_and_reports(tmp_path):
     assert losses[-1] < 0.05 * losses[0]
     assert rows(tmp_path)[-1]["samples"] == 2400
     assert len(rows(tmp_path)[-1]["loss_by_t"]) == training.TIME_BINS
+    training.plot_loss(tmp_path)
     assert (tmp_path / "loss.png").stat().st_size > 5000
 
 

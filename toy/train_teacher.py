@@ -41,7 +41,7 @@ from evaluate import draw_pictures, frechet_distance
 from pairs import default_guidance
 from rectified_flow import NoiseSchedule, noise_loss
 from text_encoder import TextEncoder, TextEncoderConfig
-from training import TrainingOptions, read_metrics, seed_of, shuffled, train
+from training import TrainingOptions, plot_loss, read_metrics, seed_of, shuffled, train
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
@@ -349,7 +349,10 @@ def main():
     write_text(out.with_name("captions.txt"), "\n".join(prompts) + "\n")
 
     figures = {"command": " ".join(["python toy/train_teacher.py", *sys.argv[1:]]), "seed": seed, "machine": machine()}
-    figures["minutes"] = {stage: minutes_of(folder / stage) for stage in ("reader", "autoencoder", "text", "unet")}
+    figures["minutes"] = {}
+    for stage in ("reader", "autoencoder", "text", "unet"):
+        figures["minutes"][stage] = minutes_of(folder / stage)
+        plot_loss(folder / stage)
     figures |= measure(checkpoint.load(out), shapes.load_reader(out.with_name("reader.safetensors")), seed + 1)
     write_text(out.with_suffix(".json"), json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
