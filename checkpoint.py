@@ -33,7 +33,7 @@ from transformers import CLIPTokenizer
 
 from command import KINDS, BadInput, Parser, note, pick_dtype, run, write_text, write_whole
 from text_encoder import TextEncoder, TextEncoderConfig
-from unet import UNet, UNetConfig
+from unet import StackedUNet, UNet, UNetConfig, build_unet
 from vae import AutoencoderKL, VAEConfig
 
 METADATA = "instaflow"  # one entry that holds all: safetensors writes several in any order, and runs would differ
@@ -52,7 +52,7 @@ OPEN_AT_ONCE = 50  # tensors read per opening of a file: closing it gives its ma
 class StableDiffusion:
     """Everything a prompt needs to become a picture."""
 
-    unet: UNet
+    unet: UNet | StackedUNet
     vae: AutoencoderKL
     text_encoder: TextEncoder
     tokenizer: CLIPTokenizer | None  # None: from the hub, when the first prompt is encoded
@@ -62,7 +62,7 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        return next(self.unet.parameters()).device
 
     def fingerprint(self) -> str:
         """SHA-256 over the weights' files, so that data can say what made it."""
@@ -262,7 +262,7 @@ def fill(module: nn.Module, part: str, names: dict[str, str], index: dict[str, P
 
 def empty_networks(unet: UNetConfig, vae: VAEConfig, text: TextEncoderConfig) -> dict[str, nn.Module]:
     with torch.device("meta"):
-        return {"unet": UNet(unet), "vae": AutoencoderKL(vae), "text_encoder": TextEncoder(text)}
+        return {"unet": build_unet(unet), "vae": AutoencoderKL(vae), "text_encoder": TextEncoder(text)}
 
 
 def load(
@@ -352,12 +352,9 @@ def refuse_other_models(path: Path, index: dict[str, Path]) -> None:
         raise BadInput(f"{path}: a Stable Diffusion XL file; this project reads SD 1.4, 1.5 and fine-tunes of them")
     if any(key.startswith("cond_stage_model.model.") for key in index):
         raise BadInput(f"{path}: a Stable Diffusion 2.x file; this project reads SD 1.4, 1.5 and fine-tunes of them")
-    if not any(key.startswith(UNET_PREFIX) for key in index):
-        raise BadInput(f"{path}: holds no U-Net ({UNET_PREFIX}*); give a whole SD 1.x checkpoint")
-    if not any(key.startswith(VAE_PREFIX) for key in index):
-        raise BadInput(f"{path}: holds no autoencoder ({VAE_PREFIX}*); give a whole SD 1.x checkpoint")
-    if not any(key.startswith(TEXT_PREFIX) for key in index):
-        raise BadInput(f"{path}: holds no text encoder ({TEXT_PREFIX}*); give a whole SD 1.x checkpoint")
+    for part, prefix in (("U-Net", UNET_PREFIX), ("autoencoder", VAE_PREFIX), ("text encoder", TEXT_PREFIX)):
+        if not any(key.startswith(prefix) for key in index):
+            raise BadInput(f"{path}: holds no {part} ({prefix}*); give a whole SD 1.x checkpoint")
 
 
 # What real files hold beside the three networks: the averaged U-Net, the schedule's buffers, CLIP's position numbers.
@@ -460,7 +457,7 @@ def unet_to_diffusers(config: UNetConfig) -> dict:
     down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention_levels]
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention_levels)]
     result = asdict(config) | {"_class_name": "UNet2DConditionModel", "down_block_types": down, "up_block_types": up}
-    del result["attention_levels"]
+    del result["attention_levels"], result["stacked"]
     result["attention_head_dim"] = result.pop("attention_heads")
     return result
 
@@ -520,6 +517,8 @@ def export(model: StableDiffusion, folder: str | Path, dtype: torch.dtype | None
     folder = Path(folder)
     if folder.exists():
         raise BadInput(f"{folder}: exists already; name a new folder")
+    if model.unet.config.stacked:
+        raise BadInput(f"{model.path}: diffusers has no class for a stacked U-Net; keep the .safetensors file")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

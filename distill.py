@@ -10,6 +10,7 @@ L2 distance of latents first, then a perceptual distance (LPIPS) of the decoded 
 but where it is unsure L2 is content with a blur, and LPIPS is not. InstaFlow (arXiv 2309.06380).
 
 A diffusion model as --teacher is distilled directly; the paper reports that this fails and that reflow first helps.
+--student stacked puts two U-Nets in series, both started from the teacher's weights: InstaFlow-1.7B.
 
 The perceptual distance is that of the lpips package (Zhang et al. 2018, 1801.03924) with a trained backbone, which
 it downloads when first used. "random" needs no download: the same distance on a SqueezeNet with random weights, of
@@ -48,6 +49,7 @@ from training import (
     shuffled,
     train,
 )
+from unet import stack, started_from
 
 RANDOM_NET_SEED = 1
 
@@ -120,6 +122,7 @@ def main():
     add_pairs_options(parser, teacher="runs/2rf.safetensors", folder="runs/pairs-2rf", count=ByModel(1_600_000, 10_000))
     # InstaFlow-0.9B: 21,500 updates of 1024 in L2, then 18,000 in LPIPS; 1000 warm-up steps, EMA 0.9999.
     group = add_training_options(parser, ByModel(1e-6, 5e-4), ByModel(64_000, 6_400), ByModel(443_584, 10_000))
+    group.add_argument("--student", choices=["unet", "stacked"], default="unet", help="stacked: two in series, InstaFlow-1.7B")
     group.add_argument("--l2-iterations", type=not_negative, default=ByModel(21_500, 700))
     group.add_argument("--lpips-iterations", type=not_negative, default=ByModel(18_000, 150))
     group.add_argument("--lpips-net", choices=["vgg", "alex", "squeeze", "random"], default=ByModel("vgg", "random"))
@@ -141,7 +144,7 @@ def main():
     pairs = pairs_from(teacher, args)
     state = Path(args.out + ".state")
     l2, lpips = options_from(args, args.l2_iterations), options_from(args, args.lpips_iterations)
-    l2_settings = {"pairs": pairs.description}
+    l2_settings = {"pairs": pairs.description, "init": args.init, "student": args.student}
     lpips_settings = l2_settings | {"after": args.l2_iterations, "net": args.lpips_net}
     stages = [(state / "l2", l2, l2_settings), (state / "lpips", lpips, lpips_settings)]
     if Path(args.out).exists() and all(is_finished(*stage) for stage in stages if stage[1].iterations):
@@ -152,6 +155,9 @@ def main():
 
     del teacher  # the student is read anew in fp32: bf16 would round the weights that it starts from
     model = checkpoint.load_as_asked(args.teacher, args, device, torch.float32)
+    model.unet = started_from(model.unet, args.init, model.kind, args.seed)
+    if args.student == "stacked":
+        model.unet = stack(model.unet)
     model.unet.gradient_checkpointing = model.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
     dtype = autocast_dtype(args.dtype, device, model.unet)
     if args.l2_iterations:

@@ -71,6 +71,10 @@ AUTOCAST_FROM = 50_000_000  # parameters; below, casting costs more time on a CP
 def add_training_options(parser: argparse.ArgumentParser, learning_rate: ByModel, warmup: ByModel, half_life: ByModel):
     """The options that `options_from` reads, with the defaults of one command. Returns their group."""
     group = parser.add_argument_group("training")
+    group.add_argument(
+        "--init", choices=["teacher", "negated", "random"], default=ByModel("teacher", "negated"),
+        help="weights to start from; negated: a diffusion's, with the sign of its output changed",
+    )  # fmt: skip
     group.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
     group.add_argument("--accumulate", type=positive, default=1, help="forward passes that one update is split into")
     group.add_argument("--learning-rate", type=not_below_zero, default=learning_rate)

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from checkpoint import text_to_transformers, unet_to_diffusers, vae_to_diffusers
 from conftest import relative_error
 from text_encoder import TextEncoder, TextEncoderConfig
-from unet import UNet, UNetConfig
+from unet import StackedUNet, UNet, UNetConfig, stack
 from vae import AutoencoderKL, VAEConfig
 
 # Between them every kind of block: with and without attention on the way down and up, changing and equal widths,
@@ -152,3 +152,51 @@ def test_one_timestep_a_sample():
     together = unet(x, timestep, context)
     apart = torch.cat([unet(x[k : k + 1], timestep[k : k + 1], context[k : k + 1]) for k in range(2)])
     assert relative_error(together, apart) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stacked U-Net
+
+
+def test_stacked_unet_is_two_in_series():
+    torch.manual_seed(0)
+    unet = UNet(UNETS["like SD"]).eval()
+    stacked = stack(unet)
+    x, timestep, context = torch.randn(2, 4, 9, 13), torch.tensor([3.0, 700.0]), torch.randn(2, 7, 48)
+    features = unet.body(unet.body(unet.read_in(x), timestep, context), timestep, context)
+    assert torch.equal(stacked(x, timestep, context), unet.read_out(features))
+
+    with torch.no_grad():  # no weight is shared, with the other half or with the U-Net it was made from
+        for weight in stacked.first.parameters():
+            weight.zero_()
+    assert not torch.equal(stacked(x, timestep, context), unet.read_out(features))
+    assert all(torch.equal(weight, unet.state_dict()[name]) for name, weight in stacked.second.state_dict().items())
+
+
+def test_gradients_of_the_stacked_unet():
+    torch.manual_seed(0)
+    stacked = stack(UNet(UNETS["attention below"])).double()
+    x, timestep, context = torch.randn(2, 4, 4, 4).double(), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 24).double()
+    loss = lambda: stacked(x, timestep, context).square().mean()
+    for checkpointing in (False, True):
+        stacked.gradient_checkpointing = checkpointing
+        stacked.zero_grad()
+        loss().backward()
+        for name, weight in stacked.named_parameters():
+            assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+        # Along a random direction in all weights, the gradient is the slope.
+        direction = [torch.randn_like(weight) for weight in stacked.parameters()]
+        slope = sum((weight.grad * d).sum() for weight, d in zip(stacked.parameters(), direction))
+        values = []
+        with torch.no_grad():
+            for step in (1e-5, -2e-5, 1e-5):  # there, to the other side, and back
+                for weight, d in zip(stacked.parameters(), direction):
+                    weight += step * d
+                values.append(loss())
+        assert abs((values[0] - values[1]) / 2e-5 - slope) < 1e-4 * abs(slope)
+
+
+def test_size_of_the_stacked_unet():
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in StackedUNet(UNetConfig()).parameters())
+    assert f"{count:,}" in StackedUNet.__doc__
