@@ -1,11 +1,11 @@
 """Evaluation: how well models draw what captions say, at how many steps, and how straight their paths are.
 
     python evaluate.py                                  teacher, 2-RF and the one-step model, side by side
-    python evaluate.py --model runs/2rf.safetensors --steps 1,4,25 --guidance 1
+    python evaluate.py --model runs/2rf.safetensors --steps 1,4,25 --guidance 1,1.5,2.5 --repeats 5
 
 All models draw the same captions from the same noises. Writes beside each other
 
-    evaluate.json     a row for each model and number of steps (a figure that does not apply is null)
+    evaluate.json     a row for each model, guidance and number of steps (a figure that does not apply is null)
     evaluate.md       the same as a table
     evaluate.png      the pictures, a row for each, and  evaluate-curves.png  the figures against steps
 
@@ -13,14 +13,25 @@ caption_accuracy   share of pictures that show everything their caption says, as
 frechet            Fréchet distance between the reader's features of drawn and of generated pictures:
                    ‖m1 - m2‖² + tr(C1 + C2 - 2 (C1 C2)^½)   (Heusel et al. 2017, 1706.08500); the row "drawn" is
                    its floor, two sets of drawn pictures against each other
+precision, recall  share of generated pictures that lie among the drawn ones, and of drawn among the generated:
+                   a model that forgets variety loses recall (Kynkäänniemi et al. 2019, 1904.06991)
 straightness       S of rectified_flow.py along the model's own path at 25 steps; relative: S / E‖Z1 - Z0‖²
 
+A figure ± an interval is a mean with its 95 % confidence interval, over --repeats sets of captions and noises (for
+straightness over samples). In evaluate.json it is called <figure>_interval.
+
+fid, clip_score    against real images, with --coco or --images: coco.py
+
 Captions, drawn pictures and the reader come from a judge, a Python file such as toy/shapes.py. Models without one
-(Stable Diffusion) get straightness, seconds and pictures.
+(Stable Diffusion) get straightness, seconds and pictures, and with real images to compare with, the paper's two figures:
+
+    python evaluate.py --model sd14.safetensors runs/instaflow.safetensors --coco coco --steps 25
 """
 
 import importlib.util
+import itertools
 import json
+import statistics
 import sys
 import textwrap
 import time
@@ -28,12 +39,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import coco
 from command import (
     HERE,
     TINY_TEACHER,
@@ -49,14 +62,18 @@ from command import (
     write_text,
     write_whole,
 )  # fmt: skip
-from pairs import NUMBERS_PER_BATCH, built_in_prompts, default_guidance, draw_latents
+from pairs import NUMBERS_PER_BATCH, built_in_prompts, default_guidance, draw_latents, read_prompts
 from rectified_flow import as_flow, noise_from_seeds, straightness
 
 TINY_JUDGE = str(HERE / "toy" / "shapes.py")
 STRAIGHTNESS_STEPS = 25
 PICTURED = 8  # captions in the comparison picture
-GRADES = ("caption_accuracy", "frechet")
-FIGURES = ("guidance", *GRADES, "straightness", "relative_straightness", "seconds_per_image")
+SEEDS_PER_REPEAT = 1_000_000
+NORMAL_95 = 1.96  # standard errors of a 95 % interval
+NEIGHBOURS = 3  # of precision and recall, as in their paper
+GRADES = ("caption_accuracy", "frechet", "precision", "recall")
+ON_IMAGES = ("fid", "clip_score")
+STRAIGHT = ("straightness", "relative_straightness", "transport_cost")
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -69,6 +86,19 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return (mean + cov_a.trace() + cov_b.trace() - 2 * product).item()
+
+
+def precision_recall(real: Tensor, generated: Tensor) -> tuple[float, float]:
+    """Shares of the generated features (N, D) among the real ones (M, D), and of the real among the generated.
+
+    "Among" is: nearer to one of them than that one's k-th nearest neighbour in its own set. Kynkäänniemi et al. 2019.
+    """
+
+    def share(points: Tensor, among: Tensor) -> float:
+        reach = torch.cdist(among, among).kthvalue(NEIGHBOURS + 1, dim=1).values  # the nearest to a point is itself
+        return (torch.cdist(points, among) <= reach).any(1).double().mean().item()
+
+    return share(generated, real), share(real, generated)
 
 
 def load_judge(path: str):
@@ -92,7 +122,8 @@ def draw_pictures(model, prompts: list[str], seeds: list[int], steps: int, guida
         context = model.encode_prompts(prompts[part])
         latents = draw_latents(model, context, seeds[part], steps, guidance, "dpm", null_context)
         pictures.append(model.vae.decode(latents).float().cpu())
-        bar.update(len(latents))
+        if bar is not None:
+            bar.update(len(latents))
     return torch.cat(pictures)
 
 
@@ -109,20 +140,39 @@ def measure_straightness(model, prompts: list[str], seeds: list[int], guidance: 
 # What is written
 
 
-def rounded(value) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def with_interval(figures: list[float | None]) -> tuple[float | None, float | None]:
+    """The mean over repeats and its 95 % confidence interval (half its width), by Student's t."""
+    count = len(figures)
+    if None in figures:
+        return None, None
+    mean = statistics.fmean(figures)
+    if count == 1:
+        return mean, None
+    return mean, scipy.stats.t.ppf(0.975, count - 1).item() * statistics.stdev(figures) / count**0.5
+
+
+def rounded(value, interval: float | None = None) -> str:
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if interval is None else f"{text} ± {interval:.2g}"
 
 
 def markdown_table(rows: list[dict]) -> str:
-    names = list(rows[0])
+    """Rows with the same keys; lists are left out, and <name>_interval is joined to <name>."""
+    names = [
+        name for name in rows[0] if not name.endswith("_interval") and not any(isinstance(row[name], list) for row in rows)
+    ]
     lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|" + " --- |" * len(names)]
-    lines += ["| " + " | ".join(rounded(row[name]) for name in names) + " |" for row in rows]
+    for row in rows:
+        lines.append("| " + " | ".join(rounded(row[name], row.get(f"{name}_interval")) for name in names) + " |")
     return "\n".join(lines) + "\n"
 
 
-def label_of(row: dict) -> str:
-    steps = "" if row["steps"] is None else f"\n{row['steps']} step{'s' * (row['steps'] > 1)}"
-    return row["model"].replace(".safetensors", "") + steps
+def label_of(row: dict, guidance: bool = False) -> str:
+    """A model's name, with its number of steps if it has one, and with its guidance if asked."""
+    label = row["model"].replace(".safetensors", "")
+    if guidance and row["guidance"] is not None:
+        label += f"\nguidance {row['guidance']:g}"
+    return label + ("" if row["steps"] is None else f"\n{row['steps']} step{'s' * (row['steps'] > 1)}")
 
 
 def save_comparison(path: str, rows: list[tuple[str, Tensor]], captions: list[str]) -> None:
@@ -141,28 +191,33 @@ def save_comparison(path: str, rows: list[tuple[str, Tensor]], captions: list[st
 
 
 def save_curves(path: str, rows: list[dict]) -> None:
-    """Caption accuracy and Fréchet distance against the number of steps, a line for each model."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    drawn = next(row for row in rows if row["kind"] is None)
-    markers = iter("osD^v<>P")
-    for name in dict.fromkeys(row["model"] for row in rows if row["kind"]):
-        mine = [row for row in rows if row["model"] == name]
-        marker = next(markers, "o")
-        for axis, figure_name in zip(axes, GRADES):
-            axis.plot(
-                [r["steps"] for r in mine],
-                [r[figure_name] for r in mine],
-                marker=marker,
-                label=name.replace(".safetensors", ""),
-            )
-    for axis, figure_name in zip(axes, GRADES):
-        axis.axhline(drawn[figure_name], color="gray", linestyle=":", label="drawn pictures")
-        steps = sorted({row["steps"] for row in rows if row["steps"]})
-        axis.set(xscale="log", xlabel="steps", ylabel=figure_name.replace("_", " "), xticks=steps, xticklabels=steps)
-        axis.minorticks_off()
-    axes[1].set_yscale("log")
-    axes[0].legend(fontsize=8)
+    """The grades against the number of steps, and how bent paths are against t; a line for each model and guidance."""
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    axes = dict(zip((*GRADES, "profile"), figure.subplots(1, len(GRADES) + 1)))
+    drawn = next((row for row in rows if row["kind"] is None), None)
+    steps = sorted({row["steps"] for row in rows if row["steps"]})
+    lines = list(dict.fromkeys((row["model"], row["guidance"]) for row in rows if row["kind"]))
+    for line, marker in zip(lines, itertools.cycle("osD^v<>P")):
+        mine = [row for row in rows if (row["model"], row["guidance"]) == line]
+        label = f"{line[0].replace('.safetensors', '')}, guidance {line[1]:g}"
+        for name in GRADES:
+            if mine[0][name] is not None:
+                bars = [row[f"{name}_interval"] or 0 for row in mine]
+                axes[name].errorbar(
+                    [row["steps"] for row in mine], [row[name] for row in mine], bars, marker=marker, label=label
+                )
+        if mine[0]["straightness_profile"]:
+            axes["profile"].plot(*zip(*mine[0]["straightness_profile"]), label=label)
+    for name in GRADES:
+        if drawn:
+            axes[name].axhline(drawn[name], color="gray", linestyle=":", label="drawn pictures")
+        axes[name].set(xscale="log", xlabel="steps", title=name.replace("_", " "), xticks=steps, xticklabels=steps)
+        axes[name].minorticks_off()
+    axes["frechet"].set_yscale("log")
+    axes["profile"].set(xlabel="t  (0 noise, 1 data)", yscale="log", title="bend of the paths / squared length")
+    for axis in axes.values():
+        if axis.has_data():
+            axis.legend(fontsize=6)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
@@ -175,7 +230,7 @@ class Questions:
 
     prompts: list[str]
     seeds: list[int]
-    grade: Callable[[Tensor], dict]  # pictures -> {"caption_accuracy", "frechet"}
+    grade: Callable[[Tensor], dict]  # pictures -> a figure for each of GRADES
     drawn: list[Tensor]  # two sets of drawn pictures where a judge can draw; empty where none can
 
 
@@ -185,48 +240,109 @@ def questions_of(judge_path: str | None, count: int | None, seed: int) -> Questi
         count, source = count or 8, built_in_prompts()
         prompts = [source[k % len(source)] for k in range(count)]
         return Questions(prompts, list(range(seed, seed + count)), lambda pictures: dict.fromkeys(GRADES), [])
-    count, judge = count or 1000, load_judge(judge_path)
-    reader, captions = judge.load_reader(), judge.random_captions(count, seed)
+    judge = load_judge(judge_path)
+    return judged(judge, judge.random_captions(count or 1000, seed), seed)
+
+
+def judged(judge, captions: list, seed: int) -> Questions:
+    """These captions and the seeds from `seed` on, graded by a judge."""
+    reader = judge.load_reader()
     drawn = [judge.drawn(captions, seed), judge.drawn(captions, seed + 1)]
     with torch.no_grad():
         real = reader.features(drawn[0])
 
     @torch.no_grad()
     def grade(pictures: Tensor) -> dict:
-        accuracy = sum(judge.right(reader, pictures, captions)) / count
-        return {"caption_accuracy": accuracy, "frechet": frechet_distance(real, reader.features(pictures))}
+        features = reader.features(pictures)
+        accuracy = sum(judge.right(reader, pictures, captions)) / len(captions)
+        return dict(zip(GRADES, (accuracy, frechet_distance(real, features), *precision_recall(real, features))))
 
-    return Questions([str(caption) for caption in captions], list(range(seed, seed + count)), grade, drawn)
+    return Questions([str(caption) for caption in captions], list(range(seed, seed + len(captions))), grade, drawn)
 
 
-def evaluate(model, questions: Questions, steps: list[int], guidance: float) -> Iterator[tuple[dict, Tensor]]:
-    """A row and its pictures for each number of steps; a one-step model takes one."""
+def evaluate(
+    model, questions: list[Questions], steps: list[int], guidance: float, gallery: coco.Gallery | None = None
+) -> Iterator[tuple[dict, Tensor]]:
+    """A row and the first questions' pictures for each number of steps; a one-step model takes one.
+
+    With a gallery the questions are its captions, and pictures are drawn into its folder.
+    """
+    first, straight = questions[0], {}
     batch = max(1, NUMBERS_PER_BATCH // torch.Size(model.latent_shape()).numel())
-    straight, count = None, len(questions.prompts)
     if model.kind != "one-step":
-        straight = measure_straightness(model, questions.prompts[:batch], questions.seeds[:batch], guidance)
+        s = measure_straightness(model, first.prompts[:batch], first.seeds[:batch], guidance)
+        straight = {
+            "straightness": s.value, "straightness_interval": NORMAL_95 * s.standard_error,
+            "relative_straightness": s.relative, "relative_straightness_interval": NORMAL_95 * s.relative_standard_error,
+            "transport_cost": s.transport_cost, "straightness_profile": s.profile,
+        }  # fmt: skip
     for number in steps if model.kind != "one-step" else [1]:
-        name = f"{Path(model.path).stem}, {number} step{'s' * (number > 1)}"
-        started = time.perf_counter()
-        with tqdm(total=count, desc=name, unit="picture", leave=False, dynamic_ncols=True) as bar:
-            pictures = draw_pictures(model, questions.prompts, questions.seeds, number, guidance, batch, bar)
-        seconds = (time.perf_counter() - started) / count
-        yield row_of(
-            Path(model.path).name, model.kind, number, questions, guidance=guidance, **questions.grade(pictures),
-            straightness=straight and straight.value, relative_straightness=straight and straight.relative,
-            seconds_per_image=seconds,
-        ), pictures  # fmt: skip
+        draw = lambda prompts, seeds, bar: draw_pictures(model, prompts, seeds, number, guidance, batch, bar)
+        name, started = f"{Path(model.path).stem}, {number} step{'s' * (number > 1)}", time.perf_counter()
+        if gallery is None:
+            count, pictures = sum(len(each.prompts) for each in questions), []
+            with tqdm(total=count, desc=name, unit="picture", leave=False, dynamic_ncols=True) as bar:
+                for each in questions:
+                    pictures.append(draw(each.prompts, each.seeds, bar))
+            seconds, shown = (time.perf_counter() - started) / count, pictures[0]
+            grades = graded(questions, pictures)
+        else:
+            about = {"model": Path(model.path).name, "hash": model.fingerprint(), "kind": model.kind, "steps": number,
+                     "guidance": guidance, "seed": first.seeds[0], "prompts": first.prompts}  # fmt: skip
+            folder = f"{Path(model.path).stem}-{number}-{guidance:g}"
+            grades = gallery.score(gallery.draw(folder, about, lambda *asked: draw(*asked, None), first.seeds[0], batch))
+            shown = draw(first.prompts[:PICTURED], first.seeds[:PICTURED], None)
+            seconds = None  # some of the pictures may be of an earlier run
+        yield row_of(Path(model.path).name, model.kind, number, questions, guidance, seconds, grades | straight), shown
 
 
-def row_of(model: str, kind: str | None, steps: int | None, questions: Questions, **figures) -> dict:
+def graded(questions: list[Questions], pictures: list[Tensor]) -> dict:
+    """The grades of one set of pictures for each of the questions, as means with intervals."""
+    each, figures = [asked.grade(drawn) for asked, drawn in zip(questions, pictures)], {}
+    for name in GRADES:
+        figures[name], figures[f"{name}_interval"] = with_interval([grade[name] for grade in each])
+    return figures
+
+
+def row_of(
+    model: str, kind: str | None, steps: int | None, questions: list[Questions], guidance: float | None,
+    seconds: float | None, figures: dict,
+) -> dict:  # fmt: skip
     """A row of evaluate.json: every figure by name, null where it does not apply."""
-    row = {"model": model, "kind": kind, "steps": steps} | dict.fromkeys(FIGURES) | figures
-    return row | {"samples": len(questions.prompts), "seed": questions.seeds[0]}
+    row = {"model": model, "kind": kind, "steps": steps, "guidance": guidance}
+    for name in (*GRADES, *ON_IMAGES, *STRAIGHT):
+        row |= {name: figures.get(name), f"{name}_interval": figures.get(f"{name}_interval")}
+    row |= {"straightness_profile": figures.get("straightness_profile"), "seconds_per_image": seconds}
+    return row | {"samples": len(questions[0].prompts), "repeats": len(questions), "seed": questions[0].seeds[0]}
 
 
 def number_list(text: str) -> list[int]:
     """argparse type: whole numbers of at least 1, with commas."""
     return [positive(part) for part in text.split(",")]
+
+
+def guidance_list(text: str) -> list[float]:
+    """argparse type: numbers of at least 0, with commas."""
+    return [not_below_zero(part) for part in text.split(",")]
+
+
+def gallery_of(args, device: torch.device) -> coco.Gallery | None:
+    """The real images that a command's arguments name, if they do."""
+    if not args.coco and not args.images:
+        return None
+    if args.coco and args.images:
+        raise BadInput("--coco and --images: give one of them")
+    if args.images and not args.prompts:
+        raise BadInput("--images: needs --prompts too, a file with captions to draw")
+    if args.repeats > 1:
+        raise BadInput("--repeats: FID is measured once; leave it away with --coco and --images")
+    if args.coco:
+        prompts, images, side = coco.read_coco(args.coco, args.num_samples)
+    else:
+        prompts = read_prompts(args.prompts, args.prompt_column)[: args.num_samples]
+        images, side = coco.read_images(args.images), 512
+    fid, clip = coco.feature_distance(args.feature_extractor, device), coco.caption_score(args.clip, device)
+    return coco.Gallery(prompts, images, args.image_size or side, Path(args.out.removesuffix(".json") + "-pictures"), fid, clip)
 
 
 def main():
@@ -236,9 +352,18 @@ def main():
         help="one or more checkpoints",
     )  # fmt: skip
     parser.add_argument("--steps", type=number_list, default="25,8,4,2,1", help="numbers of steps; a one-step model takes 1")
-    parser.add_argument("--guidance", type=not_below_zero, help="for all; default: each kind's own, as for sample.py")
+    parser.add_argument("--guidance", type=guidance_list, help="one or more, for all; default: each kind's own")
     parser.add_argument("--num-samples", type=positive, help="pictures for each row; default: 1000 with a judge, else 8")
+    parser.add_argument("--repeats", type=positive, default=1, help="times that many, for confidence intervals")
     parser.add_argument("--judge", help="Python file that draws and reads captions; default: toy/shapes.py for the tiny model")
+    group = parser.add_argument_group("real images, for FID and CLIP score")
+    group.add_argument("--coco", help="COCO's folder, with annotations/ and val2017/ (5,000 captions) or val2014/ (30,000)")
+    group.add_argument("--images", help="another folder of images, with --prompts")
+    group.add_argument("--prompts", help="text file with a prompt a line, or .tsv/.csv, to draw with --images")
+    group.add_argument("--prompt-column", default="Prompt", help="column of a .tsv or .csv that holds the prompts")
+    group.add_argument("--image-size", type=positive, help="pixels at which images are compared; default: COCO's protocol, 512")
+    group.add_argument("--feature-extractor", help="TorchScript file instead of Inception: uint8 images to features")
+    group.add_argument("--clip", default="openai/clip-vit-large-patch14", help="CLIP of the score: a folder or a hub id")
     parser.add_argument("--out", default="runs/evaluate.json", help="the rows; table and pictures land beside it")
     add_model_options(parser)
     add_machine_options(parser)
@@ -249,26 +374,30 @@ def main():
         raise BadInput(f"{missing[0]}: no such checkpoint; make it with reflow.py and distill.py, or name others with --model")
     check_output(args.out)
     device = pick_device(args.device)
-    rows, pictures, questions = [], [], None
+    rows, pictures, questions, gallery = [], [], [], gallery_of(args, device)
+    if gallery is not None:
+        seeds = list(range(args.seed, args.seed + len(gallery.prompts)))
+        questions = [Questions(gallery.prompts, seeds, lambda pictures: {}, [])]
     for path in args.model:
         model = checkpoint.load_as_asked(path, args, device)
-        if questions is None:  # the first model decides what all are asked
+        if not questions:  # the first model decides what all are asked
             judge = args.judge or (TINY_JUDGE if model.captions is not None else None)
-            questions = questions_of(judge, args.num_samples, args.seed)
-            if questions.drawn:
-                rows.append(row_of("drawn", None, None, questions, **questions.grade(questions.drawn[1])))
-                pictures.append(("drawn", questions.drawn[0][:PICTURED]))
-        guidance = default_guidance(model) if args.guidance is None else args.guidance
-        for row, drawn in evaluate(model, questions, args.steps, guidance):
-            rows.append(row)
-            pictures.append((label_of(row), drawn[:PICTURED]))
+            for repeat in range(args.repeats):
+                questions.append(questions_of(judge, args.num_samples, args.seed + repeat * SEEDS_PER_REPEAT))
+            if questions[0].drawn:
+                grades = graded(questions, [asked.drawn[1] for asked in questions])
+                rows.append(row_of("drawn", None, None, questions, None, None, grades))
+                pictures.append(("drawn", questions[0].drawn[0][:PICTURED]))
+        for guidance in args.guidance or [default_guidance(model)]:
+            for row, drawn in evaluate(model, questions, args.steps, guidance, gallery):
+                rows.append(row)
+                pictures.append((label_of(row, guidance=args.guidance is not None), drawn[:PICTURED]))
 
     stem = args.out.removesuffix(".json")
     write_text(f"{stem}.json", json.dumps(rows, indent=2) + "\n")
     write_text(f"{stem}.md", markdown_table(rows))
-    save_comparison(f"{stem}.png", pictures, questions.prompts[:PICTURED])
-    if questions.drawn:
-        save_curves(f"{stem}-curves.png", rows)
+    save_comparison(f"{stem}.png", pictures, questions[0].prompts[:PICTURED])
+    save_curves(f"{stem}-curves.png", rows)
     print(markdown_table(rows), end="")
     print(f"comparison picture: {stem}.png")
 

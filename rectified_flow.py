@@ -115,6 +115,7 @@ class Straightness:
     relative: float  # S / E‖Z1 - Z0‖²: 0 is straight, and the size of the latent drops out
     relative_standard_error: float
     transport_cost: float  # E‖Z1 - Z0‖²; reflow must not raise it
+    profile: list[tuple[float, float]]  # (t, E‖(Z1 - Z0) - v(Z_t, t)‖² / E‖Z1 - Z0‖²) at every step
 
 
 def straightness(
@@ -135,9 +136,9 @@ def straightness(
     states = list(euler(velocity, x, steps, context, times))
     velocities = [(b - a) / length for a, b, length in zip(states, states[1:], lengths.tolist())]
     mean_velocity = (states[-1] - states[0]) / lengths.sum().item()
-    bend = sum(w * (mean_velocity - v).square().flatten(1).sum(1) for w, v in zip(weights, velocities))  # (B,)
-    cost = mean_velocity.square().flatten(1).sum(1)  # (B,)
-    bend, cost = bend.double(), cost.double()
+    bends = [(mean_velocity - v).square().flatten(1).sum(1).double() for v in velocities]  # (B,) at every step
+    bend = sum(weight * at_step for weight, at_step in zip(weights, bends))
+    cost = mean_velocity.square().flatten(1).sum(1).double()  # (B,)
     ratio, count = bend.mean() / cost.mean(), len(bend)
     # The standard error of a ratio of means, to first order.
     relative_error = (bend - ratio * cost).square().mean().sqrt() / cost.mean() / max(count - 1, 1) ** 0.5
@@ -147,6 +148,7 @@ def straightness(
         relative=ratio.item(),
         relative_standard_error=relative_error.item(),
         transport_cost=cost.mean().item(),
+        profile=[(t, (at_step.mean() / cost.mean()).item()) for t, at_step in zip(times.tolist(), bends)],
     )
 
 

@@ -1,0 +1,97 @@
+"""Evaluation: known answers of its measures, its rows, and the study that is built on it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import pairs
+import study
+from command import TINY_TEACHER
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(pairs, "PAIRS_PER_SHARD", 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measures
+
+
+def test_precision_and_recall_have_known_answers():
+    torch.manual_seed(0)
+    two_clouds = torch.cat([torch.randn(200, 3), torch.randn(200, 3) + 50])
+    assert evaluate.precision_recall(two_clouds, two_clouds) == (1, 1)
+    assert evaluate.precision_recall(two_clouds, two_clouds + 1000) == (0, 0)
+    precision, recall = evaluate.precision_recall(two_clouds, two_clouds[:200])  # right, and half of it forgotten
+    assert (precision, recall) == (1, 0.5)
+    precision, recall = evaluate.precision_recall(two_clouds[:200], two_clouds)
+    assert (precision, recall) == (0.5, 1)
+
+
+def test_intervals():
+    assert evaluate.with_interval([3.0]) == (3, None)
+    assert evaluate.with_interval([None, None]) == (None, None)
+    mean, interval = evaluate.with_interval([1.0, 2.0, 3.0])
+    # Student's t at 97.5 % and 2 degrees of freedom is 4.3027; the standard error is 1 / √3.
+    assert mean == 2 and interval == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+
+
+def test_the_table_joins_figures_with_their_intervals():
+    rows = [{"a": 1.23456, "a_interval": 0.0512, "b": None, "b_interval": None, "c": [1]}]
+    assert evaluate.markdown_table(rows) == "| a | b |\n| --- | --- |\n| 1.235 ± 0.051 |  |\n"
+
+
+def test_repeats_and_guidances(call):
+    arguments = ["--model", TINY_TEACHER, "--steps", "2,1", "--guidance", "1,2.5", "--num-samples", 16, "--repeats", 2]
+    code, out, err = call(evaluate.main, *arguments)
+    assert code == 0, err
+    rows = json.loads(Path("runs/evaluate.json").read_text())
+    assert [(row["guidance"], row["steps"]) for row in rows] == [(None, None), (1, 2), (1, 1), (2.5, 2), (2.5, 1)]
+    for row in rows:
+        for name in evaluate.GRADES:
+            assert row[f"{name}_interval"] >= 0 and 0 <= row[name]
+        assert row["precision"] <= 1 and row["recall"] <= 1
+    profile = rows[1]["straightness_profile"]
+    assert len(profile) == evaluate.STRAIGHTNESS_STEPS and all(0 < t < 1 and bend >= 0 for t, bend in profile)
+    assert rows[1]["relative_straightness_interval"] > 0 and rows[1]["straightness_profile"] != rows[3]["straightness_profile"]
+    assert np.asarray(Image.open("runs/evaluate-curves.png").convert("L")).std() > 3
+    assert call(evaluate.main, "--guidance", "1,-2")[0] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The study, in miniature
+
+STUDY = ["--iterations", 4, "--lpips-iterations", 2, "--batch-size", 4, "--num-pairs", 20, "--held-out", 8,
+         "--num-samples", 12]  # fmt: skip
+
+
+def test_the_study(call, tmp_path):
+    code, out, err = call(study.main, *STUDY, "--seeds", "0,3")
+    assert code == 0, err
+    rows = json.loads(Path("runs/study/study.json").read_text())
+    names = ["teacher"] * 5 + ["2-RF"] * 5 + ["2-RF + distill"] * 3 + ["2-RF + distill + LPIPS"] + ["teacher + distill"] * 5
+    names += ["teacher + distill + LPIPS"] + ["3-RF"] * 5 + ["3-RF + distill", "2-RF + distill, stacked"]
+    for seed in (0, 3):
+        mine = [row for row in rows if row["seed"] == seed]
+        assert sorted(row["row"] for row in mine) == sorted(names)
+    at = lambda name, updates: next(row for row in rows if (row["row"], row["updates"], row["seed"]) == (name, updates, 0))
+    assert at("teacher + distill", 8)["samples"] == at("2-RF + distill", 4)["samples"] == 8 * 4
+    assert at("teacher + distill", 8)["held_out_error"] != at("teacher + distill", 16)["held_out_error"] > 0
+    assert at("2-RF", 4)["held_out_error"] is None and at("2-RF", 4)["relative_straightness"] > 0
+    for name in ("study.png", "study-pictures-0.png", "study-pictures-3.png"):
+        assert np.asarray(Image.open(Path("runs/study") / name).convert("L")).std() > 3
+    assert Path("runs/study/study.md").read_text() in out
+
+    # Killed before the last row of the first seed was written, and with the second seed finished.
+    without_minutes = lambda rows: sorted(json.dumps({**row, "minutes": 0}, sort_keys=True) for row in rows)
+    kept = [row for row in rows if not (row["seed"] == 0 and row["row"] in ("2-RF", study.LAST_ROW))]
+    Path("runs/study/study.json").write_text(json.dumps(kept))
+    Path("runs/study/seed-0/2-RF+distill,stacked-4.safetensors").unlink()
+    assert call(study.main, *STUDY, "--seeds", "0,3")[0] == 0
+    assert without_minutes(json.loads(Path("runs/study/study.json").read_text())) == without_minutes(rows)

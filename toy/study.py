@@ -1,0 +1,276 @@
+"""The paper's table on the tiny model: is distilling the teacher directly worse, and what does reflow buy?
+
+    python toy/study.py                       seeds 0, 1 and 2; hours on 2 CPU cores, and it goes on where it was stopped
+    python toy/study.py --seeds 0             one of them; rows that are already in the table are kept
+
+For each seed, on captions that leave much open ("a shape and a red square"), where a prompt has many right pictures:
+
+    teacher                           at 25, 8, 4, 2, 1 steps of DPM-Solver
+    2-RF                              at 25, 8, 4, 2, 1 Euler steps       `--iterations` updates of reflow
+    teacher + distill (direct)        at 1/4, 1/2, 1, 2 and 4 times `--iterations` updates in L2
+    2-RF + distill                    at 1/4, 1/2, 1 times; counted with reflow's updates, 1 time is direct's 2 times
+    ... + LPIPS                       `--lpips-iterations` more, from 1 time, for both
+    3-RF, 3-RF + distill              a second reflow, and one step from it
+    2-RF + distill, stacked           two U-Nets in series
+
+Every student starts from its teacher's weights; where that is the diffusion, with the sign of its output changed, as reflow
+does (unet.started_from). "samples" counts what training saw on the whole way from the teacher, "own_samples" what this
+student saw, and "minutes" is the time of training on the whole way, without that of making pairs.
+
+held_out_error    E‖X1 - (X0 + v(X0, 0))‖² a number of the latent, on noises and captions of no training pair, X1 being
+                  where the student's own teacher leads; train_error the same on the pairs it was trained on
+transport_cost    E‖Z1 - Z0‖²; the other figures are those of evaluate.py
+
+Writes study.json (a row for each seed), study.md (means with 95 % intervals over seeds), study.png (one-step quality
+against samples) and study-pictures-SEED.png (the same captions and noises in every row).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint
+import shapes
+from checkpoint import StableDiffusion
+from command import TINY_TEACHER, Parser, check_output, not_negative, positive, run, write_text, write_whole
+from distill import distill_l2, distill_perceptual, perceptual_distance
+from evaluate import GRADES, Questions, draw_pictures, evaluate, judged, markdown_table, save_comparison, with_interval
+from pairs import Pairs, default_guidance, make_pairs
+from rectified_flow import distill_loss, flow_velocity
+from reflow import reflow
+from train_teacher import minutes_of
+from training import TrainingOptions
+from unet import stack, started_from
+
+STEPS = [25, 8, 4, 2, 1]
+TEACHER_STEPS = 25
+CAPTIONS = 1000
+SEEDS_APART = 10_000_000  # noises of one seed of the study and of the next
+HELD_OUT = 5_000_000  # from here on, within a seed, captions and noises are for measuring
+PICTURED = 8
+LAST_ROW = "2-RF + distill, stacked"  # of a seed
+KEYS = ("row", "updates", "steps")
+FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
+COSTS = ("samples", "own_samples", "minutes")
+
+
+@dataclass
+class Study:
+    """One seed: where its files lie, what is measured with, and the rows of all seeds."""
+
+    seed: int
+    folder: Path
+    args: argparse.Namespace
+    questions: Questions
+    rows: list[dict]
+    write: Callable[[], None]  # puts the rows on the disk
+    shown: list[tuple[str, StableDiffusion, int]] = field(default_factory=list)  # rows of the picture
+
+    def captions(self, held_out: bool) -> list[str]:
+        return [str(caption) for caption in shapes.open_captions(CAPTIONS, self.noise_seed(held_out))]
+
+    def noise_seed(self, held_out: bool) -> int:
+        return self.seed * SEEDS_APART + held_out * HELD_OUT
+
+    def options(self, iterations: int) -> TrainingOptions:
+        """Those of reflow.py and distill.py for the tiny model."""
+        return TrainingOptions(
+            iterations, self.args.batch_size, learning_rate=5e-4, warmup_samples=6_400, ema_half_life=10_000,
+            save_every=500, seed=self.seed,
+        )  # fmt: skip
+
+    def pairs_of(self, model: StableDiffusion, held_out: bool = False) -> Pairs:
+        folder = self.folder / f"{'held-out' if held_out else 'pairs'}-{Path(model.path).stem}"
+        count = self.args.held_out if held_out else self.args.num_pairs
+        return make_pairs(
+            model, self.captions(held_out), "open captions", folder, count, TEACHER_STEPS, default_guidance(model),
+            seed=self.noise_seed(held_out),
+        )  # fmt: skip
+
+    def made(self, name: str, start: StableDiffusion, train: Callable[[StableDiffusion], object]) -> StableDiffusion:
+        """The model of that name: from its file, or trained from `start`'s weights and written there, in fp32."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            model = checkpoint.load(start.path)
+            model.unet = started_from(model.unet, "negated", model.kind, self.seed)
+            train(model)
+            checkpoint.save(model, path, None)
+        return checkpoint.load(path)
+
+    def record(self, row: str, model: StableDiffusion, updates: int, source: StableDiffusion | None = None, **about) -> None:
+        """Measure a model, at all numbers of steps if it has a path, unless the table has it already."""
+        steps = [1] if model.kind == "one-step" else STEPS
+        self.shown += [(f"{row}, {updates}\n{number} step{'s' * (number > 1)}", model, number) for number in steps]
+        key = {"row": row, "updates": updates, "seed": self.seed}
+        if sum(key.items() <= each.items() for each in self.rows) == len(steps):
+            return
+        self.rows[:] = [each for each in self.rows if not key.items() <= each.items()]
+        errors = {"held_out_error": None, "train_error": None}
+        if source is not None:
+            errors["held_out_error"], cost = self.errors_on(self.pairs_of(source, held_out=True), model)
+            errors["train_error"], _ = self.errors_on(self.pairs_of(source), model)
+        for measured, _ in evaluate(model, [self.questions], steps, default_guidance(model)):
+            figures = {name: measured[name] for name in (*GRADES, "relative_straightness", "transport_cost")}
+            if source is not None:
+                figures["transport_cost"] = cost
+            self.rows.append(key | {"steps": measured["steps"]} | figures | errors | about)
+        self.write()
+
+    @torch.inference_mode()
+    def errors_on(self, pairs: Pairs, student: StableDiffusion) -> tuple[float, float]:
+        """The distillation loss on the first `--held-out` of the pairs, and E‖Z1 - Z0‖² of the student there."""
+        x0, x1, prompts = pairs.batch(torch.arange(min(len(pairs), self.args.held_out)))
+        velocity, context = flow_velocity(student.unet), student.encode_prompts(prompts)
+        jump = velocity(x0, torch.zeros(len(x0)), context)
+        return distill_loss(velocity, x0, x1, context).mean().item(), jump.square().flatten(1).sum(1).mean().item()
+
+
+def run_seed(study: Study, distance: Callable) -> None:
+    """Every row of one seed, in the order in which each needs the ones before."""
+    n, lpips = study.args.iterations, study.args.lpips_iterations
+    dtype = torch.float32
+
+    def costs(before: int, updates: int, *stages: str) -> dict:
+        batch, minutes = study.args.batch_size, sum(minutes_of(study.folder / stage) for stage in stages)
+        return {"samples": (before + updates) * batch, "own_samples": updates * batch, "minutes": minutes}
+
+    def flow_from(model: StableDiffusion, name: str) -> StableDiffusion:
+        train = lambda new: reflow(new, study.pairs_of(model), study.options(n), study.folder / name, {}, dtype)
+        return study.made(name, model, train)
+
+    def student_of(
+        source: StableDiffusion, row: str, stages: list[str], budgets: list[int], finish: bool = False, stacked: bool = False
+    ):
+        """Distil `source`, recorded at each of the budgets. stages: those before; finish: after n updates also in LPIPS."""
+        name, before = row.replace(" ", ""), n * len(stages)
+
+        def train(new: StableDiffusion, updates: int) -> None:
+            if stacked:
+                new.unet = stack(new.unet)
+            distill_l2(new, study.pairs_of(source), study.options(updates), study.folder / name, {}, dtype)
+
+        for updates in budgets:
+            student = study.made(f"{name}-{updates}", source, lambda new: train(new, updates))
+            study.record(row, student, updates, source, **costs(before, updates, *stages, name))
+            if updates == n and finish:
+                perceptual = lambda new: distill_perceptual(
+                    new, study.pairs_of(source), distance, study.options(lpips), study.folder / f"{name}-lpips", {}, dtype
+                )
+                finished = study.made(f"{name}-{updates}-lpips", student, perceptual)
+                spent = costs(before, updates + lpips, *stages, name, f"{name}-lpips")
+                study.record(f"{row} + LPIPS", finished, updates + lpips, source, **spent)
+
+    teacher = checkpoint.load(TINY_TEACHER)
+    study.record("teacher", teacher, 0, **costs(0, 0))
+    flow2 = flow_from(teacher, "2rf")
+    study.record("2-RF", flow2, n, **costs(0, n, "2rf"))
+    student_of(flow2, "2-RF + distill", ["2rf"], [n // 4, n // 2, n], finish=True)
+    student_of(teacher, "teacher + distill", [], [n // 4, n // 2, n, 2 * n, 4 * n], finish=True)
+    flow3 = flow_from(flow2, "3rf")
+    study.record("3-RF", flow3, 2 * n, **costs(n, n, "2rf", "3rf"))
+    student_of(flow3, "3-RF + distill", ["2rf", "3rf"], [n])
+    student_of(flow2, LAST_ROW, ["2rf"], [n], stacked=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+def summary_of(rows: list[dict]) -> list[dict]:
+    """One line for the rows that differ in their seed alone: means with 95 % intervals."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in KEYS), []).append(row)
+    summary = []
+    for key, group in groups.items():
+        line = dict(zip(KEYS, key))
+        for name in FIGURES:
+            line[name], line[f"{name}_interval"] = with_interval([row[name] for row in group])
+        line |= {name: statistics.fmean(row[name] for row in group) for name in COSTS}
+        summary.append(line | {"seeds": len(group)})
+    return summary
+
+
+def save_pictures(path: Path, study: Study) -> None:
+    """The first captions in every row: drawn, and by every model."""
+    asked = study.questions
+    captions, seeds, pictures = asked.prompts[:PICTURED], asked.seeds[:PICTURED], [("drawn", asked.drawn[0][:PICTURED])]
+    with tqdm(desc="pictures", leave=False) as bar:
+        for label, model, steps in study.shown:
+            pictures.append((label, draw_pictures(model, captions, seeds, steps, default_guidance(model), PICTURED, bar)))
+    save_comparison(path, pictures, captions)
+
+
+def save_curves(path: Path, summary: list[dict]) -> None:
+    """One-step quality against the samples seen since the teacher, and the error on new noises."""
+    figure = Figure(figsize=(14, 3.8), layout="constrained")
+    panels = ("held_out_error", "frechet", "caption_accuracy", "recall")
+    for axis, name in zip(figure.subplots(1, len(panels)), panels):
+        for row, colour, marker in (("teacher + distill", "tab:orange", "o"), ("2-RF + distill", "tab:blue", "s")):
+            mine = [line for line in summary if line["row"] == row]
+            bars = [line[f"{name}_interval"] or 0 for line in mine]
+            x, y = [line["samples"] for line in mine], [line[name] for line in mine]
+            axis.errorbar(x, y, bars, color=colour, marker=marker, label=row)
+            if row == "2-RF + distill":
+                axis.plot(
+                    [line["own_samples"] for line in mine], y, ":", color=colour, label=f"{row}, without reflow's samples"
+                )
+        for line in summary:
+            if line["row"].endswith("LPIPS") or line["row"] in ("3-RF + distill", LAST_ROW):
+                colour = "tab:orange" if line["row"].startswith("teacher") else "tab:blue"
+                axis.plot(line["samples"], line[name], "*" if "LPIPS" in line["row"] else "^", color=colour, markersize=9)
+                axis.annotate(line["row"], (line["samples"], line[name]), fontsize=6, xytext=(4, 4), textcoords="offset points")
+        axis.set(xlabel="samples seen since the teacher", title=name.replace("_", " "))
+    figure.axes[0].legend(fontsize=7)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def seed_list(text: str) -> list[int]:
+    """argparse type: whole numbers of at least 0, with commas."""
+    return [not_negative(part) for part in text.split(",")]
+
+
+def main():
+    parser = Parser("The paper's table on the tiny model.")
+    parser.add_argument("--seeds", type=seed_list, default="0,1,2", help="whole numbers with commas; each is a whole run")
+    parser.add_argument("--iterations", type=positive, default=700, help="updates of each reflow and distillation, the unit")
+    parser.add_argument("--lpips-iterations", type=positive, default=150)
+    parser.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
+    parser.add_argument("--num-pairs", type=positive, default=10_000, help="of each teacher")
+    parser.add_argument("--held-out", type=positive, default=1000, help="pairs that nothing is trained on")
+    parser.add_argument("--num-samples", type=positive, default=1000, help="pictures for each row and seed")
+    parser.add_argument("--out", default="runs/study", help="folder of table, figures and everything made on the way")
+    args = parser.parse_args()
+    folder = Path(args.out)
+    check_output(folder / "study.json")
+    rows = json.loads((folder / "study.json").read_text()) if (folder / "study.json").exists() else []
+    distance = perceptual_distance("random", torch.device("cpu"))
+
+    finished = {row["seed"] for row in rows if row["row"] == LAST_ROW}
+    for seed in [seed for seed in args.seeds if seed not in finished]:
+        asked = shapes.open_captions(args.num_samples, seed * SEEDS_APART + HELD_OUT)
+        questions = judged(shapes, asked, seed * SEEDS_APART + HELD_OUT)
+        write = lambda: write_text(folder / "study.json", json.dumps(rows, indent=2) + "\n")
+        study = Study(seed, folder / f"seed-{seed}", args, questions, rows, write)
+        run_seed(study, distance)
+        save_pictures(folder / f"study-pictures-{seed}.png", study)
+
+    summary = summary_of(rows)
+    write_text(folder / "study.md", markdown_table(summary))
+    save_curves(folder / "study.png", summary)
+    print(markdown_table(summary), end="")
+    print(f"{folder}: study.json, study.md, study.png and pictures")
+
+
+if __name__ == "__main__":
+    run(main)
