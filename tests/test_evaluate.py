@@ -72,19 +72,19 @@ STUDY = ["--iterations", 4, "--lpips-iterations", 2, "--batch-size", 4, "--num-p
 
 
 def test_the_study(call, tmp_path):
-    code, out, err = call(study.main, *STUDY, "--seeds", "0,3")
+    code, out, err = call(study.main, *STUDY, "--num-seeds", 2)
     assert code == 0, err
     rows = json.loads(Path("runs/study/study.json").read_text())
     names = ["teacher"] * 5 + ["2-RF"] * 5 + ["2-RF + distill"] * 3 + ["2-RF + distill + LPIPS"] + ["teacher + distill"] * 5
     names += ["teacher + distill + LPIPS"] + ["3-RF"] * 5 + ["3-RF + distill", "2-RF + distill, stacked"]
-    for seed in (0, 3):
+    for seed in (0, 1):
         mine = [row for row in rows if row["seed"] == seed]
         assert sorted(row["row"] for row in mine) == sorted(names)
     at = lambda name, updates: next(row for row in rows if (row["row"], row["updates"], row["seed"]) == (name, updates, 0))
     assert at("teacher + distill", 8)["samples"] == at("2-RF + distill", 4)["samples"] == 8 * 4
     assert at("teacher + distill", 8)["held_out_error"] != at("teacher + distill", 16)["held_out_error"] > 0
     assert at("2-RF", 4)["held_out_error"] is None and at("2-RF", 4)["relative_straightness"] > 0
-    for name in ("study.png", "study-pictures-0.png", "study-pictures-3.png"):
+    for name in ("study.png", "study-pictures-0.png", "study-pictures-1.png"):
         assert np.asarray(Image.open(Path("runs/study") / name).convert("L")).std() > 3
     assert Path("runs/study/study.md").read_text() in out
 
@@ -93,5 +93,5 @@ def test_the_study(call, tmp_path):
     kept = [row for row in rows if not (row["seed"] == 0 and row["row"] in ("2-RF", study.LAST_ROW))]
     Path("runs/study/study.json").write_text(json.dumps(kept))
     Path("runs/study/seed-0/2-RF+distill,stacked-4.safetensors").unlink()
-    assert call(study.main, *STUDY, "--seeds", "0,3")[0] == 0
+    assert call(study.main, *STUDY, "--num-seeds", 2)[0] == 0
     assert without_minutes(json.loads(Path("runs/study/study.json").read_text())) == without_minutes(rows)

@@ -1,7 +1,7 @@
 """The paper's table on the tiny model: is distilling the teacher directly worse, and what does reflow buy?
 
     python toy/study.py                       seeds 0, 1 and 2; hours on 2 CPU cores, and it goes on where it was stopped
-    python toy/study.py --seeds 0             one of them; rows that are already in the table are kept
+    python toy/study.py --num-seeds 1         the first of them; rows that are already in the table are kept
 
 For each seed, on captions that leave much open ("a shape and a red square"), where a prompt has many right pictures:
 
@@ -42,14 +42,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import shapes
 from checkpoint import StableDiffusion
-from command import TINY_TEACHER, Parser, check_output, not_negative, positive, run, write_text, write_whole
+from command import (
+    TINY_TEACHER,
+    Parser,
+    add_machine_options,
+    check_output,
+    pick_device,
+    pick_dtype,
+    positive,
+    run,
+    write_text,
+    write_whole,
+)  # fmt: skip
 from distill import distill_l2, distill_perceptual, perceptual_distance
 from evaluate import GRADES, Questions, draw_pictures, evaluate, judged, markdown_table, save_comparison, with_interval
 from pairs import Pairs, default_guidance, make_pairs
-from rectified_flow import distill_loss, flow_velocity
+from rectified_flow import flow_velocity, one_step
 from reflow import reflow
 from train_teacher import minutes_of
-from training import TrainingOptions
+from training import TrainingOptions, autocast_dtype
 from unet import stack, started_from
 
 STEPS = [25, 8, 4, 2, 1]
@@ -71,10 +82,15 @@ class Study:
     seed: int
     folder: Path
     args: argparse.Namespace
+    device: torch.device
     questions: Questions
     rows: list[dict]
     write: Callable[[], None]  # puts the rows on the disk
     shown: list[tuple[str, StableDiffusion, int]] = field(default_factory=list)  # rows of the picture
+
+    def load(self, path: str | Path) -> StableDiffusion:
+        """A model to draw with, in --dtype."""
+        return checkpoint.load(path, self.device, pick_dtype(self.args.dtype, self.device))
 
     def captions(self, held_out: bool) -> list[str]:
         return [str(caption) for caption in shapes.open_captions(CAPTIONS, self.noise_seed(held_out))]
@@ -101,11 +117,11 @@ class Study:
         """The model of that name: from its file, or trained from `start`'s weights and written there, in fp32."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
-            model = checkpoint.load(start.path)
+            model = checkpoint.load(start.path, self.device)
             model.unet = started_from(model.unet, "negated", model.kind, self.seed)
             train(model)
             checkpoint.save(model, path, None)
-        return checkpoint.load(path)
+        return self.load(path)
 
     def record(self, row: str, model: StableDiffusion, updates: int, source: StableDiffusion | None = None, **about) -> None:
         """Measure a model, at all numbers of steps if it has a path, unless the table has it already."""
@@ -130,15 +146,16 @@ class Study:
     def errors_on(self, pairs: Pairs, student: StableDiffusion) -> tuple[float, float]:
         """The distillation loss on the first `--held-out` of the pairs, and E‖Z1 - Z0‖² of the student there."""
         x0, x1, prompts = pairs.batch(torch.arange(min(len(pairs), self.args.held_out)))
-        velocity, context = flow_velocity(student.unet), student.encode_prompts(prompts)
-        jump = velocity(x0, torch.zeros(len(x0)), context)
-        return distill_loss(velocity, x0, x1, context).mean().item(), jump.square().flatten(1).sum(1).mean().item()
+        x0, x1 = x0.to(self.device), x1.to(self.device)
+        ends = one_step(flow_velocity(student.unet), x0, student.encode_prompts(prompts))
+        return (x1 - ends).square().mean().item(), (ends - x0).square().flatten(1).sum(1).mean().item()
 
 
 def run_seed(study: Study, distance: Callable) -> None:
     """Every row of one seed, in the order in which each needs the ones before."""
     n, lpips = study.args.iterations, study.args.lpips_iterations
-    dtype = torch.float32
+    teacher = study.load(TINY_TEACHER)
+    dtype = autocast_dtype(study.args.dtype, study.device, teacher.unet)
 
     def costs(before: int, updates: int, *stages: str) -> dict:
         batch, minutes = study.args.batch_size, sum(minutes_of(study.folder / stage) for stage in stages)
@@ -170,7 +187,6 @@ def run_seed(study: Study, distance: Callable) -> None:
                 spent = costs(before, updates + lpips, *stages, name, f"{name}-lpips")
                 study.record(f"{row} + LPIPS", finished, updates + lpips, source, **spent)
 
-    teacher = checkpoint.load(TINY_TEACHER)
     study.record("teacher", teacher, 0, **costs(0, 0))
     flow2 = flow_from(teacher, "2rf")
     study.record("2-RF", flow2, n, **costs(0, n, "2rf"))
@@ -235,14 +251,9 @@ def save_curves(path: Path, summary: list[dict]) -> None:
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
-def seed_list(text: str) -> list[int]:
-    """argparse type: whole numbers of at least 0, with commas."""
-    return [not_negative(part) for part in text.split(",")]
-
-
 def main():
     parser = Parser("The paper's table on the tiny model.")
-    parser.add_argument("--seeds", type=seed_list, default="0,1,2", help="whole numbers with commas; each is a whole run")
+    parser.add_argument("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
     parser.add_argument("--iterations", type=positive, default=700, help="updates of each reflow and distillation, the unit")
     parser.add_argument("--lpips-iterations", type=positive, default=150)
     parser.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
@@ -250,18 +261,19 @@ def main():
     parser.add_argument("--held-out", type=positive, default=1000, help="pairs that nothing is trained on")
     parser.add_argument("--num-samples", type=positive, default=1000, help="pictures for each row and seed")
     parser.add_argument("--out", default="runs/study", help="folder of table, figures and everything made on the way")
+    add_machine_options(parser)
     args = parser.parse_args()
-    folder = Path(args.out)
+    folder, device = Path(args.out), pick_device(args.device)
     check_output(folder / "study.json")
     rows = json.loads((folder / "study.json").read_text()) if (folder / "study.json").exists() else []
-    distance = perceptual_distance("random", torch.device("cpu"))
+    distance = perceptual_distance("random", device)
 
     finished = {row["seed"] for row in rows if row["row"] == LAST_ROW}
-    for seed in [seed for seed in args.seeds if seed not in finished]:
+    for seed in sorted(set(range(args.seed, args.seed + args.num_seeds)) - finished):
         asked = shapes.open_captions(args.num_samples, seed * SEEDS_APART + HELD_OUT)
         questions = judged(shapes, asked, seed * SEEDS_APART + HELD_OUT)
         write = lambda: write_text(folder / "study.json", json.dumps(rows, indent=2) + "\n")
-        study = Study(seed, folder / f"seed-{seed}", args, questions, rows, write)
+        study = Study(seed, folder / f"seed-{seed}", args, device, questions, rows, write)
         run_seed(study, distance)
         save_pictures(folder / f"study-pictures-{seed}.png", study)
 
