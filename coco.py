@@ -10,7 +10,7 @@ networks are downloaded when first used. Real images and generated ones are crop
 to squares and resized to the protocol's size before the network sees them.
 
 Generated pictures lie in a folder for each model, number of steps and guidance, one PNG each, named by its number.
-Whatever is there already is not drawn again.
+Whatever is there already is not drawn again, and of N processes each draws every N-th.
 """
 
 import json
@@ -25,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from command import BadInput, write_whole
+from command import BadInput, rank, wait_for_all, world_size, write_whole
 from training import check_settings
 
 PROTOCOLS = {"val2017": (5_000, 512), "val2014": (30_000, 256)}  # COCO's part: number of captions, size in pixels
@@ -123,15 +123,17 @@ class Gallery:
         """Have draw(prompts, seeds) make what is missing in the folder of that name. about: what decides the pictures."""
         folder = self.folder / name
         check_settings(folder, about)
-        missing = [k for k in range(len(self.prompts)) if not picture_path(folder, k).exists()]
-        with tqdm(total=len(self.prompts), initial=len(self.prompts) - len(missing), desc=name, unit="picture") as bar:
+        mine = range(rank(), len(self.prompts), world_size())
+        missing = [k for k in mine if not picture_path(folder, k).exists()]
+        with tqdm(total=len(mine), initial=len(mine) - len(missing), desc=name, unit="picture", disable=rank() > 0) as bar:
             for start in range(0, len(missing), batch):
                 part = missing[start : start + batch]
                 pictures = draw([self.prompts[k] for k in part], [seed + k for k in part])
                 for k, pixels in zip(part, ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()):
                     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-                    write_whole(picture_path(folder, k), picture.save)
+                    write_whole(picture_path(folder, k), picture.save, every_rank=True)
                 bar.update(len(part))
+        wait_for_all()
         return folder
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 HERE = Path(__file__).resolve().parent
@@ -109,8 +110,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is cuda, else mps, else cpu. BadInput where it does not exist."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto" and torch.cuda.is_available():
+        name = f"cuda:{torch.cuda.current_device()}"  # torchrun's processes have one each
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as problem:
@@ -130,8 +133,46 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Call write(temporary name beside path), flush it to the disk, then rename it to path."""
+# ---------------------------------------------------------------------------------------------------------------
+# Many processes, as torchrun starts them: each computes its share, the first writes
+
+
+def rank() -> int:
+    """The number of this process, 0 where there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def join_processes() -> None:
+    """Find the other processes by torchrun's environment; only the first one speaks on stdout and shows bars."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[str], object], every_rank: bool = False) -> None:
+    """Call write(temporary name beside path), flush it to the disk, then rename it to path.
+
+    Of many processes only the first writes, unless each has a file of its own.
+    """
+    if rank() and not every_rank:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # one name, so that killed runs leave one file at most
@@ -169,7 +210,7 @@ def check_output(path: str | os.PathLike, needed: int = 0) -> None:
         if Path(path).is_dir():
             raise BadInput(f"{path}: is a folder; name a file to write")
         write_text(folder / ".can-write", "yes")
-        (folder / ".can-write").unlink()
+        (folder / ".can-write").unlink(missing_ok=True)
     except OSError as problem:
         raise BadInput(f"{path}: cannot be written ({problem.strerror}); choose another place") from None
     free = shutil.disk_usage(folder).free
@@ -183,6 +224,7 @@ def run(main: Callable[[], object]) -> None:
     torch.set_flush_denormal(True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        join_processes()
         main()
     except BadInput as problem:
         message = str(problem)
@@ -195,6 +237,8 @@ def run(main: Callable[[], object]) -> None:
             raise
         message = f"{problem.filename or 'output'}: {problem.strerror}; what was whole is kept, make room and run again"
     else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}" + f" (process {rank()} of {world_size()})" * (world_size() > 1), file=sys.stderr)
     sys.exit(2)

@@ -24,7 +24,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from command import HERE, BadInput, ByModel, check_output, differences, not_below_zero, note, positive, write_text, write_whole
+from command import (
+    HERE,
+    BadInput,
+    ByModel,
+    check_output,
+    differences,
+    not_below_zero,
+    note,
+    positive,
+    rank,
+    wait_for_all,
+    world_size,
+    write_text,
+    write_whole,
+)
 from rectified_flow import noise_from_seeds, sample_path
 
 PAIRS_PER_SHARD = 1000
@@ -97,7 +111,7 @@ def make_pairs(
     model, prompts: list[str], prompts_name: str, folder: str | Path, count: int, steps: int, guidance: float,
     solver: str = "dpm", seed: int = 0, batch_size: int | None = None, repair: bool = False,
 ) -> "Pairs":  # fmt: skip
-    """Make what is missing of `count` pairs in the folder, and open it.
+    """Make what is missing of `count` pairs in the folder, and open it. Of N processes each makes every N-th shard.
 
     model: a StableDiffusion of kind "diffusion" or "flow", sampled with `steps` and `guidance` (1 is off); solver
     "dpm" or "ddim" for a diffusion, while a flow always takes Euler steps.
@@ -113,12 +127,15 @@ def make_pairs(
     check_output(folder / "pairs.json", needed=2 * count * torch.Size(shape).numel())
     check_description(folder, description)
     write_text(folder / "pairs.json", json.dumps(description | {"count": count}, indent=2) + "\n")
+    wait_for_all()
 
     sizes = [min(PAIRS_PER_SHARD, count - start) for start in range(0, count, PAIRS_PER_SHARD)]
-    missing = [i for i, size in enumerate(sizes) if not shard_is_whole(folder, i, size, shape, repair)]
+    mine = range(rank(), len(sizes), world_size())
+    missing = [i for i in mine if not shard_is_whole(folder, i, sizes[i], shape, repair)]
     batch_size = batch_size or max(1, min(256, NUMBERS_PER_BATCH // torch.Size(shape).numel()))
-    done = count - sum(sizes[i] for i in missing)
-    with tqdm(total=count, initial=done, desc="pairs", unit="pair", dynamic_ncols=True, disable=not missing) as bar:
+    total = sum(sizes[i] for i in mine)
+    done, silent = total - sum(sizes[i] for i in missing), not missing or rank() > 0
+    with tqdm(total=total, initial=done, desc="pairs", unit="pair", dynamic_ncols=True, disable=silent) as bar:
         null_context = model.encode_prompts([""]) if missing else None
         for i in missing:
             numbers = range(i * PAIRS_PER_SHARD, i * PAIRS_PER_SHARD + sizes[i])
@@ -136,7 +153,8 @@ def make_pairs(
                 raise BadInput(f"{folder}: the teacher's latent of pair {bad} is not finite; try --dtype fp32")
             tensors = {"latents": latents.half(), "seeds": torch.tensor(seeds)}
             metadata = {"prompts": json.dumps(texts)}
-            write_whole(shard_path(folder, i), lambda path: save_file(tensors, path, metadata))
+            write_whole(shard_path(folder, i), lambda path: save_file(tensors, path, metadata), every_rank=True)
+    wait_for_all()
     return Pairs(folder)
 
 

@@ -7,6 +7,9 @@ Everything random in a step is drawn from a generator seeded by (seed, step), an
 the whole run. So the position in the run is one number, and a run that was killed and started again computes,
 bit for bit on a CPU, what it would have computed without stopping.
 
+Under torchrun every process computes its share of each batch, gradients are summed once an update, and the first process
+writes. The same batch at any number of processes gives the same run up to rounding, so the number may change between stops.
+
 The state (weights, EMA, both AdamW moments) is one safetensors file that appears whole or not at all, in a folder
 beside the output: `<out>.state/state.safetensors`, with `settings.json` and `metrics.jsonl`, which `plot_loss` draws.
 """
@@ -23,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -38,6 +42,9 @@ from command import (
     not_negative,
     pick_dtype,
     positive,
+    rank,
+    wait_for_all,
+    world_size,
     write_text,
     write_whole,
 )
@@ -148,6 +155,8 @@ def channels_second(tensor: Tensor) -> Tensor:
 
 
 def save_state(folder: Path, step: int, weights: dict, ema: dict, optimizer: torch.optim.Optimizer) -> None:
+    if rank():
+        return
     tensors = {}
     for name, weight in weights.items():
         moments = optimizer.state[weight]
@@ -257,6 +266,26 @@ def mean_by_time(losses: list[Tensor], times: list[Tensor]) -> list[float | None
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Between processes
+
+
+def sum_over_processes(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes. Once for each update, however many passes it is made of."""
+    if world_size() > 1:
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+def from_all_processes(items: list) -> list:
+    """The items of every process, in the order of their ranks."""
+    if world_size() == 1:
+        return items
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -295,6 +324,9 @@ def train(
     # Twice, because the old state is replaced only when the new one is whole.
     check_output(folder / "state.safetensors", needed=2 * BYTES_PER_PARAMETER * count)
     check_settings(folder, decisive(options, settings))
+    if options.batch_size < world_size():
+        raise BadInput(f"--batch-size {options.batch_size}: smaller than the number of processes, {world_size()}")
+    wait_for_all()
 
     fused = device.type in ("cpu", "cuda")  # one kernel, without copies of all moments
     optimizer = torch.optim.AdamW(weights.values(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=fused)
@@ -315,7 +347,9 @@ def train(
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     network.train()
-    bar = tqdm(total=options.iterations, initial=first, desc=name, unit="it", dynamic_ncols=True, leave=True)
+    # Each process takes its share of the batch. All draw the whole of it, so that the same samples are seen by any number.
+    share = range(rank() * options.batch_size // world_size(), (rank() + 1) * options.batch_size // world_size())
+    bar = tqdm(total=options.iterations, initial=first, desc=name, unit="it", dynamic_ncols=True, disable=rank() > 0)
     losses, times, started, saved = [], [], time.monotonic(), first
     try:
         for step in range(first, options.iterations):
@@ -328,21 +362,22 @@ def train(
                 group["lr"] = rate
 
             optimizer.zero_grad(set_to_none=True)
-            part = math.ceil(options.batch_size / options.accumulate)
-            for start in range(0, options.batch_size, part):
+            part = math.ceil(len(share) / options.accumulate)
+            for start in range(share.start, share.stop, part):
+                end = min(start + part, share.stop)
                 with autocast:
-                    per_sample, t = loss(*(column[start : start + part] for column in batch))
+                    per_sample, t = loss(*(column[start:end] for column in batch))
                 scaler.scale(per_sample.sum() / options.batch_size).backward()
                 losses.append(per_sample.detach().float().cpu())
                 if t is not None:
                     times.append(t.detach().float().cpu())
                 if not torch.isfinite(losses[-1]).all():
-                    last = min(seen + start + part, seen + options.batch_size) - 1
                     raise BadInput(
-                        f"{name}: the loss is not finite at step {step}, samples {seen + start} to {last}; the state of step "
-                        f"{saved} is kept in {folder}; try a lower --learning-rate or --dtype fp32"
+                        f"{name}: the loss is not finite at step {step}, samples {seen + start} to {seen + end - 1}; the state "
+                        f"of step {saved} is kept in {folder}; try a lower --learning-rate or --dtype fp32"
                     )
 
+            sum_over_processes([weight.grad for weight in weights.values()])
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(weights.values(), options.clip_norm)
             scaler.step(optimizer)
@@ -354,6 +389,7 @@ def train(
             bar.update()
             done = step + 1
             if done % options.log_every == 0 or done == options.iterations:
+                losses, times = from_all_processes(losses), from_all_processes(times)
                 row = {
                     "step": done,
                     "samples": done * options.batch_size,
@@ -363,10 +399,12 @@ def train(
                     "seconds_per_step": (time.monotonic() - started) / options.log_every,
                     "loss_by_t": mean_by_time(losses, times),
                 }
-                with open(metrics, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                if rank() == 0:
+                    with open(metrics, "a") as file:
+                        file.write(json.dumps(row) + "\n")
                 bar.set_postfix(loss=f"{row['loss']:.4g}")
                 losses, times, started = [], [], time.monotonic()
+            stop = from_all_processes(stop)  # so that all stop after the same step
             if done % options.save_every == 0 or done == options.iterations or stop:
                 save_state(folder, done, weights, ema, optimizer)
                 saved = done

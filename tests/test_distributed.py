@@ -1,0 +1,101 @@
+"""Two processes do what one does: the same pairs to the byte, the same training up to rounding, at any change of number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, relative_error
+from training import read_metrics, saved_step
+
+REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4, "--accumulate", 2, "--save-every", 1]
+
+RUNNER = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import command, pairs
+pairs.PAIRS_PER_SHARD = 16
+name = sys.argv.pop(1)
+command.run(__import__(name).main)
+"""
+
+
+def start(folder: Path, processes: int, name: str, arguments: list, log: str = "log") -> subprocess.Popen:
+    """A command under torchrun, in a folder, one thread a process."""
+    folder.mkdir(exist_ok=True)
+    (folder / "runner.py").write_text(RUNNER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*torchrun, "runner.py", name, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(folder / log, "w") as output:
+        return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment)
+
+
+def run(folder: Path, processes: int, name: str, arguments: list, log: str = "log") -> str:
+    process = start(folder, processes, name, arguments, log)
+    assert process.wait(timeout=300) == 0, (folder / log).read_text()
+    return (folder / log).read_text()
+
+
+def assert_same_training(a: Path, b: Path) -> None:
+    first, second = (
+        load_file(a / "runs/2rf.safetensors.state/state.safetensors"),
+        load_file(b / "runs/2rf.safetensors.state/state.safetensors"),
+    )
+    for kind in ("weights", "ema", "exp_avg"):
+        one, two = (
+            torch.cat([state[name].flatten() for name in sorted(state) if name.startswith(f"{kind}.")])
+            for state in (first, second)
+        )
+        assert relative_error(one, two) < 1e-4, kind
+    # The last row, since the row in which a run was stopped averages over fewer steps.
+    losses = [read_metrics(folder / "runs/2rf.safetensors.state")[-1]["loss"] for folder in (a, b)]
+    assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(one, 1, "reflow", REFLOW)
+    out = run(two, 2, "reflow", REFLOW)
+    assert out.count("a rectified flow") == 1  # only the first process speaks
+    names = sorted(path.name for path in (one / "runs/pairs").glob("shard-*"))
+    assert len(names) == 3
+    for name in [*names, "pairs.json"]:
+        assert (one / "runs/pairs" / name).read_bytes() == (two / "runs/pairs" / name).read_bytes(), name
+    assert_same_training(one, two)
+
+    # Distillation of that flow, both stages.
+    arguments = ["--num-pairs", 20, "--teacher-steps", 2, "--l2-iterations", 2, "--lpips-iterations", 2, "--batch-size", 3]
+    assert "a one-step model" in run(two, 2, "distill", arguments)
+    assert (two / "runs/instaflow.safetensors").exists()
+
+
+def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = [*REFLOW[:4], "--iterations", 30, *REFLOW[6:]]
+    run(whole, 1, "reflow", arguments)
+    process, state = start(killed, 2, "reflow", arguments), killed / "runs/2rf.safetensors.state"
+    while not saved_step(state):
+        assert process.poll() is None, (killed / "log").read_text()
+        time.sleep(0.05)
+    workers = [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(workers[1], signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+    assert "SIGKILL" in (killed / "log").read_text()
+    assert 0 < saved_step(state) < 30
+    run(killed, 1, "reflow", arguments, log="again")
+    assert_same_training(whole, killed)
+
+
+def test_bad_input_under_torchrun(tmp_path):
+    process = start(tmp_path / "a", 2, "reflow", [*REFLOW[:6], "--batch-size", 1])
+    assert process.wait(timeout=300) != 0
+    log = (tmp_path / "a/log").read_text()
+    assert "error: --batch-size 1: smaller than the number of processes, 2 (process 0 of 2)" in log
+    assert "runner.py FAILED" in log and json.loads((tmp_path / "a/runs/pairs/pairs.json").read_text())["count"] == 40
