@@ -6,8 +6,8 @@
 
 Fréchet Inception Distance (Heusel et al. 2017, 1706.08500) is that of torchmetrics, on Inception's standard weights; the
 CLIP score (Hessel et al. 2021, 2104.08718) is the cosine of picture and caption under a CLIP of transformers. Both
-networks are downloaded when first used. Real images and generated ones are cropped
-to squares and resized to the protocol's size before the network sees them.
+networks are downloaded when first used. Real images and generated ones are cropped to squares and resized to the
+protocol's size before the network sees them.
 
 Generated pictures lie in a folder for each model, number of steps and guidance, one PNG each, named by its number.
 Whatever is there already is not drawn again, and of N processes each draws every N-th.
@@ -16,7 +16,7 @@ Whatever is there already is not drawn again, and of N processes each draws ever
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from command import BadInput, rank, wait_for_all, world_size, write_whole
 from training import check_settings
+from vae import to_bytes
 
 PROTOCOLS = {"val2017": (5_000, 512), "val2014": (30_000, 256)}  # COCO's part: number of captions, size in pixels
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -117,10 +118,10 @@ class Gallery:
     folder: Path  # of the generated pictures
     fid: object  # of feature_distance
     clip: Callable  # of caption_score
-    seen: bool = field(default=False)  # has the FID seen the real images?
+    seen: bool = False  # has the FID seen the real images?
 
-    def draw(self, name: str, about: dict, draw: Callable[[list[str], list[int]], Tensor], seed: int, batch: int) -> Path:
-        """Have draw(prompts, seeds) make what is missing in the folder of that name. about: what decides the pictures."""
+    def draw(self, name: str, about: dict, draw: Callable[[list[str], list[int], tqdm], Tensor], seed: int, batch: int) -> Path:
+        """Have draw(prompts, seeds, bar) make what is missing in the folder of that name. about: what decides the pictures."""
         folder = self.folder / name
         check_settings(folder, about)
         mine = range(rank(), len(self.prompts), world_size())
@@ -128,11 +129,9 @@ class Gallery:
         with tqdm(total=len(mine), initial=len(mine) - len(missing), desc=name, unit="picture", disable=rank() > 0) as bar:
             for start in range(0, len(missing), batch):
                 part = missing[start : start + batch]
-                pictures = draw([self.prompts[k] for k in part], [seed + k for k in part])
-                for k, pixels in zip(part, ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()):
-                    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-                    write_whole(picture_path(folder, k), picture.save, every_rank=True)
-                bar.update(len(part))
+                pictures = draw([self.prompts[k] for k in part], [seed + k for k in part], bar)
+                for k, pixels in zip(part, to_bytes(pictures)):
+                    write_whole(picture_path(folder, k), Image.fromarray(pixels.numpy()).save, every_rank=True)
         wait_for_all()
         return folder
 
@@ -140,16 +139,21 @@ class Gallery:
     def score(self, folder: Path) -> dict:
         """{"fid", "clip_score"} of the pictures in a folder that `draw` filled."""
         self.fid.reset()
-        drawn, scores = [picture_path(folder, k) for k in range(len(self.prompts))], []
+        scores = []
         if not self.seen:
             for batch in batches(self.images, "real images"):
                 self.fid.update(self.load(batch), real=True)
             self.seen = True
-        for numbers in batches(range(len(drawn)), "FID and CLIP score"):
-            pictures = self.load([drawn[k] for k in numbers])
+        for numbers in batches(range(len(self.prompts)), "FID and CLIP score"):
+            pictures = self.load([picture_path(folder, k) for k in numbers])
             self.fid.update(pictures, real=False)
             scores.append(self.clip(pictures, [self.prompts[k] for k in numbers]))
         return {"fid": self.fid.compute().item(), "clip_score": torch.cat(scores).mean().item()}
+
+    def first(self, folder: Path, count: int) -> Tensor:
+        """The first pictures in a folder that `draw` filled, (count, 3, side, side) in [-1, 1]."""
+        paths = [picture_path(folder, k) for k in range(min(count, len(self.prompts)))]
+        return self.load(paths).float().cpu() / 127.5 - 1
 
     def load(self, paths: list[Path]) -> Tensor:
         return torch.stack([squared(path, self.side) for path in paths]).to(self.fid.device)

@@ -9,6 +9,7 @@ import errno
 import functools
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -131,6 +132,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def machine_name(device: torch.device) -> str:
+    """What a measured figure is said to be measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    name = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 # ---------------------------------------------------------------------------------------------------------------

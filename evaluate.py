@@ -41,6 +41,7 @@ from pathlib import Path
 
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -62,11 +63,13 @@ from command import (
     write_text,
     write_whole,
 )  # fmt: skip
-from pairs import NUMBERS_PER_BATCH, built_in_prompts, default_guidance, draw_latents, read_prompts
+from pairs import NUMBERS_PER_BATCH, built_in_prompts, default_guidance, draw_latents, drawn_at_once, read_prompts
 from rectified_flow import as_flow, noise_from_seeds, straightness
+from vae import to_bytes
 
 TINY_JUDGE = str(HERE / "toy" / "shapes.py")
 STRAIGHTNESS_STEPS = 25
+STRAIGHTNESS_SAMPLES = 256  # at most; 16 at 512 px, as whole paths are held at once
 PICTURED = 8  # captions in the comparison picture
 SEEDS_PER_REPEAT = 1_000_000
 NORMAL_95 = 1.96  # standard errors of a 95 % interval
@@ -122,8 +125,7 @@ def draw_pictures(model, prompts: list[str], seeds: list[int], steps: int, guida
         context = model.encode_prompts(prompts[part])
         latents = draw_latents(model, context, seeds[part], steps, guidance, "dpm", null_context)
         pictures.append(model.vae.decode(latents).float().cpu())
-        if bar is not None:
-            bar.update(len(latents))
+        bar.update(len(latents))
     return torch.cat(pictures)
 
 
@@ -156,6 +158,14 @@ def rounded(value, interval: float | None = None) -> str:
     return text if interval is None else f"{text} ± {interval:.2g}"
 
 
+def grouped(rows: list[dict], names: tuple[str, ...]) -> dict[tuple, list[dict]]:
+    """The rows that agree in the figures of these names, by their values."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
 def markdown_table(rows: list[dict]) -> str:
     """Rows with the same keys; lists are left out, and <name>_interval is joined to <name>."""
     names = [
@@ -177,16 +187,22 @@ def label_of(row: dict, guidance: bool = False) -> str:
 
 def save_comparison(path: str, rows: list[tuple[str, Tensor]], captions: list[str]) -> None:
     """A picture with a row for each (label, pictures) and a column for each caption."""
+    height, width = rows[0][1].shape[-2:]
+    gap = max(1, width // 24)
+    down, right = height + gap, width + gap  # from one picture to the next
+    sheet = torch.full((len(rows) * down, len(captions) * right, 3), 255, dtype=torch.uint8)
+    for y, (_, pictures) in enumerate(rows):
+        for x, picture in enumerate(to_bytes(F.interpolate(pictures[: len(captions)], (height, width)))):
+            sheet[y * down : y * down + height, x * right : x * right + width] = picture
     figure = Figure(figsize=(1.25 * len(captions) + 1.2, 1.25 * len(rows) + 0.6))
-    axes = figure.subplots(len(rows), len(captions), squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.04})
-    for line, (label, pictures) in zip(axes, rows):
-        for axis, picture in zip(line, pictures):
-            axis.imshow(((picture.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    for axis, caption in zip(axes[0], captions):
-        axis.set_title(textwrap.fill(caption, 17), fontsize=7.5)
+    axis = figure.add_subplot()
+    axis.imshow(sheet.numpy(), interpolation="nearest")
+    columns = [x * right + width / 2 for x in range(len(captions))]
+    lines = [y * down + height / 2 for y in range(len(rows))]
+    axis.set_xticks(columns, [textwrap.fill(caption, 17) for caption in captions], fontsize=7.5)
+    axis.set_yticks(lines, [label for label, _ in rows], fontsize=9)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight"))
 
 
@@ -268,9 +284,10 @@ def evaluate(
     With a gallery the questions are its captions, and pictures are drawn into its folder.
     """
     first, straight = questions[0], {}
-    batch = max(1, NUMBERS_PER_BATCH // torch.Size(model.latent_shape()).numel())
+    batch = drawn_at_once(model.latent_shape())
     if model.kind != "one-step":
-        s = measure_straightness(model, first.prompts[:batch], first.seeds[:batch], guidance)
+        count = min(STRAIGHTNESS_SAMPLES, max(1, NUMBERS_PER_BATCH // torch.Size(model.latent_shape()).numel()))
+        s = measure_straightness(model, first.prompts[:count], first.seeds[:count], guidance)
         straight = {
             "straightness": s.value, "straightness_interval": NORMAL_95 * s.standard_error,
             "relative_straightness": s.relative, "relative_straightness_interval": NORMAL_95 * s.relative_standard_error,
@@ -289,9 +306,8 @@ def evaluate(
         else:
             about = {"model": Path(model.path).name, "hash": model.fingerprint(), "kind": model.kind, "steps": number,
                      "guidance": guidance, "seed": first.seeds[0], "prompts": first.prompts}  # fmt: skip
-            folder = f"{Path(model.path).stem}-{number}-{guidance:g}"
-            grades = gallery.score(gallery.draw(folder, about, lambda *asked: draw(*asked, None), first.seeds[0], batch))
-            shown = draw(first.prompts[:PICTURED], first.seeds[:PICTURED], None)
+            folder = gallery.draw(f"{Path(model.path).stem}-{number}-{guidance:g}", about, draw, first.seeds[0], batch)
+            grades, shown = gallery.score(folder), gallery.first(folder, PICTURED)
             seconds = None  # some of the pictures may be of an earlier run
         yield row_of(Path(model.path).name, model.kind, number, questions, guidance, seconds, grades | straight), shown
 

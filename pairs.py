@@ -44,7 +44,8 @@ from rectified_flow import noise_from_seeds, sample_path
 PAIRS_PER_SHARD = 1000
 # Guidance when none is asked for. Stable Diffusion's 6 and the flow's 1.5 are the paper's.
 GUIDANCE = {"diffusion": ByModel(6.0, 2.5), "flow": ByModel(1.5, 1.5), "one-step": ByModel(1.0, 1.0)}
-NUMBERS_PER_BATCH = 2**18  # of latents, in one forward pass of the teacher: 16 at 512 px, 256 of the tiny model at most
+NUMBERS_PER_BATCH = 2**18  # of latents that are drawn at once: 16 at 512 px
+LATENTS_PER_BATCH = 128  # at most, for the tiny model: with guidance 256 pass the U-Net, and more are slower on a CPU
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def make_pairs(
     sizes = [min(PAIRS_PER_SHARD, count - start) for start in range(0, count, PAIRS_PER_SHARD)]
     mine = range(rank(), len(sizes), world_size())
     missing = [i for i in mine if not shard_is_whole(folder, i, sizes[i], shape, repair)]
-    batch_size = batch_size or max(1, min(256, NUMBERS_PER_BATCH // torch.Size(shape).numel()))
+    batch_size = batch_size or drawn_at_once(shape)
     total = sum(sizes[i] for i in mine)
     done, silent = total - sum(sizes[i] for i in missing), not missing or rank() > 0
     with tqdm(total=total, initial=done, desc="pairs", unit="pair", dynamic_ncols=True, disable=silent) as bar:
@@ -156,6 +157,11 @@ def make_pairs(
             write_whole(shard_path(folder, i), lambda path: save_file(tensors, path, metadata), every_rank=True)
     wait_for_all()
     return Pairs(folder)
+
+
+def drawn_at_once(shape: tuple[int, int, int]) -> int:
+    """How many latents of this shape to draw in one batch."""
+    return max(1, min(LATENTS_PER_BATCH, NUMBERS_PER_BATCH // torch.Size(shape).numel()))
 
 
 @torch.inference_mode()

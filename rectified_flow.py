@@ -51,10 +51,14 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     return (1 - like(t, x0)) * x0 + like(t, x0) * x1
 
 
+def reflow_error(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+    """(X1 - X0) - v(X_t, t), which reflow makes small: (B, ...)."""
+    return (x1 - x0) - velocity(interpolate(x0, x1, t), t, context)
+
+
 def reflow_loss(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
     """‖(X1 - X0) - v(X_t, t)‖² a number of the latent (the mean over dimensions): (B,). InstaFlow, text-conditioned reflow."""
-    error = (x1 - x0) - velocity(interpolate(x0, x1, t), t, context)
-    return error.square().flatten(1).mean(1)
+    return reflow_error(velocity, x0, x1, t, context).square().flatten(1).mean(1)
 
 
 def one_step(velocity: Velocity, x0: Tensor, context: Tensor | None = None) -> Tensor:

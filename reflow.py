@@ -15,9 +15,11 @@ A tenth of the prompts T is dropped, so that guidance works on the result. The r
 "flow"; given as --teacher itself, it makes 3-Rectified Flow. InstaFlow (arXiv 2309.06380).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import checkpoint
 from command import (
@@ -50,19 +52,29 @@ from unet import started_from
 CAPTION_DROPOUT = 0.1  # share of prompts replaced by the empty one (Ho & Salimans 2022, 2207.12598)
 
 
-def reflow(model, pairs: Pairs, options: TrainingOptions, folder: Path, settings: dict, dtype: torch.dtype) -> None:
-    """Train model.unet on the pairs, in place; model becomes a flow."""
+def uniform_times(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator)
+
+
+def reflow(
+    model, pairs: Pairs, options: TrainingOptions, folder: Path, settings: dict, dtype: torch.dtype,
+    times: Callable[[int, torch.Generator], Tensor] = uniform_times, loss_of: Callable = reflow_loss,
+) -> None:  # fmt: skip
+    """Train model.unet on the pairs, in place; model becomes a flow.
+
+    times(count, generator) draws t; loss_of(velocity, x0, x1, t, context) is the loss of each sample.
+    """
     device, velocity = model.device, flow_velocity(model.unet)
 
     def draw(samples, generator):
         x0, x1, prompts = pairs.batch(shuffled(samples, len(pairs), options.seed))
-        t = torch.rand(len(samples), generator=generator)
+        t = times(len(samples), generator)
         kept = torch.rand(len(samples), generator=generator) >= CAPTION_DROPOUT
         return x0, x1, t, [prompt if keep else "" for prompt, keep in zip(prompts, kept.tolist())]
 
     def loss(x0, x1, t, prompts):
         context = model.encode_prompts(prompts)
-        return reflow_loss(velocity, x0.to(device), x1.to(device), t.to(device), context), t
+        return loss_of(velocity, x0.to(device), x1.to(device), t.to(device), context), t
 
     train(model.unet, draw, loss, options, folder, settings, "reflow", dtype)
     model.kind = "flow"

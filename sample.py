@@ -30,6 +30,7 @@ from command import (
     write_whole,
 )  # fmt: skip
 from pairs import default_guidance, draw_latents, prompts_for, read_prompts
+from vae import to_bytes
 
 GRID_SIDE = 128  # pixels that a picture takes up in the grid at least; smaller ones are enlarged
 
@@ -42,11 +43,6 @@ def check_steps(model, steps: int | None) -> int:
             "worse. Take --steps 1, or a flow for more"
         )
     return steps or (1 if model.kind == "one-step" else 25)
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:

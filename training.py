@@ -155,7 +155,7 @@ def channels_second(tensor: Tensor) -> Tensor:
 
 
 def save_state(folder: Path, step: int, weights: dict, ema: dict, optimizer: torch.optim.Optimizer) -> None:
-    if rank():
+    if rank():  # before the copies that only the first process would write
         return
     tensors = {}
     for name, weight in weights.items():

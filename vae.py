@@ -223,3 +223,8 @@ class AutoencoderKL(nn.Module):
         """SD-scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [-1, 1]."""
         latents = latents.to(self.post_quant_conv.weight.dtype) / self.config.scaling_factor
         return self.decoder(self.post_quant_conv(latents))
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()

@@ -1,6 +1,7 @@
-"""Evaluation: known answers of its measures, its rows, and the study that is built on it."""
+"""Evaluation: known answers of its measures, its rows, and the studies that are built on it."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+import beyond
+import checkpoint
 import evaluate
 import pairs
 import study
 from command import TINY_TEACHER
+from rectified_flow import NoiseSchedule
 
 
 @pytest.fixture(autouse=True)
@@ -68,15 +72,16 @@ def test_repeats_and_guidances(call):
 # The study, in miniature
 
 STUDY = ["--iterations", 4, "--lpips-iterations", 2, "--batch-size", 4, "--num-pairs", 20, "--held-out", 8,
-         "--num-samples", 12]  # fmt: skip
+         "--num-samples", 12, "--teacher-steps", 4]  # fmt: skip
 
 
 def test_the_study(call, tmp_path):
     code, out, err = call(study.main, *STUDY, "--num-seeds", 2)
     assert code == 0, err
     rows = json.loads(Path("runs/study/study.json").read_text())
-    names = ["teacher"] * 5 + ["2-RF"] * 5 + ["2-RF + distill"] * 3 + ["2-RF + distill + LPIPS"] + ["teacher + distill"] * 5
-    names += ["teacher + distill + LPIPS"] + ["3-RF"] * 5 + ["3-RF + distill", "2-RF + distill, stacked"]
+    names = ["drawn"] + ["teacher"] * 5 + ["2-RF"] * 5 + ["2-RF + distill"] * 3 + ["2-RF + distill + LPIPS"]
+    names += ["teacher + distill"] * 5 + ["teacher + distill + LPIPS"]
+    names += ["3-RF"] * 5 + ["3-RF + distill", "2-RF + distill, stacked"]
     for seed in (0, 1):
         mine = [row for row in rows if row["seed"] == seed]
         assert sorted(row["row"] for row in mine) == sorted(names)
@@ -90,8 +95,59 @@ def test_the_study(call, tmp_path):
 
     # Killed before the last row of the first seed was written, and with the second seed finished.
     without_minutes = lambda rows: sorted(json.dumps({**row, "minutes": 0}, sort_keys=True) for row in rows)
-    kept = [row for row in rows if not (row["seed"] == 0 and row["row"] in ("2-RF", study.LAST_ROW))]
+    kept = [row for row in rows if not (row["seed"] == 0 and row["row"] in ("2-RF", study.STACKED))]
     Path("runs/study/study.json").write_text(json.dumps(kept))
     Path("runs/study/seed-0/2-RF+distill,stacked-4.safetensors").unlink()
     assert call(study.main, *STUDY, "--num-seeds", 2)[0] == 0
     assert without_minutes(json.loads(Path("runs/study/study.json").read_text())) == without_minutes(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Beyond the paper
+
+
+def test_times_are_matched_in_the_embedding():
+    schedule = NoiseSchedule()
+    unet = checkpoint.load(TINY_TEACHER).unet
+    torch.manual_seed(0)
+    x, context = torch.randn(6, 4, 8, 8), torch.randn(6, 16, 128)
+    t = torch.tensor([0.1, 0.25, 0.4, 0.6, 0.75, 0.9])
+    with torch.no_grad():
+        meant, unmatched = unet(x, schedule.timestep(t).float(), context), unet(x, 1000 * (1 - t), context)
+        beyond.match_times(unet, schedule)
+        matched = unet(x, 1000 * (1 - t), context)
+    error = lambda found: (found - meant).flatten(1).norm(dim=1) / meant.flatten(1).norm(dim=1)
+    assert error(matched).max() < 0.1 and error(matched).mean() < error(unmatched).mean() / 5
+
+
+def test_u_shaped_times_have_their_density():
+    t = beyond.u_shaped_times(200_000, torch.Generator().manual_seed(0))
+    assert 0 <= t.min() and t.max() <= 1 and abs(t.mean() - 0.5) < 0.005
+    # The share below x of a density ∝ cosh(4 (t - 1/2)) is (sinh(2) + sinh(4 (x - 1/2))) / (2 sinh(2)).
+    for x in (0.1, 0.3, 0.5, 0.8):
+        share = (math.sinh(2) + math.sinh(4 * (x - 0.5))) / (2 * math.sinh(2))
+        assert (t < x).double().mean().item() == pytest.approx(share, abs=0.005)
+
+
+def test_pseudo_huber_is_quadratic_near_zero_and_linear_far_away():
+    error = torch.zeros(3, 4, 8, 8)
+    c = beyond.HUBER * 256
+    error[0, 0, 0, 0], error[1, 0, 0, 0], error[2, 0, 0, 0] = c / 100, c / 50, 100 * c
+    small, twice, large = (beyond.pseudo_huber(error) * 256**0.5).tolist()
+    assert twice / small == pytest.approx(4, rel=0.01) and large == pytest.approx(99 * c, rel=0.01)
+
+
+def test_beyond(call):
+    few = [word for word in STUDY if word not in ("--lpips-iterations", 2)] + ["--num-seeds", 1]
+    code, out, err = call(beyond.main, *few)
+    assert code == 0, err
+    rows = json.loads(Path("runs/study/beyond.json").read_text())
+    assert {row["row"] for row in rows} == set(beyond.WAYS)
+    for way in beyond.WAYS:
+        updates = [row["updates"] for row in rows if row["row"] == way and row["steps"] == 1]
+        assert updates == ([1, 2, 4, 8, 16] if way == "paper" else [1, 2, 4])
+    last = [row["frechet"] for row in rows if row["updates"] == 4 and row["steps"] == 1]
+    assert len(set(last)) == len(beyond.WAYS)  # every way does something else
+    assert np.asarray(Image.open("runs/study/beyond.png").convert("L")).std() > 3
+    assert Path("runs/study/beyond.md").read_text() in out
+    assert call(beyond.main, *few)[0] == 0 and json.loads(Path("runs/study/beyond.json").read_text()) == rows

@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import figures
 from command import Parser, check_output, not_below_zero, not_negative, positive, run, write_text
 from distill import distill_l2
-from evaluate import markdown_table, measure_straightness, number_list
+from evaluate import grouped, markdown_table, measure_straightness, number_list
 from pairs import Pairs, draw_latents, make_pairs
 from rectified_flow import NoiseSchedule, as_flow, euler, noise_from_seeds, noise_loss, one_step
 from reflow import CAPTION_DROPOUT, reflow
@@ -254,6 +254,13 @@ class Method:
         reflow(flow, pairs, self.train_options(iterations, COOLDOWN), self.folder / name, settings, torch.float32)
         return flow
 
+    def up_to_second_flow(self) -> tuple[PointModel, PairsInMemory, PointModel, PairsInMemory]:
+        """The teacher, its pairs, 2-RF and its pairs: what every one-step student is made from."""
+        teacher = self.teacher()
+        teacher_pairs = self.pairs_of(teacher)
+        flow2 = self.straightened(teacher, teacher_pairs, "2-RF")
+        return teacher, teacher_pairs, flow2, self.pairs_of(flow2)
+
     def distilled(self, student: PointModel, pairs: PairsInMemory, iterations: int) -> PointModel:
         """One step, trained in place; called again with more iterations, it goes on where it was."""
         folder, options = self.folder / student.path.replace(" ", ""), self.train_options(iterations, cooldown=0.0)
@@ -329,7 +336,7 @@ def rows_of(model: PointModel, probe: Probe) -> list[dict]:
     """A row for each number of Euler steps; for a diffusion one more, of the solver that its pairs are made with."""
     straight = measure_straightness(model, probe.prompts, probe.seeds, model.guidance)
     exact = endpoints(model, probe, FINE_STEPS)
-    pairing = endpoints(model, probe, TEACHER_STEPS, "dpm")  # as in the pairs
+    cost = squared_distance(endpoints(model, probe, TEACHER_STEPS, "dpm"), probe.noise)  # as in the pairs
     rows, ways = [], [("euler", steps) for steps in TABLE_STEPS]
     if model.kind == "diffusion":
         ways.append(("dpm", TEACHER_STEPS))
@@ -340,7 +347,7 @@ def rows_of(model: PointModel, probe: Probe) -> list[dict]:
             model.path, points, probe, solver=solver, steps=steps, guidance=model.guidance,
             seconds=time.perf_counter() - started, endpoint_error=squared_distance(points, exact),
             straightness=straight.value, relative_straightness=straight.relative,
-            transport_cost=squared_distance(pairing, probe.noise),
+            transport_cost=cost,
         ))  # fmt: skip
     return rows
 
@@ -386,10 +393,7 @@ def track_of(model: PointModel, probe: Probe, name: str, count: int, steps: int 
 def demo(data: Dataset, folder: Path, args: argparse.Namespace) -> None:
     """Every stage, the table, the figures."""
     method = Method(data, folder / "state", args, args.seed)
-    teacher = method.teacher()
-    teacher_pairs = method.pairs_of(teacher)
-    flow2 = method.straightened(teacher, teacher_pairs, "2-RF")
-    flow2_pairs = method.pairs_of(flow2)
+    teacher, teacher_pairs, flow2, flow2_pairs = method.up_to_second_flow()
     flow3 = method.straightened(flow2, flow2_pairs, "3-RF")
     direct = method.distilled(teacher.copy("teacher + distill"), teacher_pairs, args.distill_iterations)
     student = method.distilled(flow2.copy("2-RF + distill"), flow2_pairs, args.distill_iterations)
@@ -429,10 +433,7 @@ def study(data: Dataset, folder: Path, args: argparse.Namespace) -> None:
         rows = json.loads(path.read_text())
     for seed in range(args.seed, args.seed + args.study_seeds):
         method = Method(data, folder / "state" / f"study-{seed}", args, seed)
-        teacher = method.teacher()
-        teacher_pairs = method.pairs_of(teacher)
-        flow2 = method.straightened(teacher, teacher_pairs, "2-RF")
-        flow2_pairs = method.pairs_of(flow2)
+        teacher, teacher_pairs, flow2, flow2_pairs = method.up_to_second_flow()
         probe, _ = make_probe(data, STUDY_SAMPLES, seed)
         for source, pairs in ((teacher, teacher_pairs), (flow2, flow2_pairs)):
             exact = endpoints(source, probe, TEACHER_STEPS, "dpm")
@@ -457,11 +458,8 @@ def study(data: Dataset, folder: Path, args: argparse.Namespace) -> None:
 
 def summary_of(rows: list[dict]) -> list[dict]:
     """Rows of the study that differ in their seed alone, as mean, least and greatest of each figure."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in STUDY_KEYS), []).append(row)
     summary = []
-    for key, group in groups.items():
+    for key, group in grouped(rows, STUDY_KEYS).items():
         line = dict(zip(STUDY_KEYS, key)) | {"seeds": len(group)}
         for name in STUDY_FIGURES:
             values = [row[name] for row in group]

@@ -1,21 +1,25 @@
 """The paper's table on the tiny model: is distilling the teacher directly worse, and what does reflow buy?
 
-    python toy/study.py                       seeds 0, 1 and 2; hours on 2 CPU cores, and it goes on where it was stopped
-    python toy/study.py --num-seeds 1         the first of them; rows that are already in the table are kept
+    python toy/study.py                                 seeds 0, 1 and 2; hours on 2 CPU cores; stopped, it goes on there
+    python toy/study.py --num-seeds 1 --parts direct    some rows of the first; those already in the table are kept
 
 For each seed, on captions that leave much open ("a shape and a red square"), where a prompt has many right pictures:
 
-    teacher                           at 25, 8, 4, 2, 1 steps of DPM-Solver
-    2-RF                              at 25, 8, 4, 2, 1 Euler steps       `--iterations` updates of reflow
-    teacher + distill (direct)        at 1/4, 1/2, 1, 2 and 4 times `--iterations` updates in L2
-    2-RF + distill                    at 1/4, 1/2, 1 times; counted with reflow's updates, 1 time is direct's 2 times
-    ... + LPIPS                       `--lpips-iterations` more, from 1 time, for both
-    3-RF, 3-RF + distill              a second reflow, and one step from it
-    2-RF + distill, stacked           two U-Nets in series
+    part       row
+    teacher    drawn                         real pictures of other scenes: the floor of every figure
+               teacher                       at 25, 8, 4, 2, 1 steps of DPM-Solver
+    reflow     2-RF                          at 25, 8, 4, 2, 1 Euler steps; `--iterations` updates of reflow
+               2-RF + distill                after 1/4, 1/2 and 1 times `--iterations` updates in L2
+               2-RF + distill + LPIPS        `--lpips-iterations` more
+    direct     teacher + distill             after 1/4, 1/2, 1, 2 and 4 times; 2 times is 2-RF and its student together
+               teacher + distill + LPIPS     `--lpips-iterations` more, from 1 time
+    third      3-RF, 3-RF + distill          a second reflow, and one step from it
+    stacked    2-RF + distill, stacked       two U-Nets in series
 
 Every student starts from its teacher's weights; where that is the diffusion, with the sign of its output changed, as reflow
-does (unet.started_from). "samples" counts what training saw on the whole way from the teacher, "own_samples" what this
-student saw, and "minutes" is the time of training on the whole way, without that of making pairs.
+does (unet.started_from). The teacher's pairs are the same for every seed. "samples" counts what training saw on the whole
+way from the teacher, "own_samples" what this student saw, and "minutes" is the time of training on the whole way, without
+that of making pairs.
 
 held_out_error    E‖X1 - (X0 + v(X0, 0))‖² a number of the latent, on noises and captions of no training pair, X1 being
                   where the student's own teacher leads; train_error the same on the pairs it was trained on
@@ -26,8 +30,8 @@ against samples) and study-pictures-SEED.png (the same captions and noises in ev
 """
 
 import argparse
+import functools
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,6 +51,7 @@ from command import (
     Parser,
     add_machine_options,
     check_output,
+    machine_name,
     pick_device,
     pick_dtype,
     positive,
@@ -55,7 +60,18 @@ from command import (
     write_whole,
 )  # fmt: skip
 from distill import distill_l2, distill_perceptual, perceptual_distance
-from evaluate import GRADES, Questions, draw_pictures, evaluate, judged, markdown_table, save_comparison, with_interval
+from evaluate import (
+    GRADES,
+    PICTURED,
+    Questions,
+    draw_pictures,
+    evaluate,
+    grouped,
+    judged,
+    markdown_table,
+    save_comparison,
+    with_interval,
+)
 from pairs import Pairs, default_guidance, make_pairs
 from rectified_flow import flow_velocity, one_step
 from reflow import reflow
@@ -63,16 +79,22 @@ from train_teacher import minutes_of
 from training import TrainingOptions, autocast_dtype
 from unet import stack, started_from
 
+PARTS = ("teacher", "reflow", "direct", "third", "stacked")
 STEPS = [25, 8, 4, 2, 1]
-TEACHER_STEPS = 25
-CAPTIONS = 1000
+CAPTIONS = {"open": shapes.open_captions, "mixed": shapes.random_captions, "full": shapes.full_captions}
+CAPTIONS_DRAWN = 1000  # different ones, among the pairs
 SEEDS_APART = 10_000_000  # noises of one seed of the study and of the next
 HELD_OUT = 5_000_000  # from here on, within a seed, captions and noises are for measuring
-PICTURED = 8
-LAST_ROW = "2-RF + distill, stacked"  # of a seed
+STACKED = "2-RF + distill, stacked"
 KEYS = ("row", "updates", "steps")
 FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
 COSTS = ("samples", "own_samples", "minutes")
+SETTINGS = ("iterations", "lpips_iterations", "batch_size", "num_pairs", "teacher_steps", "captions", "held_out", "num_samples")
+
+
+@functools.cache
+def captions_of(name: str, seed: int) -> list[str]:
+    return [str(caption) for caption in CAPTIONS[name](CAPTIONS_DRAWN, seed)]
 
 
 @dataclass
@@ -92,40 +114,53 @@ class Study:
         """A model to draw with, in --dtype."""
         return checkpoint.load(path, self.device, pick_dtype(self.args.dtype, self.device))
 
-    def captions(self, held_out: bool) -> list[str]:
-        return [str(caption) for caption in shapes.open_captions(CAPTIONS, self.noise_seed(held_out))]
-
-    def noise_seed(self, held_out: bool) -> int:
-        return self.seed * SEEDS_APART + held_out * HELD_OUT
-
     def options(self, iterations: int) -> TrainingOptions:
-        """Those of reflow.py and distill.py for the tiny model."""
+        """Those of reflow.py and distill.py for the tiny model, with a shorter warm-up for these shorter runs."""
         return TrainingOptions(
-            iterations, self.args.batch_size, learning_rate=5e-4, warmup_samples=6_400, ema_half_life=10_000,
+            iterations, self.args.batch_size, learning_rate=5e-4, warmup_samples=1_600, ema_half_life=10_000,
             save_every=500, seed=self.seed,
         )  # fmt: skip
 
-    def pairs_of(self, model: StableDiffusion, held_out: bool = False) -> Pairs:
-        folder = self.folder / f"{'held-out' if held_out else 'pairs'}-{Path(model.path).stem}"
-        count = self.args.held_out if held_out else self.args.num_pairs
-        return make_pairs(
-            model, self.captions(held_out), "open captions", folder, count, TEACHER_STEPS, default_guidance(model),
-            seed=self.noise_seed(held_out),
-        )  # fmt: skip
+    def pairs_of(self, model: StableDiffusion, held_out: bool = False, guidance: float | None = None) -> Pairs:
+        """Pairs of this model, made when first asked for; guidance: another than the model's own."""
+        shared = model.path == TINY_TEACHER
+        folder, first = (self.folder.parent, 0) if shared else (self.folder, self.seed * SEEDS_APART)
+        first += held_out * HELD_OUT
+        captions = captions_of(self.args.captions, first)
+        name, count = ("held-out", self.args.held_out) if held_out else ("pairs", self.args.num_pairs)
+        folder = folder / f"{name}-{Path(model.path).stem}{'' if guidance is None else f'-guidance-{guidance:g}'}"
+        guidance = default_guidance(model) if guidance is None else guidance
+        return make_pairs(model, captions, self.args.captions, folder, count, self.args.teacher_steps, guidance, seed=first)
 
-    def made(self, name: str, start: StableDiffusion, train: Callable[[StableDiffusion], object]) -> StableDiffusion:
+    def made(
+        self, name: str, start: StableDiffusion, train: Callable[[StableDiffusion], object], init: str = "negated"
+    ) -> StableDiffusion:
         """The model of that name: from its file, or trained from `start`'s weights and written there, in fp32."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             model = checkpoint.load(start.path, self.device)
-            model.unet = started_from(model.unet, "negated", model.kind, self.seed)
+            model.unet = started_from(model.unet, init, model.kind, self.seed)
             train(model)
             checkpoint.save(model, path, None)
         return self.load(path)
 
-    def record(self, row: str, model: StableDiffusion, updates: int, source: StableDiffusion | None = None, **about) -> None:
-        """Measure a model, at all numbers of steps if it has a path, unless the table has it already."""
-        steps = [1] if model.kind == "one-step" else STEPS
+    def record_drawn(self) -> None:
+        """The floor: one set of drawn pictures measured against the other."""
+        key = {"row": "drawn", "updates": None, "seed": self.seed}
+        if not any(key.items() <= each.items() for each in self.rows):
+            figures = dict.fromkeys((*FIGURES, *COSTS)) | self.questions.grade(self.questions.drawn[1])
+            self.rows.append(key | {"steps": None} | figures)
+
+    def record(
+        self, row: str, model: StableDiffusion, updates: int, source: StableDiffusion | None = None,
+        steps: list[int] = STEPS, guidance: float | None = None, **about,
+    ) -> None:  # fmt: skip
+        """Measure a model, at these numbers of steps if it has a path, unless the table has it already.
+
+        source: the teacher of a one-step model, on whose pairs its errors are measured.
+        """
+        steps = [1] if model.kind == "one-step" else steps
+        guidance = default_guidance(model) if guidance is None else guidance
         self.shown += [(f"{row}, {updates}\n{number} step{'s' * (number > 1)}", model, number) for number in steps]
         key = {"row": row, "updates": updates, "seed": self.seed}
         if sum(key.items() <= each.items() for each in self.rows) == len(steps):
@@ -135,7 +170,7 @@ class Study:
         if source is not None:
             errors["held_out_error"], cost = self.errors_on(self.pairs_of(source, held_out=True), model)
             errors["train_error"], _ = self.errors_on(self.pairs_of(source), model)
-        for measured, _ in evaluate(model, [self.questions], steps, default_guidance(model)):
+        for measured, _ in evaluate(model, [self.questions], steps, guidance):
             figures = {name: measured[name] for name in (*GRADES, "relative_straightness", "transport_cost")}
             if source is not None:
                 figures["transport_cost"] = cost
@@ -187,15 +222,24 @@ def run_seed(study: Study, distance: Callable) -> None:
                 spent = costs(before, updates + lpips, *stages, name, f"{name}-lpips")
                 study.record(f"{row} + LPIPS", finished, updates + lpips, source, **spent)
 
-    study.record("teacher", teacher, 0, **costs(0, 0))
+    parts = study.args.parts
+    if "teacher" in parts:
+        study.record_drawn()
+        study.record("teacher", teacher, 0, **costs(0, 0))
+    if "direct" in parts:
+        student_of(teacher, "teacher + distill", [], [n // 4, n // 2, n, 2 * n, 4 * n], finish=True)
+    if not {"reflow", "third", "stacked"} & set(parts):
+        return
     flow2 = flow_from(teacher, "2rf")
-    study.record("2-RF", flow2, n, **costs(0, n, "2rf"))
-    student_of(flow2, "2-RF + distill", ["2rf"], [n // 4, n // 2, n], finish=True)
-    student_of(teacher, "teacher + distill", [], [n // 4, n // 2, n, 2 * n, 4 * n], finish=True)
-    flow3 = flow_from(flow2, "3rf")
-    study.record("3-RF", flow3, 2 * n, **costs(n, n, "2rf", "3rf"))
-    student_of(flow3, "3-RF + distill", ["2rf", "3rf"], [n])
-    student_of(flow2, LAST_ROW, ["2rf"], [n], stacked=True)
+    if "reflow" in parts:
+        study.record("2-RF", flow2, n, **costs(0, n, "2rf"))
+        student_of(flow2, "2-RF + distill", ["2rf"], [n // 4, n // 2, n], finish=True)
+    if "third" in parts:
+        flow3 = flow_from(flow2, "3rf")
+        study.record("3-RF", flow3, 2 * n, **costs(n, n, "2rf", "3rf"))
+        student_of(flow3, "3-RF + distill", ["2rf", "3rf"], [n])
+    if "stacked" in parts:
+        student_of(flow2, STACKED, ["2rf"], [n], stacked=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -204,15 +248,12 @@ def run_seed(study: Study, distance: Callable) -> None:
 
 def summary_of(rows: list[dict]) -> list[dict]:
     """One line for the rows that differ in their seed alone: means with 95 % intervals."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in KEYS), []).append(row)
     summary = []
-    for key, group in groups.items():
+    for key, group in grouped(rows, KEYS).items():
         line = dict(zip(KEYS, key))
         for name in FIGURES:
             line[name], line[f"{name}_interval"] = with_interval([row[name] for row in group])
-        line |= {name: statistics.fmean(row[name] for row in group) for name in COSTS}
+        line |= {name: with_interval([row[name] for row in group])[0] for name in COSTS}
         summary.append(line | {"seeds": len(group)})
     return summary
 
@@ -242,7 +283,7 @@ def save_curves(path: Path, summary: list[dict]) -> None:
                     [line["own_samples"] for line in mine], y, ":", color=colour, label=f"{row}, without reflow's samples"
                 )
         for line in summary:
-            if line["row"].endswith("LPIPS") or line["row"] in ("3-RF + distill", LAST_ROW):
+            if line["row"].endswith("LPIPS") or line["row"] in ("3-RF + distill", STACKED):
                 colour = "tab:orange" if line["row"].startswith("teacher") else "tab:blue"
                 axis.plot(line["samples"], line[name], "*" if "LPIPS" in line["row"] else "^", color=colour, markersize=9)
                 axis.annotate(line["row"], (line["samples"], line[name]), fontsize=6, xytext=(4, 4), textcoords="offset points")
@@ -251,37 +292,64 @@ def save_curves(path: Path, summary: list[dict]) -> None:
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
-def main():
-    parser = Parser("The paper's table on the tiny model.")
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def study_parser(description: str) -> Parser:
+    """The options that studies of the tiny model share."""
+    parser = Parser(description)
     parser.add_argument("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
-    parser.add_argument("--iterations", type=positive, default=700, help="updates of each reflow and distillation, the unit")
-    parser.add_argument("--lpips-iterations", type=positive, default=150)
+    parser.add_argument("--iterations", type=positive, default=256, help="updates of each reflow and distillation, the unit")
     parser.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
-    parser.add_argument("--num-pairs", type=positive, default=10_000, help="of each teacher")
-    parser.add_argument("--held-out", type=positive, default=1000, help="pairs that nothing is trained on")
+    parser.add_argument("--num-pairs", type=positive, default=3000, help="of each teacher")
+    parser.add_argument("--teacher-steps", type=positive, default=25, help="of the pairs")
+    parser.add_argument("--captions", choices=CAPTIONS, default="open", help="open: much left out; mixed: some; full: nothing")
+    parser.add_argument("--held-out", type=positive, default=500, help="pairs that nothing is trained on")
     parser.add_argument("--num-samples", type=positive, default=1000, help="pictures for each row and seed")
     parser.add_argument("--out", default="runs/study", help="folder of table, figures and everything made on the way")
     add_machine_options(parser)
+    return parser
+
+
+def open_table(path: Path) -> tuple[list[dict], Callable[[], None]]:
+    """The rows that are there already, and a function that writes them with what was added."""
+    check_output(path)
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return rows, lambda: write_text(path, json.dumps(rows, indent=2) + "\n")
+
+
+def study_of(seed: int, args: argparse.Namespace, device: torch.device, rows: list[dict], write: Callable) -> Study:
+    first = seed * SEEDS_APART + HELD_OUT
+    questions = judged(shapes, CAPTIONS[args.captions](args.num_samples, first), first)
+    return Study(seed, Path(args.out) / f"seed-{seed}", args, device, questions, rows, write)
+
+
+def footer(command: str, args: argparse.Namespace, device: torch.device, rows: list[dict]) -> str:
+    """What made a table, below it."""
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(args).items() if name in SETTINGS)
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    return f"\n`{command}`, seeds {seeds}; {settings}; {machine_name(device)}, torch {torch.__version__}.\n"
+
+
+def main():
+    parser = study_parser("The paper's table on the tiny model.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="rows to measure")
+    parser.add_argument("--lpips-iterations", type=positive, default=64)
     args = parser.parse_args()
     folder, device = Path(args.out), pick_device(args.device)
-    check_output(folder / "study.json")
-    rows = json.loads((folder / "study.json").read_text()) if (folder / "study.json").exists() else []
+    rows, write = open_table(folder / "study.json")
     distance = perceptual_distance("random", device)
-
-    finished = {row["seed"] for row in rows if row["row"] == LAST_ROW}
-    for seed in sorted(set(range(args.seed, args.seed + args.num_seeds)) - finished):
-        asked = shapes.open_captions(args.num_samples, seed * SEEDS_APART + HELD_OUT)
-        questions = judged(shapes, asked, seed * SEEDS_APART + HELD_OUT)
-        write = lambda: write_text(folder / "study.json", json.dumps(rows, indent=2) + "\n")
-        study = Study(seed, folder / f"seed-{seed}", args, device, questions, rows, write)
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        study = study_of(seed, args, device, rows, write)
         run_seed(study, distance)
         save_pictures(folder / f"study-pictures-{seed}.png", study)
 
     summary = summary_of(rows)
-    write_text(folder / "study.md", markdown_table(summary))
+    table = markdown_table(summary) + footer("python toy/study.py", args, device, rows)
+    write_text(folder / "study.md", table)
     save_curves(folder / "study.png", summary)
-    print(markdown_table(summary), end="")
-    print(f"{folder}: study.json, study.md, study.png and pictures")
+    print(table + f"{folder}: study.json, study.md, study.png and pictures")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ all when the caption names the lower object first.
 """
 
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -35,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import shapes
 from checkpoint import StableDiffusion
-from command import HERE, Parser, check_output, not_negative, positive, run, write_text, write_whole
+from command import HERE, Parser, check_output, machine_name, not_negative, positive, run, write_text, write_whole
 from distill import perceptual_distance
 from evaluate import draw_pictures, frechet_distance
 from pairs import default_guidance
@@ -269,10 +267,6 @@ def minutes_of(folder: Path) -> float:
     return round(rows[-1]["step"] * statistics.median(row["seconds_per_step"] for row in rows) / 60, 1)
 
 
-def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 def measure(model: StableDiffusion, reader: shapes.Reader, seed: int) -> dict:
     """Shares of right pictures and Fréchet distances, on captions and pictures that training never saw."""
     share = lambda pictures, captions: sum(shapes.right(reader, pictures, captions)) / len(captions)  # noqa: E731
@@ -348,7 +342,11 @@ def main():
     prompts = [str(caption) for caption in shapes.random_captions(CAPTIONS, seed)]
     write_text(out.with_name("captions.txt"), "\n".join(prompts) + "\n")
 
-    figures = {"command": " ".join(["python toy/train_teacher.py", *sys.argv[1:]]), "seed": seed, "machine": machine()}
+    figures = {
+        "command": " ".join(["python toy/train_teacher.py", *sys.argv[1:]]),
+        "seed": seed,
+        "machine": f"{machine_name(torch.device('cpu'))}, torch {torch.__version__}",
+    }
     figures["minutes"] = {}
     for stage in ("reader", "autoencoder", "text", "unet"):
         figures["minutes"][stage] = minutes_of(folder / stage)

@@ -1,0 +1,167 @@
+"""Beyond the paper: what makes reflow need fewer samples?
+
+    python toy/beyond.py                   seeds 0, 1 and 2, in the folder of toy/study.py, whose pairs are used again
+    python toy/beyond.py --num-seeds 1
+
+InstaFlow's reflow begins with weights that answer another question (which noise, at a time of another signal-to-noise
+ratio) and takes 4.5 million samples. Each way below changes one thing, on the same pairs and from the same seeds:
+
+    paper        the teacher's weights as they are
+    negated      the sign of the output changed: -ε̂ is half way from ε̂ to X1 - X0          (--init negated of reflow.py)
+    matched      negated, and each time t is shown to the U-Net as the timestep of its signal-to-noise ratio
+    U-shaped     negated; t drawn from p(t) ∝ cosh(4 (t - 1/2)), most often at the ends       (Lee et al. 2024, 2405.20320)
+    pseudo-Huber negated; the loss √(‖e‖² + c²) - c, which counts large errors e less         (the same)
+    perceptual   negated; that loss plus LPIPS of the decoded X1 that v points to             (the same)
+    unguided     negated; pairs made at guidance 1 and half the price, guidance 2.5 when drawing from the flow
+
+"matched" is the exact start as far as a plain velocity network can have it. The teacher seen as a velocity is
+v = (X - ε̂(X / √(t² + (1-t)²), s(t))) / t: the scale of its input hardly matters to a network that begins with a norm, s(t)
+goes into the last layer of the time embedding in closed form, and the division by t, which has no limit at t = 0, is left
+to be learned.
+
+Writes beyond.json, beyond.md and beyond.png: the Fréchet distance at 1 and at 8 Euler steps against the samples of reflow.
+"""
+
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from command import TINY_TEACHER, pick_device, run, write_text, write_whole
+from distill import perceptual_distance
+from evaluate import grouped, markdown_table, with_interval
+from pairs import default_guidance
+from rectified_flow import NoiseSchedule, like, reflow_error, reflow_loss
+from reflow import reflow, uniform_times
+from study import Study, footer, open_table, study_of, study_parser
+from training import autocast_dtype
+from unet import UNet, timestep_embedding
+
+STEPS = [8, 1]
+U_SHAPE = 4.0  # the exponent of Lee et al.
+HUBER = 0.00054  # c is this times the number of dimensions, Lee et al.
+RIDGE = 1e-2  # keeps the refitted weights small
+WAYS = ("paper", "negated", "matched", "U-shaped", "pseudo-Huber", "perceptual", "unguided")
+
+
+def match_times(unet: UNet, schedule: NoiseSchedule) -> None:
+    """Make the U-Net answer at the timestep 1000 (1 - t) as it did at the timestep with t's signal-to-noise ratio, in place.
+
+    The embedding of times is two linear layers. The second is fitted anew, by least squares over all whole timesteps.
+    """
+    embedding, channels = unet.time_embedding, unet.config.block_out_channels[0]
+    asked = torch.arange(schedule.timesteps + 1, dtype=torch.float64)
+    meant = schedule.timestep(1 - asked / schedule.timesteps)
+    with torch.no_grad():
+        hidden = F.silu(embedding.linear_1(timestep_embedding(asked, channels))).double()
+        wanted = embedding(timestep_embedding(meant, channels)).double()
+        inputs = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=hidden.dtype)], dim=1)
+        penalty = RIDGE * torch.eye(inputs.shape[1], dtype=inputs.dtype)
+        fitted = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ wanted)  # (hidden + 1, out)
+        embedding.linear_2.weight.copy_(fitted[:-1].T)
+        embedding.linear_2.bias.copy_(fitted[-1])
+
+
+def u_shaped_times(count: int, generator: torch.Generator) -> Tensor:
+    """t with the density ∝ cosh(a (t - 1/2)), by the inverse of its distribution function."""
+    uniform = torch.rand(count, generator=generator)
+    return 0.5 + torch.asinh((2 * uniform - 1) * math.sinh(U_SHAPE / 2)) / U_SHAPE
+
+
+def pseudo_huber(error: Tensor) -> Tensor:
+    """(√(‖e‖² + c²) - c) / √d for errors (B, ...) of d dimensions: (B,)."""
+    error = error.flatten(1)
+    c = HUBER * error.shape[1]
+    return ((error.square().sum(1) + c**2).sqrt() - c) / error.shape[1] ** 0.5
+
+
+def pseudo_huber_loss(velocity, x0: Tensor, x1: Tensor, t: Tensor, context) -> Tensor:
+    return pseudo_huber(reflow_error(velocity, x0, x1, t, context))
+
+
+def perceptual_loss(model, distance, velocity, x0: Tensor, x1: Tensor, t: Tensor, context) -> Tensor:
+    """(1 - t) pseudo-Huber + LPIPS between the pictures of X1 and of X_t + (1 - t) v, where v points to: (B,)."""
+    error = reflow_error(velocity, x0, x1, t, context)
+    with torch.no_grad():
+        target = model.vae.decode(x1)
+    landing = model.vae.decode(x1 - like(1 - t, x1) * error)  # since X_t + (1 - t) (X1 - X0) is X1
+    return (1 - t) * pseudo_huber(error) + distance(landing, target)
+
+
+def run_seed(study: Study, distance) -> None:
+    """Every way, measured after 1/4, 1/2 and 1 times --iterations updates; the paper's after 2 and 4 times too."""
+    n, teacher = study.args.iterations, study.load(TINY_TEACHER)
+    dtype = autocast_dtype(study.args.dtype, study.device, teacher.unet)
+    for way in study.args.ways:
+        unguided = way == "unguided"
+
+        def train(model, updates: int) -> None:
+            if way == "matched":
+                match_times(model.unet, NoiseSchedule())
+            times = u_shaped_times if way == "U-shaped" else uniform_times
+            losses = {"pseudo-Huber": pseudo_huber_loss, "perceptual": partial(perceptual_loss, model, distance)}
+            model.vae.requires_grad_(False)
+            pairs = study.pairs_of(teacher, guidance=1.0 if unguided else None)
+            folder = study.folder / f"reflow-{way}"
+            reflow(model, pairs, study.options(updates), folder, {}, dtype, times, losses.get(way, reflow_loss))
+
+        for updates in [n // 4, n // 2, n] + [2 * n, 4 * n] * (way == "paper"):
+            init = "teacher" if way == "paper" else "negated"
+            flow = study.made(f"reflow-{way}-{updates}", teacher, lambda model: train(model, updates), init)
+            guidance = default_guidance(teacher) if unguided else None
+            study.record(way, flow, updates, steps=STEPS, guidance=guidance, samples=updates * study.args.batch_size)
+
+
+def summary_of(rows: list[dict]) -> list[dict]:
+    """One line for each way and number of updates: the Fréchet distance and captions right at 1 and at 8 steps, S."""
+    summary = []
+    for (way, updates), group in grouped(rows, ("row", "updates")).items():
+        line = {"way": way, "updates": updates, "samples": group[0]["samples"]}
+        for steps in STEPS:
+            mine = [row for row in group if row["steps"] == steps]
+            for name in ("frechet", "caption_accuracy"):
+                label = f"{name}, {steps} step{'s' * (steps > 1)}"
+                line[label], line[f"{label}_interval"] = with_interval([row[name] for row in mine])
+        name = "relative_straightness"
+        line[name], line[f"{name}_interval"] = with_interval([row[name] for row in group if row["steps"] == 1])
+        summary.append(line | {"seeds": len({row["seed"] for row in group})})
+    return summary
+
+
+def save_curves(path: Path, summary: list[dict]) -> None:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axis, steps in zip(figure.subplots(1, 2), (1, 8)):
+        label = f"frechet, {steps} step{'s' * (steps > 1)}"
+        for (way,), mine in grouped(summary, ("way",)).items():
+            bars = [line[f"{label}_interval"] or 0 for line in mine]
+            axis.errorbar([line["samples"] for line in mine], [line[label] for line in mine], bars, marker="o", label=way)
+        axis.set(xscale="log", yscale="log", xlabel="samples of reflow", title=label.replace("frechet", "Fréchet distance"))
+    axis.legend(fontsize=8)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def main():
+    parser = study_parser("What makes reflow need fewer samples than the paper's.")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    rows, write = open_table(Path(args.out) / "beyond.json")
+    distance = perceptual_distance("random", device)
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        run_seed(study_of(seed, args, device, rows, write), distance)
+    summary = summary_of(rows)
+    table = markdown_table(summary) + footer("python toy/beyond.py", args, device, rows)
+    write_text(Path(args.out) / "beyond.md", table)
+    save_curves(Path(args.out) / "beyond.png", summary)
+    print(table + f"{args.out}: beyond.json, beyond.md and beyond.png")
+
+
+if __name__ == "__main__":
+    run(main)
