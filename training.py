@@ -9,6 +9,8 @@ bit for bit on a CPU, what it would have computed without stopping.
 
 Under torchrun every process computes its share of each batch, gradients are summed once an update, and the first process
 writes. The same batch at any number of processes gives the same run up to rounding, so the number may change between stops.
+What a GPU holds beside activations is, for each parameter, 4 bytes of weights, 4 of gradients, 8 of moments and 4 of EMA:
+--shard-optimizer shares the moments out between the processes, --ema-device cpu moves the EMA into main memory.
 
 The state (weights, EMA, both AdamW moments) is one safetensors file that appears whole or not at all, in a folder
 beside the output: `<out>.state/state.safetensors`, with `settings.json` and `metrics.jsonl`, which `plot_loss` draws.
@@ -31,6 +33,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 
 from command import (
@@ -67,9 +70,15 @@ class TrainingOptions:
     cooldown: float = 0.0  # share of the run, at its end, over which the learning rate falls to 0
     ema_half_life: int = 500_000
     clip_norm: float = 1.0
+    seed: int = 0
+    # What does not change the result:
     save_every: int = 1000  # iterations
     log_every: int = 10  # iterations
-    seed: int = 0
+    ema_device: str | None = None  # where the averaged weights lie; None: beside the weights
+    shard_optimizer: bool = False  # each process keeps the moments of a part of the weights
+
+
+PRACTICAL = ("iterations", "save_every", "log_every", "ema_device", "shard_optimizer")  # a run may go on with others of these
 
 
 AUTOCAST_FROM = 50_000_000  # parameters; below, casting costs more time on a CPU than bf16 products save
@@ -92,6 +101,10 @@ def add_training_options(parser: argparse.ArgumentParser, learning_rate: ByModel
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=ByModel(True, False),
         help="recompute activations in the backward pass: less memory, a third more time",
     )  # fmt: skip
+    group.add_argument("--ema-device", choices=["cpu"], help="keep the averaged weights in main memory: 4 bytes a parameter "
+                       "less on the GPU, and the weights are copied over in every update")  # fmt: skip
+    group.add_argument("--shard-optimizer", action="store_true", help="share the optimizer's moments out between torchrun's "
+                       "processes (ZeRO-1, 1910.02054): 8 bytes a parameter become 8 / their number")  # fmt: skip
     return group
 
 
@@ -99,7 +112,8 @@ def options_from(args: argparse.Namespace, iterations: int) -> TrainingOptions:
     """TrainingOptions from settled arguments."""
     return TrainingOptions(
         iterations, args.batch_size, args.accumulate, args.learning_rate, warmup_samples=args.warmup_samples,
-        ema_half_life=args.ema_half_life, save_every=args.save_every, seed=args.seed,
+        ema_half_life=args.ema_half_life, seed=args.seed, save_every=args.save_every, ema_device=args.ema_device,
+        shard_optimizer=args.shard_optimizer,
     )  # fmt: skip
 
 
@@ -154,12 +168,26 @@ def channels_second(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
 
 
+def adamw(weights: dict, options: TrainingOptions) -> torch.optim.Optimizer:
+    """AdamW on these weights; if asked, each process keeps the moments of its part and sends the others its new weights."""
+    fused = next(iter(weights.values())).device.type in ("cpu", "cuda")  # one kernel, without copies of all moments
+    settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay, "fused": fused}
+    if options.shard_optimizer and world_size() > 1:
+        return ZeroRedundancyOptimizer(weights.values(), torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(weights.values(), **settings)
+
+
 def save_state(folder: Path, step: int, weights: dict, ema: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Write the state of a run; every process must call this."""
+    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
+    if sharded:
+        optimizer.consolidate_state_dict(to=0)
     if rank():  # before the copies that only the first process would write
         return
+    gathered = optimizer.state_dict()["state"] if sharded else None  # by the weights' numbers
     tensors = {}
-    for name, weight in weights.items():
-        moments = optimizer.state[weight]
+    for number, (name, weight) in enumerate(weights.items()):
+        moments = gathered[number] if sharded else optimizer.state[weight]
         kept = {
             "weights": weight.detach(),
             "ema": ema[name],
@@ -176,14 +204,17 @@ def load_state(folder: Path, weights: dict, ema: dict, optimizer: torch.optim.Op
     if not step:
         return 0
     kinds = ("weights", "ema", "exp_avg", "exp_avg_sq")
+    mine = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    stepped = {id(weight) for group in mine.param_groups for weight in group["params"]}
     try:
         for name, weight in weights.items():
             with safe_open(path, "pt") as file:  # opened for each, since what is read stays mapped until it is closed
                 saved = {kind: channels_second(file.get_tensor(f"{kind}.{name}")) for kind in kinds}
                 weight.data.copy_(saved["weights"])
                 ema[name].copy_(saved["ema"])
-                moments = {kind: torch.empty_like(weight).copy_(saved[kind]) for kind in kinds[2:]}
-                optimizer.state[weight] = moments | {"step": torch.tensor(float(step), device=weight.device)}
+                if id(weight) in stepped:
+                    moments = {kind: torch.empty_like(weight).copy_(saved[kind]) for kind in kinds[2:]}
+                    mine.state[weight] = moments | {"step": torch.tensor(float(step), device=weight.device)}
     except (SafetensorError, RuntimeError) as problem:
         raise BadInput(f"{path}: damaged or of another model ({problem}); delete {folder} to start again") from None
     return step
@@ -211,7 +242,7 @@ def is_finished(folder: str | Path, options: TrainingOptions, settings: dict) ->
 
 def decisive(options: TrainingOptions, settings: dict) -> dict:
     """What decides a run's result. Its length is left out: a finished run may be continued."""
-    return settings | {k: v for k, v in asdict(options).items() if k not in ("iterations", "save_every", "log_every")}
+    return settings | {k: v for k, v in asdict(options).items() if k not in PRACTICAL}
 
 
 def check_settings(folder: str | Path, settings: dict) -> None:
@@ -328,9 +359,9 @@ def train(
         raise BadInput(f"--batch-size {options.batch_size}: smaller than the number of processes, {world_size()}")
     wait_for_all()
 
-    fused = device.type in ("cpu", "cuda")  # one kernel, without copies of all moments
-    optimizer = torch.optim.AdamW(weights.values(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=fused)
-    ema = {key: weight.detach().clone() for key, weight in weights.items()}
+    optimizer = adamw(weights, options)
+    ema_device = options.ema_device or device
+    ema = {key: weight.detach().to(ema_device, copy=True) for key, weight in weights.items()}
     first = load_state(folder, weights, ema, optimizer)
     metrics = folder / "metrics.jsonl"
     kept = [row for row in read_metrics(folder) if row["step"] <= first]
@@ -384,7 +415,8 @@ def train(
             scaler.update()
 
             half_life = max(1.0, min(options.ema_half_life, EMA_RAMP * seen))
-            torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - 0.5 ** (options.batch_size / half_life))
+            now = [weight.detach().to(ema_device) for weight in weights.values()]
+            torch._foreach_lerp_(list(ema.values()), now, 1 - 0.5 ** (options.batch_size / half_life))
 
             bar.update()
             done = step + 1

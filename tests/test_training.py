@@ -51,6 +51,13 @@ def without_seconds(folder):
     return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in rows(folder)]
 
 
+def test_what_is_practical_does_not_change_the_run(tmp_path):
+    plain = run(tmp_path / "plain")
+    assert torch.equal(weights(plain), weights(run(tmp_path / "practical", ema_device="cpu", shard_optimizer=True)))
+    run(tmp_path / "mixed", iterations=10)
+    assert torch.equal(weights(plain), weights(run(tmp_path / "mixed", ema_device="cpu", save_every=3)))
+
+
 def test_it_learns_and_reports(tmp_path):
     run(tmp_path, iterations=300)
     losses = [row["loss"] for row in rows(tmp_path)]
