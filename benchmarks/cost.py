@@ -1,10 +1,10 @@
 """The bill: GPU-days, wall-clock days, disk and network of InstaFlow's full recipe, before starting it.
 
     python benchmarks/cost.py                                   on 8 A100, at the rates that the paper's days imply
-    python benchmarks/cost.py --rates benchmarks/results/training-cuda.json --gpus 4 --price 2.5
+    python benchmarks/cost.py --rates benchmarks/results/training_step-cuda.json --gpus 4 --price 2.5
 
 The recipe is that of InstaFlow-0.9B (arXiv 2309.06380, table of training costs): 3.2 million pairs, two stages of reflow,
-distillation in L2 and in LPIPS; 199.2 A100-days. --rates takes what benchmarks/training.py measured: samples a second of
+distillation in L2 and in LPIPS; 199.2 A100-days. --rates takes what benchmarks/training_step.py measured: samples a second of
 one GPU in each stage. What is counted, and what it could be without our savings:
 
     disk       a pair is its latent in fp16 and a seed; noise and pictures are not stored; a training state is weights, EMA
@@ -62,7 +62,7 @@ def rates_from(path: str | None) -> dict[str, float]:
         measured = {row["stage"]: row["samples_per_second"] for row in json.loads(Path(path).read_text())["rows"]}
         return {name: measured[name.removesuffix(" large batch")] for name in RECIPE}
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise BadInput(f"--rates {path}: not a file of benchmarks/training.py ({problem!r})") from None
+        raise BadInput(f"--rates {path}: not a file of benchmarks/training_step.py ({problem!r})") from None
 
 
 def bill(rates: dict[str, float], gpus: int, price: float | None) -> list[dict]:
@@ -114,7 +114,7 @@ def share(text: str) -> float:
 def main():
     parser = Parser("GPU-days, disk and network of InstaFlow's full recipe.")
     parser.add_argument("--gpus", type=positive, default=8)
-    parser.add_argument("--rates", help="results of benchmarks/training.py; default: the paper's A100")
+    parser.add_argument("--rates", help="results of benchmarks/training_step.py; default: the paper's A100")
     parser.add_argument("--price", type=not_below_zero, help="of a GPU-hour, in any currency")
     parser.add_argument("--reflow-share", type=share, help="share of the paper's reflow samples that are needed, e.g. 0.33")
     args = parser.parse_args()

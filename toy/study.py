@@ -9,7 +9,7 @@ For each seed, on captions that leave much open ("a shape and a red square"), wh
     teacher    drawn                         real pictures of other scenes: the floor of every figure
                teacher                       at 25, 8, 4, 2, 1 steps of DPM-Solver
     reflow     2-RF                          at 25, 8, 4, 2, 1 Euler steps; `--iterations` updates of reflow
-               2-RF + distill                after 1/4, 1/2 and 1 times `--iterations` updates in L2
+               2-RF + distill                after 1/4, 1/2 and 1 times `--iterations` updates in L2 (`--budgets`)
                2-RF + distill + LPIPS        `--lpips-iterations` more
     direct     teacher + distill             after 1/4, 1/2, 1, 2 and 4 times; 2 times is 2-RF and its student together
                teacher + distill + LPIPS     `--lpips-iterations` more, from 1 time
@@ -52,6 +52,8 @@ from command import (
     add_machine_options,
     check_output,
     machine_name,
+    not_below_zero,
+    not_negative,
     pick_device,
     pick_dtype,
     positive,
@@ -80,7 +82,6 @@ from training import TrainingOptions, autocast_dtype
 from unet import stack, started_from
 
 PARTS = ("teacher", "reflow", "direct", "third", "stacked")
-STEPS = [25, 8, 4, 2, 1]
 CAPTIONS = {"open": shapes.open_captions, "mixed": shapes.random_captions, "full": shapes.full_captions}
 CAPTIONS_DRAWN = 1000  # different ones, among the pairs
 SEEDS_APART = 10_000_000  # noises of one seed of the study and of the next
@@ -153,13 +154,13 @@ class Study:
 
     def record(
         self, row: str, model: StableDiffusion, updates: int, source: StableDiffusion | None = None,
-        steps: list[int] = STEPS, guidance: float | None = None, **about,
+        steps: list[int] | None = None, guidance: float | None = None, **about,
     ) -> None:  # fmt: skip
         """Measure a model, at these numbers of steps if it has a path, unless the table has it already.
 
         source: the teacher of a one-step model, on whose pairs its errors are measured.
         """
-        steps = [1] if model.kind == "one-step" else steps
+        steps = [1] if model.kind == "one-step" else steps or self.args.steps
         guidance = default_guidance(model) if guidance is None else guidance
         self.shown += [(f"{row}, {updates}\n{number} step{'s' * (number > 1)}", model, number) for number in steps]
         key = {"row": row, "updates": updates, "seed": self.seed}
@@ -214,7 +215,7 @@ def run_seed(study: Study, distance: Callable) -> None:
         for updates in budgets:
             student = study.made(f"{name}-{updates}", source, lambda new: train(new, updates))
             study.record(row, student, updates, source, **costs(before, updates, *stages, name))
-            if updates == n and finish:
+            if updates == n and finish and lpips:
                 perceptual = lambda new: distill_perceptual(
                     new, study.pairs_of(source), distance, study.options(lpips), study.folder / f"{name}-lpips", {}, dtype
                 )
@@ -222,18 +223,19 @@ def run_seed(study: Study, distance: Callable) -> None:
                 spent = costs(before, updates + lpips, *stages, name, f"{name}-lpips")
                 study.record(f"{row} + LPIPS", finished, updates + lpips, source, **spent)
 
-    parts = study.args.parts
+    parts, budgets = study.args.parts, [round(n * budget) for budget in study.args.budgets]
+    up_to_n = [updates for updates in budgets if updates <= n]
     if "teacher" in parts:
         study.record_drawn()
         study.record("teacher", teacher, 0, **costs(0, 0))
     if "direct" in parts:
-        student_of(teacher, "teacher + distill", [], [n // 4, n // 2, n, 2 * n, 4 * n], finish=True)
+        student_of(teacher, "teacher + distill", [], budgets, finish=True)
     if not {"reflow", "third", "stacked"} & set(parts):
         return
     flow2 = flow_from(teacher, "2rf")
     if "reflow" in parts:
         study.record("2-RF", flow2, n, **costs(0, n, "2rf"))
-        student_of(flow2, "2-RF + distill", ["2rf"], [n // 4, n // 2, n], finish=True)
+        student_of(flow2, "2-RF + distill", ["2rf"], up_to_n, finish=True)
     if "third" in parts:
         flow3 = flow_from(flow2, "3rf")
         study.record("3-RF", flow3, 2 * n, **costs(n, n, "2rf", "3rf"))
@@ -307,6 +309,7 @@ def study_parser(description: str) -> Parser:
     parser.add_argument("--captions", choices=CAPTIONS, default="open", help="open: much left out; mixed: some; full: nothing")
     parser.add_argument("--held-out", type=positive, default=500, help="pairs that nothing is trained on")
     parser.add_argument("--num-samples", type=positive, default=1000, help="pictures for each row and seed")
+    parser.add_argument("--steps", type=positive, nargs="+", default=[25, 8, 4, 2, 1], help="at which paths are measured")
     parser.add_argument("--out", default="runs/study", help="folder of table, figures and everything made on the way")
     add_machine_options(parser)
     return parser
@@ -335,7 +338,9 @@ def footer(command: str, args: argparse.Namespace, device: torch.device, rows: l
 def main():
     parser = study_parser("The paper's table on the tiny model.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="rows to measure")
-    parser.add_argument("--lpips-iterations", type=positive, default=64)
+    parser.add_argument("--budgets", type=not_below_zero, nargs="+", default=[0.25, 0.5, 1, 2, 4],
+                        help="updates of a distillation at which it is measured, in --iterations")  # fmt: skip
+    parser.add_argument("--lpips-iterations", type=not_negative, default=64)
     args = parser.parse_args()
     folder, device = Path(args.out), pick_device(args.device)
     rows, write = open_table(folder / "study.json")

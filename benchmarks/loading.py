@@ -1,0 +1,85 @@
+"""Loading a Stable Diffusion 1.x file against diffusers' single-file loader: seconds and peak memory, each in a new process.
+
+    python benchmarks/loading.py            writes a full-size file of random weights first; needs 15 GB of memory
+
+diffusers needs configuration files, which it would fetch from the hub; they are written here from our own configs. Both load
+to fp32 on the CPU: diffusers the U-Net and the autoencoder, ours the text encoder too. Imports are not counted.
+Writes benchmarks/results/loading-cpu.json.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint
+from command import HERE, Parser, positive, run
+from make_checkpoint import make_model, write_single_file
+from timing import ratio, report
+
+MEASURE = """
+import json, resource, sys, time
+sys.path.insert(0, {root!r})
+import torch
+{imports}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.perf_counter()
+{load}
+seconds = time.perf_counter() - started
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, (peak - before) * 1024 / 1e9]))
+"""
+OURS = ("import checkpoint", "model = checkpoint.load({path!r})")
+THEIRS = (
+    "from diffusers import AutoencoderKL, UNet2DConditionModel",
+    "unet = UNet2DConditionModel.from_single_file({path!r}, config={config!r}, subfolder='unet')\n"
+    "vae = AutoencoderKL.from_single_file({path!r}, config={config!r}, subfolder='vae')",
+)
+
+
+def measured(side: tuple[str, str], path: str, config: str) -> tuple[float, float]:
+    """Seconds and gigabytes of memory beyond the imports."""
+    imports, load = side
+    code = MEASURE.format(root=str(HERE), imports=imports, load=load.format(path=path, config=config))
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return tuple(json.loads(out.splitlines()[-1]))
+
+
+def main():
+    parser = Parser("Time loading a single file against diffusers.")
+    parser.add_argument("--rounds", type=positive, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path, config = str(Path(folder) / "sd14.safetensors"), str(Path(folder) / "config")
+        model = make_model("full")
+        write_single_file(model, path)
+        for name, settings in (
+            ("unet", checkpoint.unet_to_diffusers(model.unet.config)),
+            ("vae", checkpoint.vae_to_diffusers(model.vae.config)),
+        ):
+            (Path(config) / name).mkdir(parents=True)
+            (Path(config) / name / "config.json").write_text(json.dumps(settings))
+        del model
+        sides = {"ours": [], "diffusers": []}
+        for number in range(args.rounds + 1):  # the first fills the disk cache
+            for name, side in (("ours", OURS), ("diffusers", THEIRS)):
+                result = measured(side, path, config)
+                if number:
+                    sides[name].append(result)
+    rows = []
+    for what, index in (("seconds", 0), ("GB of memory at the peak", 1)):
+        ours, theirs = ([result[index] for result in sides[name]] for name in ("ours", "diffusers"))
+        row = {"what": what, "ours": statistics.median(ours), "diffusers": statistics.median(theirs)}
+        rows.append(row | ratio(ours, theirs))
+    report("loading", torch.device("cpu"), torch.float32, rows)
+
+
+if __name__ == "__main__":
+    run(main)

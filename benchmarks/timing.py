@@ -1,0 +1,48 @@
+"""Fair timing for the benchmarks: the sides take turns within one run, so that all see the same machine."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from command import HERE, machine_name, write_text
+from evaluate import markdown_table
+
+
+def take_turns(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every call in every round, after one round to warm up."""
+    seconds = {name: [] for name in ways}
+    with tqdm(total=(rounds + 1) * len(ways), unit="call", leave=False) as bar:
+        for number in range(rounds + 1):
+            for name, call in ways.items():
+                bar.set_description(name)
+                started = time.perf_counter()
+                call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number:
+                    seconds[name].append(time.perf_counter() - started)
+                bar.update()
+    return seconds
+
+
+def ratio(ours: list[float], theirs: list[float]) -> dict:
+    """Ours over theirs, round by round: the median and the quartiles."""
+    ratios = [a / b for a, b in zip(ours, theirs)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"ratio": middle, "quartiles": f"{low:.2f} to {high:.2f}"}
+
+
+def report(name: str, device: torch.device, dtype: torch.dtype, rows: list[dict], **about) -> None:
+    """Print the rows as a table and write them to benchmarks/results/<name>-<device>.json."""
+    about = {"command": " ".join(["python", *sys.argv]), "device": machine_name(device), "torch": torch.__version__,
+             "dtype": str(dtype).removeprefix("torch.")} | about  # fmt: skip
+    write_text(
+        HERE / "benchmarks" / "results" / f"{name}-{device.type}.json", json.dumps(about | {"rows": rows}, indent=2) + "\n"
+    )
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
+    print(markdown_table(rows), end="")

@@ -1,0 +1,186 @@
+"""What training costs: pairs and gradients against diffusers, and samples a second and peak memory of every stage.
+
+    python benchmarks/training_step.py --stages pairs gradients --teacher-steps 2     against diffusers; minutes on a CPU
+    python benchmarks/training_step.py --device cuda --batch-size 16                  all stages, for benchmarks/cost.py --rates
+
+Stable Diffusion's size at 512 px, random weights and random data. "pairs" draws latents with guidance by DPM-Solver, beside
+diffusers' pipeline and its DPM-Solver; "gradients" is the forward and backward pass of reflow, beside the same with diffusers'
+U-Net. The other stages are whole updates as training.py makes them: text encoder, loss, backward, clip, AdamW and EMA.
+Writes benchmarks/results/training_step-<device>.json.
+"""
+
+import gc
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import unet_to_diffusers
+from command import Parser, add_machine_options, pick_device, pick_dtype, positive, run
+from make_checkpoint import make_model
+from pairs import GUIDANCE
+from rectified_flow import distill_loss, flow_velocity, one_step, reflow_loss, sample_path
+from timing import ratio, report, take_turns
+from training import TrainingOptions, adamw, named_parameters
+
+STAGES = ("pairs", "gradients", "reflow", "l2", "lpips")
+TOKENS = 77
+
+
+def diffusers_unet(unet, device: torch.device, dtype: torch.dtype):
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel.from_config(unet_to_diffusers(unet.config))
+    theirs.load_state_dict({name: tensor.clone() for name, tensor in unet.state_dict().items()}, assign=True)
+    return theirs.to(device, dtype)
+
+
+def diffusers_pairs(unet, steps: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """diffusers' pipeline from noise and encoded prompts to latents."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing", steps_offset=1
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.vae_scale_factor = 8
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda noise, context, null: pipeline(
+        prompt_embeds=context, negative_prompt_embeds=null, latents=noise, num_inference_steps=steps, output_type="latent",
+        guidance_scale=GUIDANCE["diffusion"].full,
+    ).images  # fmt: skip
+
+
+def untrained_vgg() -> torch.nn.Module:
+    """lpips on VGG, as in the paper; its trained weights, which take no more time, would have to be downloaded."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision renamed an argument that lpips still uses
+        return lpips.LPIPS(net="vgg", pnet_rand=True, lpips=False, verbose=False).requires_grad_(False).eval()
+
+
+def main():
+    parser = Parser("Time the stages of training.")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--batch-size", type=positive, default=1)
+    parser.add_argument("--latent-size", type=positive, default=64, help="64 is 512 pixels")
+    parser.add_argument("--teacher-steps", type=positive, default=25)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    add_machine_options(parser)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    dtype, batch, rows = pick_dtype(args.dtype, device), args.batch_size, []
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+
+    shape = (batch, 4, args.latent_size, args.latent_size)
+    x0, x1, t = torch.randn(shape, device=device), torch.randn(shape, device=device), torch.rand(batch, device=device)
+    tokens = torch.randint(49000, (batch, TOKENS), device=device)
+    context, null = torch.randn(batch, TOKENS, 768, device=device), torch.randn(1, TOKENS, 768, device=device)
+
+    def note_row(stage: str, seconds: list[float], peer: list[float] | None = None) -> None:
+        row = {"stage": stage, "seconds": statistics.median(seconds), "samples_per_second": batch / statistics.median(seconds)}
+        against = {"diffusers, s": statistics.median(peer)} | ratio(seconds, peer) if peer else {}
+        row |= {name: against.get(name) for name in ("diffusers, s", "ratio", "quartiles")}
+        row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+        rows.append(row)
+
+    def begin_stage() -> None:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    if "pairs" in args.stages:
+        begin_stage()
+        unet = make_model("full", args.seed).unet
+        peer = diffusers_pairs(diffusers_unet(unet, device, dtype), args.teacher_steps)
+        unet = unet.to(device, dtype, memory_format=torch.channels_last).eval()
+        half_context, half_null = context.to(dtype), null.to(dtype).expand(batch, -1, -1)
+
+        def draw() -> None:
+            with torch.inference_mode():
+                guidance = GUIDANCE["diffusion"].full
+                for _ in sample_path(unet, "diffusion", x0, args.teacher_steps, half_context, half_null, guidance):
+                    pass
+
+        ways = {"pairs, ours": draw, "pairs, diffusers": lambda: peer(x0.to(dtype), half_context, half_null)}
+        note_row("pairs", *take_turns(ways, args.rounds, device).values())
+        del unet, peer, ways
+
+    if "gradients" in args.stages:
+        begin_stage()
+        unet = make_model("full", args.seed).unet
+        theirs = diffusers_unet(unet, device, torch.float32)
+        unet = unet.to(device, memory_format=torch.channels_last).train()
+        their_velocity = lambda x, t, context: theirs(x, 1000 * (1 - t), context).sample
+
+        def gradients(network, velocity) -> None:
+            network.zero_grad(set_to_none=True)
+            with autocast:
+                loss = reflow_loss(velocity, x0, x1, t, context).mean()
+            loss.backward()
+            network.zero_grad(set_to_none=True)
+
+        ways = {
+            "gradients, ours": lambda: gradients(unet, flow_velocity(unet)),
+            "gradients, diffusers": lambda: gradients(theirs, their_velocity),
+        }
+        note_row("gradients", *take_turns(ways, args.rounds, device).values())
+        del unet, theirs, ways
+
+    updates = [stage for stage in args.stages if stage in ("reflow", "l2", "lpips")]
+    if updates:
+        model = make_model("full", args.seed)
+        unet = model.unet.to(device, memory_format=torch.channels_last).train()
+        unet.gradient_checkpointing = model.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
+        text = model.text_encoder.to(device).requires_grad_(False)
+        decode = model.vae.to(device).requires_grad_(False).decode
+        velocity, weights = flow_velocity(unet), named_parameters(unet)
+        optimizer = adamw(weights, TrainingOptions(1, learning_rate=1e-6))
+        ema = [weight.detach().clone() for weight in weights.values()]
+        distance = untrained_vgg().to(device) if "lpips" in updates else None
+
+        def perceptual() -> Tensor:
+            latents = one_step(velocity, x0, text(tokens))
+            with torch.autocast(device.type, enabled=False):
+                with torch.no_grad():
+                    target = decode(x1)
+                return distance(decode(latents.float()), target)
+
+        losses = {
+            "reflow": lambda: reflow_loss(velocity, x0, x1, t, text(tokens)),
+            "l2": lambda: distill_loss(velocity, x0, x1, text(tokens)),
+            "lpips": perceptual,
+        }
+
+        def update(loss: Callable[[], Tensor]) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with autocast:
+                per_sample = loss()
+            per_sample.mean().backward()
+            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            optimizer.step()
+            torch._foreach_lerp_(ema, [weight.detach() for weight in weights.values()], 1e-4)
+
+        for stage in updates:
+            begin_stage()
+            note_row(stage, take_turns({stage: lambda: update(losses[stage])}, args.rounds, device)[stage])
+    about = {"batch": batch, "teacher_steps": args.teacher_steps, "gradient_checkpointing": args.gradient_checkpointing}
+    report("training_step", device, dtype, rows, **about)
+
+
+if __name__ == "__main__":
+    run(main)
