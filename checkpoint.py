@@ -83,6 +83,11 @@ class StableDiffusion:
             side if width is None else width // factor,
         )
 
+    def compile(self, backend: str = "inductor") -> None:
+        """Have torch compile U-Net and decoder when they are first called, in place."""
+        for network in (self.unet, self.vae.decoder):
+            network.compile(backend=backend)
+
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """The context (B, L, D) that the U-Net reads, without gradients."""
         if self.tokenizer is None:
@@ -309,7 +314,10 @@ def load_as_asked(
 ) -> StableDiffusion:
     """`load` with a command's own options (command.py); dtype None is what --dtype says."""
     dtype = pick_dtype(args.dtype, device) if dtype is None else dtype
-    return load(path, device, dtype, args.kind, args.tokenizer, args.use_ema)
+    model = load(path, device, dtype, args.kind, args.tokenizer, args.use_ema)
+    if args.compile:
+        model.compile()
+    return model
 
 
 def load_single_file(path: Path, device, dtype, use_ema: bool) -> StableDiffusion:

@@ -102,11 +102,12 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """How to read a checkpoint, where the file itself does not say."""
+    """How to read a checkpoint, where the file itself does not say, and whether to compile it."""
     group = parser.add_argument_group("reading the checkpoint")
     group.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, for checkpoints without their own")
     group.add_argument("--kind", choices=KINDS, help="what the U-Net predicts; default: as the file says")
     group.add_argument("--use-ema", action="store_true", help="read the averaged U-Net of a full training checkpoint")
+    group.add_argument("--compile", action="store_true", help="torch.compile: minutes at each new size, faster after them")
 
 
 def pick_device(name: str) -> torch.device:

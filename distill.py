@@ -159,6 +159,8 @@ def main():
     if args.student == "stacked":
         model.unet = stack(model.unet)
     model.unet.gradient_checkpointing = model.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        model.compile()  # --init or --student may have made a new U-Net
     dtype = autocast_dtype(args.dtype, device, model.unet)
     if args.l2_iterations:
         distill_l2(model, pairs, l2, state / "l2", l2_settings, dtype)

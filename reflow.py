@@ -111,6 +111,8 @@ def main():
     model = checkpoint.load_as_asked(args.teacher, args, device, torch.float32)
     model.unet = started_from(model.unet, args.init, model.kind, args.seed)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        model.compile()  # --init may have made a new U-Net
     reflow(model, pairs, options, folder, settings, autocast_dtype(args.dtype, device, model.unet))
     checkpoint.save(model, args.out)
     plot_loss(folder)

@@ -69,7 +69,9 @@ class Kept:
         return sum(self.everything.values())
 
     def checkpointed(self) -> int:
-        return sum((self.outside | self.inputs).values()) + max(sum(each.values()) for each in self.inside.values())
+        between = self.outside | self.inputs
+        again = ({key: size for key, size in each.items() if key not in between} for each in self.inside.values())
+        return sum(between.values()) + max(sum(each.values()) for each in again)
 
 
 def kept_by(stage: str, stacked: bool) -> tuple[Kept, int, int]:

@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from PIL import Image
 
 import checkpoint
@@ -18,7 +20,7 @@ import evaluate
 import pairs
 import reflow
 import sample
-from conftest import ROOT
+from conftest import ROOT, relative_error
 from make_checkpoint import make_model, write_folder, write_single_file
 from training import read_metrics, saved_step
 from unet import started_from
@@ -195,6 +197,33 @@ def test_sampling_options(finished, call):
     assert (pictures["plain"] - pictures["batch"]).abs().max() <= 1  # one seed, one picture, whatever the batch
     for name in ("seed", "ddim", "unguided", "unconditional", "negative", "steps"):
         assert (pictures["plain"] - pictures[name]).abs().mean() > 0.2, name
+
+
+def test_compiled_networks_do_the_same(finished, call, monkeypatch):
+    # The graphs are captured and differentiated as ever, and run without the C++ compiler that "inductor" needs.
+    monkeypatch.setattr(checkpoint.StableDiffusion.compile, "__defaults__", ("aot_eager",))
+    torch.compiler.reset()
+    pictures, weights = {}, {}
+    for name, options in {"plain": [], "compiled": ["--compile"]}.items():
+        arguments = ["--model", finished / "runs/instaflow.safetensors", "--num-images", 2, "--out", f"{name}.png", *options]
+        assert call(sample.main, *arguments)[0] == 0
+        pictures[name] = torch.from_numpy(np.asarray(Image.open(f"{name}.png")).astype(int))
+        pairs_and_length = [
+            *REFLOW[:4],
+            "--iterations",
+            2,
+            "--batch-size",
+            4,
+            "--init",
+            "random",
+            "--out",
+            f"{name}.safetensors",
+        ]
+        assert call(reflow.main, *pairs_and_length, *options)[0] == 0
+        weights[name] = checkpoint.load(f"{name}.safetensors").unet.conv_out.weight
+    assert (pictures["plain"] - pictures["compiled"]).abs().max() <= 1
+    assert relative_error(weights["compiled"], weights["plain"]) < 1e-4
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # something was compiled
 
 
 # ---------------------------------------------------------------------------------------------------------------
