@@ -15,7 +15,8 @@ frechet            Fréchet distance between the reader's features of drawn and 
                    its floor, two sets of drawn pictures against each other
 precision, recall  share of generated pictures that lie among the drawn ones, and of drawn among the generated:
                    a model that forgets variety loses recall (Kynkäänniemi et al. 2019, 1904.06991)
-straightness       S of rectified_flow.py along the model's own path at 25 steps; relative: S / E‖Z1 - Z0‖²
+straightness       S of rectified_flow.py along the model's own path at 25 steps, where any of --steps is more than 1;
+                   relative: S / E‖Z1 - Z0‖²
 
 A figure ± an interval is a mean with its 95 % confidence interval, over --repeats sets of captions and noises (for
 straightness over samples). In evaluate.json it is called <figure>_interval.
@@ -285,7 +286,7 @@ def evaluate(
     """
     first, straight = questions[0], {}
     batch = drawn_at_once(model.latent_shape())
-    if model.kind != "one-step":
+    if model.kind != "one-step" and max(steps) > 1:
         count = min(STRAIGHTNESS_SAMPLES, max(1, NUMBERS_PER_BATCH // torch.Size(model.latent_shape()).numel()))
         s = measure_straightness(model, first.prompts[:count], first.seeds[:count], guidance)
         straight = {

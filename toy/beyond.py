@@ -19,7 +19,8 @@ v = (X - ε̂(X / √(t² + (1-t)²), s(t))) / t: the scale of its input hardly 
 goes into the last layer of the time embedding in closed form, and the division by t, which has no limit at t = 0, is left
 to be learned.
 
-Writes beyond.json, beyond.md and beyond.png: the Fréchet distance at 1 and at 8 Euler steps against the samples of reflow.
+Writes beyond.json, beyond.md and beyond.png: the Fréchet distance at 1 Euler step against the samples of reflow, and from
+--iterations updates on at 8 steps.
 """
 
 import math
@@ -115,7 +116,8 @@ def run_seed(study: Study, distance) -> None:
             init = "teacher" if way == "paper" else "negated"
             flow = study.made(f"reflow-{way}-{updates}", teacher, lambda model: train(model, updates), init)
             guidance = default_guidance(teacher) if unguided else None
-            study.record(way, flow, updates, guidance=guidance, samples=updates * study.args.batch_size)
+            steps = study.args.steps if updates >= n else [1]
+            study.record(way, flow, updates, steps=steps, guidance=guidance, samples=updates * study.args.batch_size)
 
 
 def summary_of(rows: list[dict]) -> list[dict]:
@@ -123,10 +125,11 @@ def summary_of(rows: list[dict]) -> list[dict]:
     summary = []
     for (way, updates), group in grouped(rows, ("row", "updates")).items():
         line = {"way": way, "updates": updates, "samples": group[0]["samples"]}
-        for (steps,), mine in grouped(group, ("steps",)).items():
+        for steps in sorted({row["steps"] for row in rows}):
+            mine = [row for row in group if row["steps"] == steps]
             for name in ("frechet", "caption_accuracy"):
                 label = f"{name}, {steps} step{'s' * (steps > 1)}"
-                line[label], line[f"{label}_interval"] = with_interval([row[name] for row in mine])
+                line[label], line[f"{label}_interval"] = with_interval([row[name] for row in mine] or [None])
         name = "relative_straightness"
         line[name], line[f"{name}_interval"] = with_interval([row[name] for row in group if row["steps"] == 1])
         summary.append(line | {"seeds": len({row["seed"] for row in group})})
@@ -138,6 +141,7 @@ def save_curves(path: Path, summary: list[dict]) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axis, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels):
         for (way,), mine in grouped(summary, ("way",)).items():
+            mine = [line for line in mine if line[label] is not None]
             bars = [line[f"{label}_interval"] or 0 for line in mine]
             axis.errorbar([line["samples"] for line in mine], [line[label] for line in mine], bars, marker="o", label=way)
         axis.set(xscale="log", yscale="log", xlabel="samples of reflow", title=label.replace("frechet", "Fréchet distance"))
