@@ -47,7 +47,7 @@ class UNetConfig:
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
     sample_size: int = 64  # height and width of the latent the model was trained at
-    stacked: bool = False  # two in series: StackedUNet
+    stacked: str = ""  # two in series, joined by "features" or "latents": StackedUNet
 
 
 def timestep_embedding(timestep: Tensor, channels: int) -> Tensor:
@@ -329,17 +329,18 @@ class UNet(nn.Module):
 class StackedUNet(nn.Module):
     """Two U-Nets in series that share no weights: the student of InstaFlow-1.7B. Called like a UNet.
 
-    The joint is thinned: the first's output block (norm, SiLU, convolution to 4 channels) and the second's input block
-    (convolution from 4 channels) are left out, and what the first has computed passes on in all its channels. At
-    Stable Diffusion's sizes 1,719,017,924 parameters. InstaFlow (arXiv 2309.06380) thins the joint too; accounts of it
-    do not agree on how much.
+    config.stacked "features": the joint is thinned. The first's output block (norm, SiLU, convolution to 4 channels) and
+    the second's input block (convolution from 4 channels) are left out, and what the first has computed passes on in all
+    its channels. At Stable Diffusion's sizes 1,719,017,924 parameters. InstaFlow (arXiv 2309.06380) thins the joint too;
+    accounts of it do not agree on how much. "latents": nothing is left out, for comparison (toy/study.py).
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         self.first, self.second = UNet(config), UNet(config)
-        del self.first.conv_norm_out, self.first.conv_out, self.second.conv_in
+        if config.stacked == "features":
+            del self.first.conv_norm_out, self.first.conv_out, self.second.conv_in
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -350,18 +351,20 @@ class StackedUNet(nn.Module):
         self.first.gradient_checkpointing = self.second.gradient_checkpointing = value
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        x = self.first.body(self.first.read_in(x), timestep, context)
-        return self.second.read_out(self.second.body(x, timestep, context))
+        if self.config.stacked == "latents":
+            return self.second(self.first(x, timestep, context), timestep, context)
+        features = self.first.body(self.first.read_in(x), timestep, context)
+        return self.second.read_out(self.second.body(features, timestep, context))
 
 
 def build_unet(config: UNetConfig) -> UNet | StackedUNet:
     return StackedUNet(config) if config.stacked else UNet(config)
 
 
-def stack(unet: UNet) -> StackedUNet:
+def stack(unet: UNet, joint: str = "features") -> StackedUNet:
     """A stacked U-Net, both halves with this U-Net's weights."""
     with torch.device("meta"):
-        stacked = StackedUNet(replace(unet.config, stacked=True))
+        stacked = StackedUNet(replace(unet.config, stacked=joint))
     for half in (stacked.first, stacked.second):
         half.load_state_dict({name: unet.state_dict()[name].clone() for name in half.state_dict()}, assign=True)
     return stacked

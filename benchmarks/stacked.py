@@ -9,6 +9,7 @@ benchmarks/results/stacked-<device>.json.
 
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,8 +33,8 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     config = UNetConfig()
-    make = lambda network: network(config).to(device, dtype, memory_format=torch.channels_last).eval()
-    one, stacked = make(UNet), make(StackedUNet)
+    make = lambda network: network.to(device, dtype, memory_format=torch.channels_last).eval()
+    one, stacked = make(UNet(config)), make(StackedUNet(replace(config, stacked="features")))
     x = torch.randn(args.batch_size, 4, args.latent_size, args.latent_size, device=device)
     timestep, context = (
         torch.full((args.batch_size,), 1000.0, device=device),

@@ -82,7 +82,7 @@ def test_the_study(call, tmp_path):
     rows = json.loads(Path("runs/study/study.json").read_text())
     names = ["drawn"] + ["teacher"] * 5 + ["2-RF"] * 5 + ["2-RF + distill"] * 3 + ["2-RF + distill + LPIPS"]
     names += ["teacher + distill"] * 5 + ["teacher + distill + LPIPS"]
-    names += ["3-RF"] * 5 + ["3-RF + distill", "2-RF + distill, stacked"]
+    names += ["3-RF"] * 5 + ["3-RF + distill", *study.STACKED]
     for seed in (0, 1):
         mine = [row for row in rows if row["seed"] == seed]
         assert sorted(row["row"] for row in mine) == sorted(names)
@@ -96,7 +96,7 @@ def test_the_study(call, tmp_path):
 
     # Killed before the last row of the first seed was written, and with the second seed finished.
     without_minutes = lambda rows: sorted(json.dumps({**row, "minutes": 0}, sort_keys=True) for row in rows)
-    kept = [row for row in rows if not (row["seed"] == 0 and row["row"] in ("2-RF", study.STACKED))]
+    kept = [row for row in rows if not (row["seed"] == 0 and row["row"] in ("2-RF", *study.STACKED))]
     Path("runs/study/study.json").write_text(json.dumps(kept))
     Path("runs/study/seed-0/2-RF+distill,stacked-4.safetensors").unlink()
     assert call(study.main, *STUDY, "--num-seeds", 2)[0] == 0

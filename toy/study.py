@@ -14,7 +14,8 @@ For each seed, on captions that leave much open ("a shape and a red square"), wh
     direct     teacher + distill             after 1/4, 1/2, 1, 2 and 4 times; 2 times is 2-RF and its student together
                teacher + distill + LPIPS     `--lpips-iterations` more, from 1 time
     third      3-RF, 3-RF + distill          a second reflow, and one step from it
-    stacked    2-RF + distill, stacked       two U-Nets in series
+    stacked    2-RF + distill, stacked       two U-Nets in series, joined as distill.py --student stacked joins them
+               2-RF + distill, two whole     the same with nothing left out where they join
 
 Every student starts from its teacher's weights; where that is the diffusion, with the sign of its output changed, as reflow
 does (unet.started_from). The teacher's pairs are the same for every seed. "samples" counts what training saw on the whole
@@ -86,7 +87,7 @@ CAPTIONS = {"open": shapes.open_captions, "mixed": shapes.random_captions, "full
 CAPTIONS_DRAWN = 1000  # different ones, among the pairs
 SEEDS_APART = 10_000_000  # noises of one seed of the study and of the next
 HELD_OUT = 5_000_000  # from here on, within a seed, captions and noises are for measuring
-STACKED = "2-RF + distill, stacked"
+STACKED = {"2-RF + distill, stacked": "features", "2-RF + distill, two whole": "latents"}
 KEYS = ("row", "updates", "steps")
 FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
 COSTS = ("samples", "own_samples", "minutes")
@@ -202,14 +203,17 @@ def run_seed(study: Study, distance: Callable) -> None:
         return study.made(name, model, train)
 
     def student_of(
-        source: StableDiffusion, row: str, stages: list[str], budgets: list[int], finish: bool = False, stacked: bool = False
+        source: StableDiffusion, row: str, stages: list[str], budgets: list[int], finish: bool = False, joint: str = ""
     ):
-        """Distil `source`, recorded at each of the budgets. stages: those before; finish: after n updates also in LPIPS."""
+        """Distil `source`, recorded at each of the budgets.
+
+        stages: those before; finish: after n updates also in LPIPS; joint: of a stacked student.
+        """
         name, before = row.replace(" ", ""), n * len(stages)
 
         def train(new: StableDiffusion, updates: int) -> None:
-            if stacked:
-                new.unet = stack(new.unet)
+            if joint:
+                new.unet = stack(new.unet, joint)
             distill_l2(new, study.pairs_of(source), study.options(updates), study.folder / name, {}, dtype)
 
         for updates in budgets:
@@ -241,7 +245,8 @@ def run_seed(study: Study, distance: Callable) -> None:
         study.record("3-RF", flow3, 2 * n, **costs(n, n, "2rf", "3rf"))
         student_of(flow3, "3-RF + distill", ["2rf", "3rf"], [n])
     if "stacked" in parts:
-        student_of(flow2, STACKED, ["2rf"], [n], stacked=True)
+        for row, joint in STACKED.items():
+            student_of(flow2, row, ["2rf"], [n], joint=joint)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -285,7 +290,7 @@ def save_curves(path: Path, summary: list[dict]) -> None:
                     [line["own_samples"] for line in mine], y, ":", color=colour, label=f"{row}, without reflow's samples"
                 )
         for line in summary:
-            if line["row"].endswith("LPIPS") or line["row"] in ("3-RF + distill", STACKED):
+            if line["row"].endswith("LPIPS") or line["row"] in ("3-RF + distill", *STACKED):
                 colour = "tab:orange" if line["row"].startswith("teacher") else "tab:blue"
                 axis.plot(line["samples"], line[name], "*" if "LPIPS" in line["row"] else "^", color=colour, markersize=9)
                 axis.annotate(line["row"], (line["samples"], line[name]), fontsize=6, xytext=(4, 4), textcoords="offset points")
