@@ -87,6 +87,7 @@ from unet import stack, started_from
 
 PARTS = ("teacher", "reflow", "direct", "third", "stacked")
 CAPTIONS = {"open": shapes.open_captions, "mixed": shapes.random_captions, "full": shapes.full_captions}
+LPIPS_LEARNING_RATE = 1e-4  # at 5e-4, as in L2, the LPIPS of the training pairs rises from the first updates on
 CAPTIONS_DRAWN = 1000  # different ones, among the pairs
 SEEDS_APART = 10_000_000  # noises of one seed of the study and of the next
 HELD_OUT = 5_000_000  # from here on, within a seed, captions and noises are for measuring
@@ -119,10 +120,10 @@ class Study:
         """A model to draw with, in --dtype."""
         return checkpoint.load(path, self.device, pick_dtype(self.args.dtype, self.device))
 
-    def options(self, iterations: int) -> TrainingOptions:
+    def options(self, iterations: int, learning_rate: float = 5e-4) -> TrainingOptions:
         """Those of reflow.py and distill.py for the tiny model, with a shorter warm-up for these shorter runs."""
         return TrainingOptions(
-            iterations, self.args.batch_size, learning_rate=5e-4, warmup_samples=1_600, ema_half_life=10_000,
+            iterations, self.args.batch_size, learning_rate=learning_rate, warmup_samples=1_600, ema_half_life=10_000,
             save_every=500, seed=self.seed,
         )  # fmt: skip
 
@@ -197,22 +198,24 @@ def run_seed(study: Study, distance: Callable) -> None:
     teacher = study.load(TINY_TEACHER)
     dtype = autocast_dtype(study.args.dtype, study.device, teacher.unet)
 
-    def costs(before: int, updates: int, *stages: str) -> dict:
-        batch, minutes = study.args.batch_size, sum(minutes_of(study.folder / stage) for stage in stages)
-        return {"samples": (before + updates) * batch, "own_samples": updates * batch, "minutes": minutes}
+    def costs(before: dict[str, int], own: dict[str, int]) -> dict:
+        """Of stages of training, by their folders and updates: those on the way here, and this student's own."""
+        batch, stages = study.args.batch_size, before | own
+        minutes = sum(minutes_of(study.folder / stage, updates) for stage, updates in stages.items())
+        return {"samples": sum(stages.values()) * batch, "own_samples": sum(own.values()) * batch, "minutes": minutes}
 
     def flow_from(model: StableDiffusion, name: str) -> StableDiffusion:
         train = lambda new: reflow(new, study.pairs_of(model), study.options(n), study.folder / name, {}, dtype)
         return study.made(name, model, train)
 
     def student_of(
-        source: StableDiffusion, row: str, stages: list[str], budgets: list[int], finish: bool = False, joint: str = ""
+        source: StableDiffusion, row: str, before: dict[str, int], budgets: list[int], finish: bool = False, joint: str = ""
     ):
         """Distil `source`, recorded at each of the budgets.
 
-        stages: those before; finish: after n updates also in LPIPS; joint: of a stacked student.
+        before: stages that led to the source; finish: after n updates also in LPIPS; joint: of a stacked student.
         """
-        name, before = row.replace(" ", ""), n * len(stages)
+        name = row.replace(" ", "")
 
         def train(new: StableDiffusion, updates: int) -> None:
             if joint:
@@ -221,35 +224,36 @@ def run_seed(study: Study, distance: Callable) -> None:
 
         for updates in budgets:
             student = study.made(f"{name}-{updates}", source, lambda new: train(new, updates))
-            study.record(row, student, updates, source, **costs(before, updates, *stages, name))
+            study.record(row, student, updates, source, **costs(before, {name: updates}))
             if updates == n and finish and lpips:
+                options = study.options(lpips, LPIPS_LEARNING_RATE)
                 perceptual = lambda new: distill_perceptual(
-                    new, study.pairs_of(source), distance, study.options(lpips), study.folder / f"{name}-lpips", {}, dtype
+                    new, study.pairs_of(source), distance, options, study.folder / f"{name}-lpips", {}, dtype
                 )
                 finished = study.made(f"{name}-{updates}-lpips", student, perceptual)
-                spent = costs(before, updates + lpips, *stages, name, f"{name}-lpips")
+                spent = costs(before, {name: updates, f"{name}-lpips": lpips})
                 study.record(f"{row} + LPIPS", finished, updates + lpips, source, **spent)
 
     parts, budgets = study.args.parts, [round(n * budget) for budget in study.args.budgets]
     up_to_n = [updates for updates in budgets if updates <= n]
     if "teacher" in parts:
         study.record_drawn()
-        study.record("teacher", teacher, 0, **costs(0, 0))
+        study.record("teacher", teacher, 0, **costs({}, {}))
     if "direct" in parts:
-        student_of(teacher, "teacher + distill", [], budgets, finish=True)
+        student_of(teacher, "teacher + distill", {}, budgets, finish=True)
     if not {"reflow", "third", "stacked"} & set(parts):
         return
     flow2 = flow_from(teacher, "2rf")
     if "reflow" in parts:
-        study.record("2-RF", flow2, n, **costs(0, n, "2rf"))
-        student_of(flow2, "2-RF + distill", ["2rf"], up_to_n, finish=True)
+        study.record("2-RF", flow2, n, **costs({}, {"2rf": n}))
+        student_of(flow2, "2-RF + distill", {"2rf": n}, up_to_n, finish=True)
     if "third" in parts:
         flow3 = flow_from(flow2, "3rf")
-        study.record("3-RF", flow3, 2 * n, **costs(n, n, "2rf", "3rf"))
-        student_of(flow3, "3-RF + distill", ["2rf", "3rf"], [n])
+        study.record("3-RF", flow3, 2 * n, **costs({"2rf": n}, {"3rf": n}))
+        student_of(flow3, "3-RF + distill", {"2rf": n, "3rf": n}, [n])
     if "stacked" in parts:
         for row, joint in STACKED.items():
-            student_of(flow2, row, ["2rf"], [n], joint=joint)
+            student_of(flow2, row, {"2rf": n}, [n], joint=joint)
 
 
 # ---------------------------------------------------------------------------------------------------------------

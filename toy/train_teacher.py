@@ -261,10 +261,10 @@ def train_unet(iterations: int, folder: Path, seed: int, latents, captions, enco
 # How good it is
 
 
-def minutes_of(folder: Path) -> float:
-    """Minutes that a stage takes: its steps times the median of its seconds a step, so that pauses do not count."""
+def minutes_of(folder: Path, steps: int | None = None) -> float:
+    """Minutes that a stage takes, or its first steps: with the median of its seconds a step, so that pauses do not count."""
     rows = read_metrics(folder)
-    return round(rows[-1]["step"] * statistics.median(row["seconds_per_step"] for row in rows) / 60, 1)
+    return round((steps or rows[-1]["step"]) * statistics.median(row["seconds_per_step"] for row in rows) / 60, 1)
 
 
 def measure(model: StableDiffusion, reader: shapes.Reader, seed: int) -> dict:
