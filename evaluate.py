@@ -200,7 +200,7 @@ def save_comparison(path: str, rows: list[tuple[str, Tensor]], captions: list[st
     axis.imshow(sheet.numpy(), interpolation="nearest")
     columns = [x * right + width / 2 for x in range(len(captions))]
     lines = [y * down + height / 2 for y in range(len(rows))]
-    axis.set_xticks(columns, [textwrap.fill(caption, 17) for caption in captions], fontsize=7.5)
+    axis.set_xticks(columns, [textwrap.fill(caption, 15) for caption in captions], fontsize=7.5)
     axis.set_yticks(lines, [label for label, _ in rows], fontsize=9)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)

@@ -167,7 +167,8 @@ class Study:
         """
         steps = [1] if model.kind == "one-step" else steps or self.args.steps
         guidance = default_guidance(model) if guidance is None else guidance
-        self.shown += [(f"{row}, {updates}\n{number} step{'s' * (number > 1)}", model, number) for number in steps]
+        label = row + f", {updates} updates" * bool(updates)
+        self.shown += [(f"{label}\n{number} step{'s' * (number > 1)}", model, number) for number in steps]
         key = {"row": row, "updates": updates, "seed": self.seed}
         if sum(key.items() <= each.items() for each in self.rows) == len(steps):
             return
@@ -286,23 +287,21 @@ def save_curves(path: Path, summary: list[dict]) -> None:
     """One-step quality against the samples seen since the teacher, and the error on new noises."""
     figure = Figure(figsize=(14, 3.8), layout="constrained")
     panels = ("held_out_error", "frechet", "caption_accuracy", "recall")
+    thousand = lambda lines, name="samples": [line[name] / 1000 for line in lines]
+    one_step = [line for line in summary if line["held_out_error"] is not None]
     for axis, name in zip(figure.subplots(1, len(panels)), panels):
-        for row, colour, marker in (("teacher + distill", "tab:orange", "o"), ("2-RF + distill", "tab:blue", "s")):
-            mine = [line for line in summary if line["row"] == row]
-            bars = [line[f"{name}_interval"] or 0 for line in mine]
-            x, y = [line["samples"] for line in mine], [line[name] for line in mine]
-            axis.errorbar(x, y, bars, color=colour, marker=marker, label=row)
+        markers = iter("*^vPX")
+        for (row,), mine in grouped(one_step, ("row",)).items():
+            bars, values = [line[f"{name}_interval"] or 0 for line in mine], [line[name] for line in mine]
+            colour = "tab:orange" if row.startswith("teacher") else "tab:blue"
+            if row in ("teacher + distill", "2-RF + distill"):
+                axis.errorbar(thousand(mine), values, bars, color=colour, marker="o", capsize=2, label=row)
+            else:
+                axis.errorbar(thousand(mine), values, bars, color=colour, marker=next(markers), ls="", ms=8, label=row)
             if row == "2-RF + distill":
-                axis.plot(
-                    [line["own_samples"] for line in mine], y, ":", color=colour, label=f"{row}, without reflow's samples"
-                )
-        for line in summary:
-            if line["row"].endswith("LPIPS") or line["row"] in ("3-RF + distill", *STACKED):
-                colour = "tab:orange" if line["row"].startswith("teacher") else "tab:blue"
-                axis.plot(line["samples"], line[name], "*" if "LPIPS" in line["row"] else "^", color=colour, markersize=9)
-                axis.annotate(line["row"], (line["samples"], line[name]), fontsize=6, xytext=(4, 4), textcoords="offset points")
-        axis.set(xlabel="samples seen since the teacher", title=name.replace("_", " "))
-    figure.axes[0].legend(fontsize=7)
+                axis.plot(thousand(mine, "own_samples"), values, ":", color=colour, label=f"{row}, without reflow's samples")
+        axis.set(xlabel="thousand samples seen since the teacher", title=name.replace("_", " "))
+    figure.axes[0].legend(fontsize=6)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
