@@ -156,7 +156,7 @@ def with_interval(figures: list[float | None]) -> tuple[float | None, float | No
 
 def rounded(value, interval: float | None = None) -> str:
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if interval is None else f"{text} ± {interval:.2g}"
+    return text if interval is None else f"{text} ± {float(f'{interval:.2g}'):g}"  # 100, where .2g alone says 1e+02
 
 
 def grouped(rows: list[dict], names: tuple[str, ...]) -> dict[tuple, list[dict]]:

@@ -285,11 +285,12 @@ def save_pictures(path: Path, study: Study) -> None:
 
 def save_curves(path: Path, summary: list[dict]) -> None:
     """One-step quality against the samples seen since the teacher, and the error on new noises."""
-    figure = Figure(figsize=(14, 3.8), layout="constrained")
+    figure = Figure(figsize=(16, 3.8), layout="constrained")
     panels = ("held_out_error", "frechet", "caption_accuracy", "recall")
     thousand = lambda lines, name="samples": [line[name] / 1000 for line in lines]
     one_step = [line for line in summary if line["held_out_error"] is not None]
-    for axis, name in zip(figure.subplots(1, len(panels)), panels):
+    axes = figure.subplots(1, len(panels))
+    for axis, name in zip(axes, panels):
         markers = iter("*^vPX")
         for (row,), mine in grouped(one_step, ("row",)).items():
             bars, values = [line[f"{name}_interval"] or 0 for line in mine], [line[name] for line in mine]
@@ -301,7 +302,7 @@ def save_curves(path: Path, summary: list[dict]) -> None:
             if row == "2-RF + distill":
                 axis.plot(thousand(mine, "own_samples"), values, ":", color=colour, label=f"{row}, without reflow's samples")
         axis.set(xlabel="thousand samples seen since the teacher", title=name.replace("_", " "))
-    figure.axes[0].legend(fontsize=6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
