@@ -178,12 +178,16 @@ def markdown_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_steps(number: int) -> str:
+    return f"{number} step{'s' * (number > 1)}"
+
+
 def label_of(row: dict, guidance: bool = False) -> str:
     """A model's name, with its number of steps if it has one, and with its guidance if asked."""
     label = row["model"].replace(".safetensors", "")
     if guidance and row["guidance"] is not None:
         label += f"\nguidance {row['guidance']:g}"
-    return label + ("" if row["steps"] is None else f"\n{row['steps']} step{'s' * (row['steps'] > 1)}")
+    return label + ("" if row["steps"] is None else "\n" + in_steps(row["steps"]))
 
 
 def save_comparison(path: str, rows: list[tuple[str, Tensor]], captions: list[str]) -> None:
@@ -296,7 +300,7 @@ def evaluate(
         }  # fmt: skip
     for number in steps if model.kind != "one-step" else [1]:
         draw = lambda prompts, seeds, bar: draw_pictures(model, prompts, seeds, number, guidance, batch, bar)
-        name, started = f"{Path(model.path).stem}, {number} step{'s' * (number > 1)}", time.perf_counter()
+        name, started = f"{Path(model.path).stem}, {in_steps(number)}", time.perf_counter()
         if gallery is None:
             count, pictures = sum(len(each.prompts) for each in questions), []
             with tqdm(total=count, desc=name, unit="picture", leave=False, dynamic_ncols=True) as bar:

@@ -33,7 +33,6 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 
 from command import (
@@ -173,13 +172,20 @@ def adamw(weights: dict, options: TrainingOptions) -> torch.optim.Optimizer:
     fused = next(iter(weights.values())).device.type in ("cpu", "cuda")  # one kernel, without copies of all moments
     settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay, "fused": fused}
     if options.shard_optimizer and world_size() > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # here, since importing it takes most of a second
+
         return ZeroRedundancyOptimizer(weights.values(), torch.optim.AdamW, **settings)
     return torch.optim.AdamW(weights.values(), **settings)
 
 
+def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Of the two that `adamw` makes, is it the one that keeps its own AdamW in .optim, on a part of the weights?"""
+    return not isinstance(optimizer, torch.optim.AdamW)
+
+
 def save_state(folder: Path, step: int, weights: dict, ema: dict, optimizer: torch.optim.Optimizer) -> None:
     """Write the state of a run; every process must call this."""
-    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
+    sharded = is_sharded(optimizer)
     if sharded:
         optimizer.consolidate_state_dict(to=0)
     if rank():  # before the copies that only the first process would write
@@ -204,7 +210,7 @@ def load_state(folder: Path, weights: dict, ema: dict, optimizer: torch.optim.Op
     if not step:
         return 0
     kinds = ("weights", "ema", "exp_avg", "exp_avg_sq")
-    mine = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    mine = optimizer.optim if is_sharded(optimizer) else optimizer
     stepped = {id(weight) for group in mine.param_groups for weight in group["params"]}
     try:
         for name, weight in weights.items():

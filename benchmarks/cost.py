@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from command import BadInput, Parser, not_below_zero, positive, run
 from evaluate import markdown_table
+from training import BYTES_PER_PARAMETER
 
 DAY = 24 * 3600
 PARAMETERS = 859_520_964  # of the U-Net
@@ -122,7 +123,7 @@ def main():
     rates = rates_from(args.rates)
     rows = bill(rates, args.gpus, args.price)
     print(markdown_table(rows))
-    state = 16 * PARAMETERS / 1e9
+    state = BYTES_PER_PARAMETER * PARAMETERS / 1e9
     disk = RECIPE["pairs"].samples * (LATENT * 2 + 8) / 1e9
     print(f"Disk: {disk:.0f} GB of pairs, {2 * state:.0f} GB for a training state while it is replaced, 3.4 GB a checkpoint.")
     print(f"The paper: {PAPER_DAYS} A100-days; this: {rows[-1]['GPU-days']:.1f} GPU-days.\n")

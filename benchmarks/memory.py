@@ -26,7 +26,8 @@ from command import HERE, Parser, positive, run, write_text
 from evaluate import markdown_table
 from make_checkpoint import make_model
 from rectified_flow import flow_velocity, one_step, reflow_loss
-from training_step import TOKENS, untrained_vgg
+from timing import TOKENS
+from training_step import untrained_vgg
 from unet import StackedUNet, stack
 
 BATCHES = (1, 4, 16, 64)

@@ -18,27 +18,25 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import text_to_transformers, unet_to_diffusers, vae_to_diffusers
-from command import Parser, add_machine_options, pick_device, pick_dtype, positive, run
+from checkpoint import text_to_transformers, vae_to_diffusers
+from command import pick_device, pick_dtype, run
 from make_checkpoint import make_model
 from rectified_flow import flow_velocity, one_step
-from timing import ratio, report, take_turns
+from timing import TOKENS, ratio, report, take_turns, timing_parser
+from training_step import diffusers_unet
 
 MATRIX = 4096  # side of the matrices that give the limit
-TOKENS = 77
 
 
 def peers_of(model, dtype: torch.dtype, device: torch.device):
     """diffusers' and transformers' networks with the same weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    unet = UNet2DConditionModel.from_config(unet_to_diffusers(model.unet.config))
     vae = AutoencoderKL.from_config(vae_to_diffusers(model.vae.config))
     text = CLIPTextModel(CLIPTextConfig(**text_to_transformers(model.text_encoder.config)))
-    unet.load_state_dict(model.unet.state_dict())
     vae.load_state_dict(model.vae.state_dict())
-    return [network.to(device, dtype).eval() for network in (unet, vae, text)]
+    return [diffusers_unet(model.unet, device, dtype), vae.to(device, dtype).eval(), text.to(device, dtype).eval()]
 
 
 def limit(dtype: torch.dtype, device: torch.device) -> float:
@@ -50,12 +48,8 @@ def limit(dtype: torch.dtype, device: torch.device) -> float:
 
 @torch.inference_mode()
 def main():
-    parser = Parser("Time one-step sampling against diffusers.")
-    parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--batch-size", type=positive, default=1)
-    parser.add_argument("--latent-size", type=positive, default=64, help="64 is 512 pixels")
+    parser = timing_parser("Time one-step sampling against diffusers.", rounds=5)
     parser.add_argument("--defaults", action="store_true", help="diffusers in fp32, its default, whatever --dtype is")
-    add_machine_options(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype, batch = pick_dtype(args.dtype, device), args.batch_size

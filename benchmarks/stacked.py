@@ -16,18 +16,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import Parser, add_machine_options, pick_device, pick_dtype, positive, run
-from timing import ratio, report, take_turns
+from command import pick_device, pick_dtype, run
+from timing import TOKENS, ratio, report, take_turns, timing_parser
 from unet import StackedUNet, UNet, UNetConfig
 
 
 @torch.inference_mode()
 def main():
-    parser = Parser("Time one U-Net, the stacked U-Net and two whole U-Nets.")
-    parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--batch-size", type=positive, default=1)
-    parser.add_argument("--latent-size", type=positive, default=64, help="64 is 512 pixels")
-    add_machine_options(parser)
+    parser = timing_parser("Time one U-Net, the stacked U-Net and two whole U-Nets.", rounds=7)
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -38,7 +34,7 @@ def main():
     x = torch.randn(args.batch_size, 4, args.latent_size, args.latent_size, device=device)
     timestep, context = (
         torch.full((args.batch_size,), 1000.0, device=device),
-        torch.randn(args.batch_size, 77, 768, device=device),
+        torch.randn(args.batch_size, TOKENS, 768, device=device),
     )
     ways = {
         "one U-Net": lambda: one(x, timestep, context),

@@ -9,8 +9,20 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from command import HERE, machine_name, write_text
+from command import HERE, Parser, add_machine_options, machine_name, positive, write_text
 from evaluate import markdown_table
+
+TOKENS = 77  # of a prompt
+
+
+def timing_parser(description: str, rounds: int) -> Parser:
+    """The options that the timings at Stable Diffusion's size share."""
+    parser = Parser(description)
+    parser.add_argument("--rounds", type=positive, default=rounds)
+    parser.add_argument("--batch-size", type=positive, default=1)
+    parser.add_argument("--latent-size", type=positive, default=64, help="64 is 512 pixels")
+    add_machine_options(parser)
+    return parser
 
 
 def take_turns(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:

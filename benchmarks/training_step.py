@@ -23,15 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import unet_to_diffusers
-from command import Parser, add_machine_options, pick_device, pick_dtype, positive, run
+from command import pick_device, pick_dtype, positive, run
 from make_checkpoint import make_model
 from pairs import GUIDANCE
 from rectified_flow import distill_loss, flow_velocity, one_step, reflow_loss, sample_path
-from timing import ratio, report, take_turns
+from timing import TOKENS, ratio, report, take_turns, timing_parser
 from training import TrainingOptions, adamw, named_parameters
 
 STAGES = ("pairs", "gradients", "reflow", "l2", "lpips")
-TOKENS = 77
 
 
 def diffusers_unet(unet, device: torch.device, dtype: torch.dtype):
@@ -40,7 +39,7 @@ def diffusers_unet(unet, device: torch.device, dtype: torch.dtype):
     with torch.device("meta"):
         theirs = UNet2DConditionModel.from_config(unet_to_diffusers(unet.config))
     theirs.load_state_dict({name: tensor.clone() for name, tensor in unet.state_dict().items()}, assign=True)
-    return theirs.to(device, dtype)
+    return theirs.to(device, dtype).eval()
 
 
 def diffusers_pairs(unet, steps: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -72,14 +71,10 @@ def untrained_vgg() -> torch.nn.Module:
 
 
 def main():
-    parser = Parser("Time the stages of training.")
+    parser = timing_parser("Time the stages of training.", rounds=3)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--batch-size", type=positive, default=1)
-    parser.add_argument("--latent-size", type=positive, default=64, help="64 is 512 pixels")
     parser.add_argument("--teacher-steps", type=positive, default=25)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    add_machine_options(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype, batch, rows = pick_dtype(args.dtype, device), args.batch_size, []

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from command import TINY_TEACHER, pick_device, run, write_text, write_whole
 from distill import perceptual_distance
-from evaluate import grouped, markdown_table, with_interval
+from evaluate import grouped, in_steps, markdown_table, with_interval
 from pairs import default_guidance
 from rectified_flow import NoiseSchedule, like, reflow_error, reflow_loss
 from reflow import reflow, uniform_times
@@ -128,7 +128,7 @@ def summary_of(rows: list[dict]) -> list[dict]:
         for steps in sorted({row["steps"] for row in rows}):
             mine = [row for row in group if row["steps"] == steps]
             for name in ("frechet", "caption_accuracy"):
-                label = f"{name}, {steps} step{'s' * (steps > 1)}"
+                label = f"{name}, {in_steps(steps)}"
                 line[label], line[f"{label}_interval"] = with_interval([row[name] for row in mine] or [None])
         name = "relative_straightness"
         line[name], line[f"{name}_interval"] = with_interval([row[name] for row in group if row["steps"] == 1])

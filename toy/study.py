@@ -73,6 +73,7 @@ from evaluate import (
     draw_pictures,
     evaluate,
     grouped,
+    in_steps,
     judged,
     markdown_table,
     save_comparison,
@@ -168,7 +169,7 @@ class Study:
         steps = [1] if model.kind == "one-step" else steps or self.args.steps
         guidance = default_guidance(model) if guidance is None else guidance
         label = row + f", {updates} updates" * bool(updates)
-        self.shown += [(f"{label}\n{number} step{'s' * (number > 1)}", model, number) for number in steps]
+        self.shown += [(f"{label}\n{in_steps(number)}", model, number) for number in steps]
         key = {"row": row, "updates": updates, "seed": self.seed}
         if sum(key.items() <= each.items() for each in self.rows) == len(steps):
             return
