@@ -1,10 +1,10 @@
-"""Loading a Stable Diffusion 1.x file against diffusers' single-file loader: seconds and peak memory, each in a new process.
+"""A Stable Diffusion 1.x file to its first one-step picture against diffusers: seconds and peak memory, in new processes.
 
     python benchmarks/loading.py            writes a full-size file of random weights first; needs 15 GB of memory
 
 diffusers needs configuration files, which it would fetch from the hub; they are written here from our own configs. Both load
-to fp32 on the CPU: diffusers the U-Net and the autoencoder, ours the text encoder too. Imports are not counted.
-Writes benchmarks/results/loading-cpu.json.
+to fp32 on the CPU: diffusers the U-Net and the autoencoder, ours the text encoder too. Then one Euler step at 512 px from an
+encoded prompt, and the decoder. Imports are not counted. Writes benchmarks/results/loading-cpu.json.
 """
 
 import json
@@ -29,27 +29,37 @@ import json, resource, sys, time
 sys.path.insert(0, {root!r})
 import torch
 {imports}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-started = time.perf_counter()
+def spent():
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return [time.perf_counter() - started, (peak - before) * 1024 / 1e9]
+started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 {load}
-seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([seconds, (peak - before) * 1024 / 1e9]))
+loaded = spent()
+noise, context = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
+with torch.inference_mode():
+    {draw}
+print(json.dumps(loaded + spent()))
 """
-OURS = ("import checkpoint", "model = checkpoint.load({path!r})")
+OURS = (
+    "import checkpoint\nfrom rectified_flow import flow_velocity, one_step",
+    "model = checkpoint.load({path!r})",
+    "model.vae.decode(one_step(flow_velocity(model.unet), noise, context))",
+)
 THEIRS = (
     "from diffusers import AutoencoderKL, UNet2DConditionModel",
     "unet = UNet2DConditionModel.from_single_file({path!r}, config={config!r}, subfolder='unet')\n"
     "vae = AutoencoderKL.from_single_file({path!r}, config={config!r}, subfolder='vae')",
+    "vae.decode((noise + unet(noise, 1000, context).sample) / vae.config.scaling_factor)",
 )
+FIGURES = ("loading, s", "loading, GB at the peak", "and the first picture, s", "and the first picture, GB at the peak")
 
 
-def measured(side: tuple[str, str], path: str, config: str) -> tuple[float, float]:
-    """Seconds and gigabytes of memory beyond the imports."""
-    imports, load = side
-    code = MEASURE.format(root=str(HERE), imports=imports, load=load.format(path=path, config=config))
+def measured(side: tuple[str, str, str], path: str, config: str) -> list[float]:
+    """The four FIGURES of one new process; memory beyond that of the imports."""
+    imports, load, draw = side
+    code = MEASURE.format(root=str(HERE), imports=imports, load=load.format(path=path, config=config), draw=draw)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    return tuple(json.loads(out.splitlines()[-1]))
+    return json.loads(out.splitlines()[-1])
 
 
 def main():
@@ -74,7 +84,7 @@ def main():
                 if number:
                     sides[name].append(result)
     rows = []
-    for what, index in (("seconds", 0), ("GB of memory at the peak", 1)):
+    for index, what in enumerate(FIGURES):
         ours, theirs = ([result[index] for result in sides[name]] for name in ("ours", "diffusers"))
         row = {"what": what, "ours": statistics.median(ours), "diffusers": statistics.median(theirs)}
         rows.append(row | ratio(ours, theirs))

@@ -1,25 +1,33 @@
 """One-step sampling against diffusers, part by part, at the same dtype and sizes, and how far each is from the machine's limit.
 
     python benchmarks/sampling.py                 Stable Diffusion's size at 512 px, random weights; minutes on a CPU
-    python benchmarks/sampling.py --device cuda --batch-size 16
+    python benchmarks/sampling.py --device cuda --batch-size 16 --compile
     python benchmarks/sampling.py --defaults      each side's own default: diffusers fp32, ours as --dtype auto says
+    python benchmarks/sampling.py --peer openvino --compile       diffusers' networks as OpenVINO runs them on a CPU
+                                                                  (pip install openvino; 20 GB of memory in fp32)
 
-Both sides hold the same weights. "of the limit" is the counted work of U-Net and decoder over the time they take, as a share
-of what this machine reaches in products of large matrices at that dtype. Writes results/sampling-<device>.json.
+Both sides hold the same weights. "of the limit" is the counted work of our network over the time it takes, as a share of what
+this machine reaches in products of large matrices at that dtype, "differ by" the largest difference of what both answer, as a
+share of the largest value. Writes results/sampling-<peer>-<device>.json.
 """
 
+import gc
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import text_to_transformers, vae_to_diffusers
-from command import pick_device, pick_dtype, run
+from command import BadInput, pick_device, pick_dtype, run
 from make_checkpoint import make_model
 from rectified_flow import flow_velocity, one_step
 from timing import TOKENS, ratio, report, take_turns, timing_parser
@@ -28,15 +36,53 @@ from training_step import diffusers_unet
 MATRIX = 4096  # side of the matrices that give the limit
 
 
-def peers_of(model, dtype: torch.dtype, device: torch.device):
-    """diffusers' and transformers' networks with the same weights."""
+class Answering(nn.Module):
+    """A network seen as one function of tensors, as OpenVINO reads it."""
+
+    def __init__(self, network: nn.Module, answer: Callable[..., Tensor]):
+        super().__init__()
+        self.network, self.answer = network, answer
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.answer(self.network, *inputs)
+
+
+def in_openvino(network: Answering, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Callable[..., Tensor]:
+    import openvino
+
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    graph = openvino.convert_model(network, example_input=inputs)
+    graph.reshape([tuple(tensor.shape) for tensor in inputs])
+    compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    return lambda *given: torch.from_numpy(compiled([tensor.numpy() for tensor in given])[0])
+
+
+def peers_of(model, peer: str, dtype: torch.dtype, device: torch.device, inputs: dict[str, tuple]) -> dict[str, Callable]:
+    """diffusers' and transformers' networks with the same weights, as functions from tensors to a tensor."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
     vae = AutoencoderKL.from_config(vae_to_diffusers(model.vae.config))
-    text = CLIPTextModel(CLIPTextConfig(**text_to_transformers(model.text_encoder.config)))
     vae.load_state_dict(model.vae.state_dict())
-    return [diffusers_unet(model.unet, device, dtype), vae.to(device, dtype).eval(), text.to(device, dtype).eval()]
+    scale = model.vae.config.scaling_factor
+    text = CLIPTextModel(CLIPTextConfig(**text_to_transformers(model.text_encoder.config)))
+    text.load_state_dict(model.text_encoder.text_model.state_dict())
+    networks = {
+        "text": Answering(text, lambda network, tokens: network(tokens).last_hidden_state),
+        "U-Net": Answering(
+            diffusers_unet(model.unet, device, dtype),
+            lambda network, x, t, context: network(x, t, context, return_dict=False)[0],
+        ),
+        "decoder": Answering(vae, lambda network, latents: network.decode(latents / scale, return_dict=False)[0]),
+    }
+    if peer == "openvino":
+        return {name: in_openvino(networks.pop(name).eval(), inputs[name], dtype) for name in list(networks)}
+    cast = lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+    calls = {}
+    for name, network in networks.items():
+        network.to(device, dtype).eval()
+        calls[name] = lambda *given, network=network: network(*(cast(tensor) for tensor in given))
+    return calls
 
 
 def limit(dtype: torch.dtype, device: torch.device) -> float:
@@ -49,44 +95,57 @@ def limit(dtype: torch.dtype, device: torch.device) -> float:
 @torch.inference_mode()
 def main():
     parser = timing_parser("Time one-step sampling against diffusers.", rounds=5)
-    parser.add_argument("--defaults", action="store_true", help="diffusers in fp32, its default, whatever --dtype is")
+    parser.add_argument("--peer", choices=["diffusers", "openvino"], default="diffusers")
+    parser.add_argument("--defaults", action="store_true", help="the peer in fp32, diffusers' default, whatever --dtype is")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile, as --compile of sample.py")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.peer == "openvino" and (device.type != "cpu" or not find_spec("openvino")):
+        raise BadInput("--peer openvino: runs on --device cpu, after pip install openvino")
     dtype, batch = pick_dtype(args.dtype, device), args.batch_size
+    their_dtype = torch.float32 if args.defaults else dtype
     model = make_model("full", args.seed, "one-step")
-    their_unet, their_vae, their_text = peers_of(model, torch.float32 if args.defaults else dtype, device)
+
+    tokens = torch.randint(49000, (batch, TOKENS), device=device)
+    noise = torch.randn(batch, 4, args.latent_size, args.latent_size, device=device)
+    time = torch.full((batch,), 1000.0, device=device)
+    context = torch.randn(batch, TOKENS, 768, device=device)
+    inputs = {"text": (tokens,), "U-Net": (noise, time, context), "decoder": (noise,)}
+    theirs = peers_of(model, args.peer, their_dtype, device, inputs)
+    gc.collect()  # what OpenVINO was made from
+
     unet, vae, text = (network.to(device, dtype).eval() for network in (model.unet, model.vae, model.text_encoder))
     unet.to(memory_format=torch.channels_last)  # as checkpoint.load does
     if dtype != torch.float32:
         vae.to(memory_format=torch.channels_last)
+    ours = {"text": text, "U-Net": unet, "decoder": vae.decode}
 
-    tokens = torch.randint(49000, (batch, TOKENS), device=device)
-    noise, time = torch.randn(batch, 4, args.latent_size, args.latent_size, device=device), torch.full((batch,), 1000.0)
-    context = torch.randn(batch, TOKENS, 768, device=device)
-    time, theirs = time.to(device), lambda tensor: tensor.to(their_unet.dtype)
+    def picture(text: Callable, velocity: Callable, decode: Callable) -> Tensor:
+        return decode(one_step(velocity, noise, text(tokens)))
 
-    def their_picture():
-        context = their_text(tokens).last_hidden_state
-        latents = theirs(noise) + their_unet(theirs(noise), time, context).sample
-        return their_vae.decode(latents / model.vae.config.scaling_factor).sample
-
-    parts = {
-        "text": (lambda: text(tokens), lambda: their_text(tokens)),
-        "U-Net": (lambda: unet(noise, time, context), lambda: their_unet(theirs(noise), time, theirs(context))),
-        "decoder": (lambda: vae.decode(noise), lambda: their_vae.decode(theirs(noise) / model.vae.config.scaling_factor)),
-        "picture": (lambda: vae.decode(one_step(flow_velocity(unet), noise, text(tokens))), their_picture),
-    }
-    peak, rows = limit(dtype, device), []
-    for name, (ours, peer) in parts.items():
-        seconds = take_turns({f"{name}, ours": ours, f"{name}, diffusers": peer}, args.rounds, device)
-        mine, others = seconds.values()
+    calls = {name: (partial(ours[name], *given), partial(theirs[name], *given)) for name, given in inputs.items()}
+    calls["picture"] = (
+        lambda: picture(text, flow_velocity(unet), vae.decode),
+        lambda: picture(theirs["text"], flow_velocity(theirs["U-Net"]), theirs["decoder"]),
+    )
+    flop = {}
+    for name, (mine, _) in calls.items():
         with FlopCounterMode(display=False) as counter:
-            ours()
-        rate = counter.get_total_flops() / statistics.median(mine)
-        row = {"part": name, "ours, s": statistics.median(mine), "diffusers, s": statistics.median(others)}
-        rows.append(row | ratio(mine, others) | {"TFLOP": counter.get_total_flops() / 1e12, "of the limit": rate / peak})
-    about = {"diffusers_dtype": str(their_unet.dtype).removeprefix("torch."), "batch": batch, "limit_tflops": peak / 1e12}
-    report("sampling", device, dtype, rows, **about)
+            mine()
+        flop[name] = counter.get_total_flops()
+    if args.compile:
+        model.compile()
+    peak, rows = limit(dtype, device), []
+    for name, (mine, peer) in calls.items():
+        expected = peer().float()
+        error = ((mine().float() - expected).abs().max() / expected.abs().max()).item()
+        sides = {f"{name}, ours": mine, f"{name}, {args.peer}": peer}
+        ours_took, theirs_took = take_turns(sides, args.rounds, device).values()
+        seconds, their_seconds = statistics.median(ours_took), statistics.median(theirs_took)
+        row = {"part": name, "ours, s": seconds, f"{args.peer}, s": their_seconds} | ratio(ours_took, theirs_took)
+        rows.append(row | {"differ by": error, "TFLOP": flop[name] / 1e12, "of the limit": flop[name] / seconds / peak})
+    about = {"peer_dtype": str(their_dtype).removeprefix("torch."), "batch": batch, "limit_tflops": peak / 1e12}
+    report(f"sampling-{args.peer}", device, dtype, rows, **about)
 
 
 if __name__ == "__main__":
