@@ -19,8 +19,8 @@ v = (X - ε̂(X / √(t² + (1-t)²), s(t))) / t: the scale of its input hardly 
 goes into the last layer of the time embedding in closed form, and the division by t, which has no limit at t = 0, is left
 to be learned.
 
-Writes beyond.json, beyond.md and beyond.png: the Fréchet distance at 1 Euler step against the samples of reflow, and from
---iterations updates on at 8 steps.
+Writes beyond.json, beyond.md and beyond.png: the Fréchet distance at 1 Euler step against the samples of reflow, and from half
+of --iterations updates on at 8 steps.
 """
 
 import math
@@ -116,7 +116,7 @@ def run_seed(study: Study, distance) -> None:
             init = "teacher" if way == "paper" else "negated"
             flow = study.made(f"reflow-{way}-{updates}", teacher, lambda model: train(model, updates), init)
             guidance = default_guidance(teacher) if unguided else None
-            steps = study.args.steps if updates >= n else [1]
+            steps = study.args.steps if updates >= n // 2 else [1]
             study.record(way, flow, updates, steps=steps, guidance=guidance, samples=updates * study.args.batch_size)
 
 
