@@ -4,7 +4,8 @@
 
 diffusers needs configuration files, which it would fetch from the hub; they are written here from our own configs. Both load
 to fp32 on the CPU: diffusers the U-Net and the autoencoder, ours the text encoder too. Then one Euler step at 512 px from an
-encoded prompt, and the decoder. Imports are not counted. Writes benchmarks/results/loading-cpu.json.
+encoded prompt, and the decoder. Imports are not counted. Memory is read from /proc, so this runs on Linux alone. Writes
+benchmarks/results/loading-cpu.json.
 """
 
 import json
@@ -20,19 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-from command import HERE, Parser, positive, run
+from command import HERE, BadInput, Parser, positive, run
 from make_checkpoint import make_model, write_single_file
 from timing import ratio, report
 
 MEASURE = """
-import json, resource, sys, time
+import json, pathlib, sys, time
 sys.path.insert(0, {root!r})
 import torch
 {imports}
+def peak():  # of this process alone, in GB; resource.getrusage would begin with that of the process that started it
+    line = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
 def spent():
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return [time.perf_counter() - started, (peak - before) * 1024 / 1e9]
-started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return [time.perf_counter() - started, peak() - before]
+started, before = time.perf_counter(), peak()
 {load}
 loaded = spent()
 noise, context = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
@@ -66,6 +69,8 @@ def main():
     parser = Parser("Time loading a single file against diffusers.")
     parser.add_argument("--rounds", type=positive, default=3)
     args = parser.parse_args()
+    if not Path("/proc/self/status").exists():
+        raise BadInput("loading.py: reads memory from /proc, which this system does not have; run it on Linux")
     with tempfile.TemporaryDirectory() as folder:
         path, config = str(Path(folder) / "sd14.safetensors"), str(Path(folder) / "config")
         model = make_model("full")
