@@ -234,8 +234,8 @@ def index_of(files: list[Path]) -> dict[str, Path]:
 
 
 def fill(module: nn.Module, part: str, names: dict[str, str], index: dict[str, Path], where: str, device, dtype) -> None:
-    """Give a module on the meta device its tensors: our name -> names[our name] in index's files."""
-    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    """Give a module on the meta device its tensors, in its order in memory: our name -> names[our name] in index's files."""
+    wanted = module.state_dict()
     missing = [names[name] for name in wanted if names[name] not in index]
     if missing:
         raise BadInput(
@@ -251,7 +251,7 @@ def fill(module: nn.Module, part: str, names: dict[str, str], index: dict[str, P
             with opened(path) as file:
                 for name in chunk:
                     shape = tuple(file.get_slice(names[name]).get_shape())
-                    wanted_shape = tuple(wanted[name])
+                    wanted_shape = tuple(wanted[name].shape)
                     if is_pixel_linear(part, name) and shape == (*wanted_shape, 1, 1):
                         pass
                     elif shape != wanted_shape:
@@ -259,15 +259,22 @@ def fill(module: nn.Module, part: str, names: dict[str, str], index: dict[str, P
                         continue
                     if not wrong:
                         source = file.get_tensor(names[name]).reshape(wanted_shape)
-                        tensors[name] = torch.empty(wanted_shape, dtype=dtype, device=device).copy_(source)
+                        strides = wanted[name].stride()
+                        tensors[name] = torch.empty_strided(wanted_shape, strides, dtype=dtype, device=device).copy_(source)
     if wrong:
         raise BadInput(f"{where}: {len(wrong)} tensors have the wrong shape: {'; '.join(wrong[:3])}; not an SD 1.x {part}")
     module.load_state_dict(tensors, assign=True)
 
 
-def empty_networks(unet: UNetConfig, vae: VAEConfig, text: TextEncoderConfig) -> dict[str, nn.Module]:
+def empty_networks(unet: UNetConfig, vae: VAEConfig, text: TextEncoderConfig, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The networks without weights, with the order in memory in which `fill` is to lay them down."""
     with torch.device("meta"):
-        return {"unet": build_unet(unet), "vae": AutoencoderKL(vae), "text_encoder": TextEncoder(text)}
+        networks = {"unet": build_unet(unet), "vae": AutoencoderKL(vae), "text_encoder": TextEncoder(text)}
+    if dtype == torch.float32 or unet.block_out_channels[0] >= WIDE:
+        networks["unet"].to(memory_format=torch.channels_last)
+        if dtype != torch.float32:  # where the autoencoder's norms would round four times as coarsely on a CPU
+            networks["vae"].to(memory_format=torch.channels_last)
+    return networks
 
 
 def load(
@@ -300,10 +307,6 @@ def load(
     if model.tokenizer is not None and len(model.tokenizer.get_vocab()) != expected:
         found = len(model.tokenizer.get_vocab())
         raise BadInput(f"{tokenizer or path}: the tokenizer has {found} tokens and the text encoder {expected}; give its own")
-    if dtype == torch.float32 or model.unet.config.block_out_channels[0] >= WIDE:
-        model.unet.to(memory_format=torch.channels_last)
-        if dtype != torch.float32:  # where the autoencoder's norms would round four times as coarsely on a CPU
-            model.vae.to(memory_format=torch.channels_last)
     for network in (model.unet, model.vae, model.text_encoder):
         network.eval()
     return model
@@ -334,7 +337,7 @@ def load_single_file(path: Path, device, dtype, use_ema: bool) -> StableDiffusio
         )
     else:
         configs = UNetConfig(), VAEConfig(), TextEncoderConfig()
-    networks = empty_networks(*configs)
+    networks = empty_networks(*configs, dtype)
     table = original_names(configs[0], configs[1])
     used = set()
     for part, network in networks.items():
@@ -395,8 +398,9 @@ def load_folder(path: Path, device, dtype) -> StableDiffusion:
     if config["unet"].get("use_linear_projection") or config["unet"].get("cross_attention_dim") == 1024:
         raise BadInput(f"{path}: a Stable Diffusion 2.x folder; this project reads SD 1.4, 1.5 and fine-tunes of them")
     networks = empty_networks(
-        unet_from_diffusers(config["unet"]), vae_from_diffusers(config["vae"]), text_from_transformers(config["text_encoder"])
-    )
+        unet_from_diffusers(config["unet"]), vae_from_diffusers(config["vae"]), text_from_transformers(config["text_encoder"]),
+        dtype,
+    )  # fmt: skip
     for part, network in networks.items():
         index = index_of(weight_files(path / part))
         names = {name: name for name in network.state_dict()}

@@ -27,11 +27,17 @@ class TextEncoderConfig:
     num_attention_heads: int = 12
 
 
+def lookup_table(rows: int, channels: int) -> nn.Embedding:
+    """nn.Embedding with its usual random start; none on the meta device, where it would cost two seconds of imports."""
+    weight = torch.empty(rows, channels)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
+
+
 class Embeddings(nn.Module):
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = lookup_table(config.vocab_size, config.hidden_size)
+        self.position_embedding = lookup_table(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return self.token_embedding(token_ids) + self.position_embedding.weight[: token_ids.shape[1]]
