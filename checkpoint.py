@@ -270,11 +270,16 @@ def empty_networks(unet: UNetConfig, vae: VAEConfig, text: TextEncoderConfig, dt
     """The networks without weights, with the order in memory in which `fill` is to lay them down."""
     with torch.device("meta"):
         networks = {"unet": build_unet(unet), "vae": AutoencoderKL(vae), "text_encoder": TextEncoder(text)}
-    if dtype == torch.float32 or unet.block_out_channels[0] >= WIDE:
-        networks["unet"].to(memory_format=torch.channels_last)
-        if dtype != torch.float32:  # where the autoencoder's norms would round four times as coarsely on a CPU
-            networks["vae"].to(memory_format=torch.channels_last)
+    arrange(networks["unet"], networks["vae"], dtype)
     return networks
+
+
+def arrange(unet: UNet | StackedUNet, vae: AutoencoderKL, dtype: torch.dtype) -> None:
+    """Give the convolutions the order in memory that is fastest in this dtype, in place."""
+    if dtype == torch.float32 or unet.config.block_out_channels[0] >= WIDE:
+        unet.to(memory_format=torch.channels_last)
+        if dtype != torch.float32:  # where the autoencoder's norms would round four times as coarsely on a CPU
+            vae.to(memory_format=torch.channels_last)
 
 
 def load(

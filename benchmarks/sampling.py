@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import text_to_transformers, vae_to_diffusers
+from checkpoint import arrange, text_to_transformers, vae_to_diffusers
 from command import BadInput, pick_device, pick_dtype, run
 from make_checkpoint import make_model
 from rectified_flow import flow_velocity, one_step
@@ -115,9 +115,7 @@ def main():
     gc.collect()  # what OpenVINO was made from
 
     unet, vae, text = (network.to(device, dtype).eval() for network in (model.unet, model.vae, model.text_encoder))
-    unet.to(memory_format=torch.channels_last)  # as checkpoint.load does
-    if dtype != torch.float32:
-        vae.to(memory_format=torch.channels_last)
+    arrange(unet, vae, dtype)
     ours = {"text": text, "U-Net": unet, "decoder": vae.decode}
 
     def picture(text: Callable, velocity: Callable, decode: Callable) -> Tensor:
