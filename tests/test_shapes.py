@@ -32,6 +32,7 @@ def test_captions_and_scenes():
         assert obeys(shapes.scene_of(caption, random.Random(1)), caption)
     assert all(caption.is_full for caption in shapes.full_captions(100, 2))
     assert not any(caption.is_full for caption in shapes.open_captions(100, 2))
+    assert all(caption.second is None for caption in shapes.single_captions(100, 2))
     for wrong in ("a pink circle", "circle", "a red", ""):
         with pytest.raises(ValueError):
             parse(wrong)

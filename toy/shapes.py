@@ -13,6 +13,7 @@ Its last hidden layer gives the features for the Fréchet distance. It never tak
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,17 +137,30 @@ def full_captions(count: int, seed: int) -> list[Caption]:
     return [Caption(phrases(), rng.choice(RELATIONS[:4]), phrases()) for _ in range(count)]
 
 
-def open_captions(count: int, seed: int) -> list[Caption]:
-    """Two-object captions with the arrangement and at least two attributes left out: many pictures are right."""
+def chosen_captions(count: int, seed: int, wanted: Callable[[Caption], bool]) -> list[Caption]:
+    """Captions as the models are trained on, of those alone that are wanted."""
     rng, captions = random.Random(seed), []
     while len(captions) < count:
         caption = random_caption(rng)
-        if caption.second and caption.relation == "and":
-            left_out = [p.color is None for p in (caption.first, caption.second)]
-            left_out += [p.shape is None for p in (caption.first, caption.second)]
-            if sum(left_out) >= 2:
-                captions.append(caption)
+        if wanted(caption):
+            captions.append(caption)
     return captions
+
+
+def open_captions(count: int, seed: int) -> list[Caption]:
+    """Two-object captions with the arrangement and at least two attributes left out: many pictures are right."""
+
+    def is_open(caption: Caption) -> bool:
+        if caption.second is None or caption.relation != "and":
+            return False
+        return [word for p in (caption.first, caption.second) for word in (p.color, p.shape)].count(None) >= 2
+
+    return chosen_captions(count, seed, is_open)
+
+
+def single_captions(count: int, seed: int) -> list[Caption]:
+    """Captions of one object, of which colour or shape or both may be left out."""
+    return chosen_captions(count, seed, lambda caption: caption.second is None)
 
 
 def obeys(scene: Scene, caption: Caption) -> bool:

@@ -87,7 +87,12 @@ from training import TrainingOptions, autocast_dtype
 from unet import stack, started_from
 
 PARTS = ("teacher", "reflow", "direct", "third", "stacked")
-CAPTIONS = {"open": shapes.open_captions, "mixed": shapes.random_captions, "full": shapes.full_captions}
+CAPTIONS = {
+    "open": shapes.open_captions,
+    "full": shapes.full_captions,
+    "single": shapes.single_captions,
+    "mixed": shapes.random_captions,
+}
 LPIPS_LEARNING_RATE = 1e-4  # at 5e-4, as in L2, the LPIPS of the training pairs rises from the first updates on
 CAPTIONS_DRAWN = 1000  # different ones, among the pairs
 SEEDS_APART = 10_000_000  # noises of one seed of the study and of the next
@@ -319,7 +324,8 @@ def study_parser(description: str) -> Parser:
     parser.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
     parser.add_argument("--num-pairs", type=positive, default=10_000, help="of each teacher")
     parser.add_argument("--teacher-steps", type=positive, default=8, help="of the pairs")
-    parser.add_argument("--captions", choices=CAPTIONS, default="open", help="open: much left out; mixed: some; full: nothing")
+    parser.add_argument("--captions", choices=CAPTIONS, default="open",
+                        help="much left out of two objects, nothing; one object; as in training")  # fmt: skip
     parser.add_argument("--held-out", type=positive, default=500, help="pairs that nothing is trained on")
     parser.add_argument("--num-samples", type=positive, default=1000, help="pictures for each row and seed")
     parser.add_argument("--steps", type=positive, nargs="+", default=[25, 8, 4, 2, 1], help="at which paths are measured")
