@@ -14,6 +14,7 @@ share of the largest value. Writes results/sampling-<peer>-<device>.json.
 import gc
 import statistics
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -51,8 +52,10 @@ def in_openvino(network: Answering, inputs: tuple[Tensor, ...], dtype: torch.dty
     import openvino
 
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
-    graph = openvino.convert_model(network, example_input=inputs)
-    graph.reshape([tuple(tensor.shape) for tensor in inputs])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the trace holds for these shapes alone, as it should
+        graph = openvino.convert_model(network, example_input=inputs)
+    graph.reshape({number: list(tensor.shape) for number, tensor in enumerate(inputs)})
     compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     return lambda *given: torch.from_numpy(compiled([tensor.numpy() for tensor in given])[0])
 
