@@ -31,7 +31,7 @@ from checkpoint import arrange, text_to_transformers, vae_to_diffusers
 from command import BadInput, pick_device, pick_dtype, run
 from make_checkpoint import make_model
 from rectified_flow import flow_velocity, one_step
-from timing import TOKENS, ratio, report, take_turns, timing_parser
+from timing import TOKENS, differ_by, ratio, report, take_turns, timing_parser
 from training_step import diffusers_unet
 
 MATRIX = 4096  # side of the matrices that give the limit
@@ -138,8 +138,7 @@ def main():
         model.compile()
     peak, rows = limit(dtype, device), []
     for name, (mine, peer) in calls.items():
-        expected = peer().float()
-        error = ((mine().float() - expected).abs().max() / expected.abs().max()).item()
+        error = differ_by(mine(), peer())
         sides = {f"{name}, ours": mine, f"{name}, {args.peer}": peer}
         ours_took, theirs_took = take_turns(sides, args.rounds, device).values()
         seconds, their_seconds = statistics.median(ours_took), statistics.median(theirs_took)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from command import HERE, Parser, add_machine_options, machine_name, positive, write_text
@@ -47,6 +48,12 @@ def ratio(ours: list[float], theirs: list[float]) -> dict:
     ratios = [a / b for a, b in zip(ours, theirs)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {"ratio": middle, "quartiles": f"{low:.2f} to {high:.2f}"}
+
+
+def differ_by(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two answers, as a share of the largest value: do both sides do the same work?"""
+    theirs = theirs.float()
+    return ((ours.float() - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def report(name: str, device: torch.device, dtype: torch.dtype, rows: list[dict], **about) -> None:

@@ -27,7 +27,7 @@ from command import pick_device, pick_dtype, positive, run
 from make_checkpoint import make_model
 from pairs import GUIDANCE
 from rectified_flow import distill_loss, flow_velocity, one_step, reflow_loss, sample_path
-from timing import TOKENS, ratio, report, take_turns, timing_parser
+from timing import TOKENS, differ_by, ratio, report, take_turns, timing_parser
 from training import TrainingOptions, adamw, named_parameters
 
 STAGES = ("pairs", "gradients", "reflow", "l2", "lpips")
@@ -85,10 +85,14 @@ def main():
     tokens = torch.randint(49000, (batch, TOKENS), device=device)
     context, null = torch.randn(batch, TOKENS, 768, device=device), torch.randn(1, TOKENS, 768, device=device)
 
-    def note_row(stage: str, seconds: list[float], peer: list[float] | None = None) -> None:
+    def measure(stage: str, mine: Callable, peer: Callable | None = None) -> None:
+        ways = {f"{stage}, ours": mine} | ({f"{stage}, diffusers": peer} if peer else {})
+        against = {"differ by": differ_by(mine(), peer())} if peer else {}
+        seconds, *theirs = take_turns(ways, args.rounds, device).values()
         row = {"stage": stage, "seconds": statistics.median(seconds), "samples_per_second": batch / statistics.median(seconds)}
-        against = {"diffusers, s": statistics.median(peer)} | ratio(seconds, peer) if peer else {}
-        row |= {name: against.get(name) for name in ("diffusers, s", "ratio", "quartiles")}
+        for peer_seconds in theirs:
+            against |= {"diffusers, s": statistics.median(peer_seconds)} | ratio(seconds, peer_seconds)
+        row |= {name: against.get(name) for name in ("diffusers, s", "ratio", "quartiles", "differ by")}
         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
         rows.append(row)
 
@@ -105,15 +109,14 @@ def main():
         unet = unet.to(device, dtype, memory_format=torch.channels_last).eval()
         half_context, half_null = context.to(dtype), null.to(dtype).expand(batch, -1, -1)
 
-        def draw() -> None:
-            with torch.inference_mode():
-                guidance = GUIDANCE["diffusion"].full
-                for _ in sample_path(unet, "diffusion", x0, args.teacher_steps, half_context, half_null, guidance):
-                    pass
+        @torch.inference_mode()
+        def draw() -> Tensor:
+            guidance = GUIDANCE["diffusion"].full
+            *_, latents = sample_path(unet, "diffusion", x0, args.teacher_steps, half_context, half_null, guidance)
+            return latents
 
-        ways = {"pairs, ours": draw, "pairs, diffusers": lambda: peer(x0.to(dtype), half_context, half_null)}
-        note_row("pairs", *take_turns(ways, args.rounds, device).values())
-        del unet, peer, ways
+        measure("pairs", draw, lambda: peer(x0.to(dtype), half_context, half_null))
+        del unet, peer, draw
 
     if "gradients" in args.stages:
         begin_stage()
@@ -122,19 +125,16 @@ def main():
         unet = unet.to(device, memory_format=torch.channels_last).train()
         their_velocity = lambda x, t, context: theirs(x, 1000 * (1 - t), context).sample
 
-        def gradients(network, velocity) -> None:
-            network.zero_grad(set_to_none=True)
+        def gradients(network, velocity) -> Tensor:
             with autocast:
                 loss = reflow_loss(velocity, x0, x1, t, context).mean()
             loss.backward()
-            network.zero_grad(set_to_none=True)
+            first = network.conv_in.weight.grad
+            network.zero_grad(set_to_none=True)  # so that the two sides' gradients are never held at once
+            return first
 
-        ways = {
-            "gradients, ours": lambda: gradients(unet, flow_velocity(unet)),
-            "gradients, diffusers": lambda: gradients(theirs, their_velocity),
-        }
-        note_row("gradients", *take_turns(ways, args.rounds, device).values())
-        del unet, theirs, ways
+        measure("gradients", lambda: gradients(unet, flow_velocity(unet)), lambda: gradients(theirs, their_velocity))
+        del unet, theirs, their_velocity
 
     updates = [stage for stage in args.stages if stage in ("reflow", "l2", "lpips")]
     if updates:
@@ -172,7 +172,7 @@ def main():
 
         for stage in updates:
             begin_stage()
-            note_row(stage, take_turns({stage: lambda: update(losses[stage])}, args.rounds, device)[stage])
+            measure(stage, lambda: update(losses[stage]))
     about = {"batch": batch, "teacher_steps": args.teacher_steps, "gradient_checkpointing": args.gradient_checkpointing}
     report("training_step", device, dtype, rows, **about)
 
