@@ -61,6 +61,21 @@ def reflow_loss(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor, context: 
     return reflow_error(velocity, x0, x1, t, context).square().flatten(1).mean(1)
 
 
+HUBER = 0.00054  # c below is this times the number of dimensions
+
+
+def pseudo_huber(error: Tensor) -> Tensor:
+    """(√(‖e‖² + c²) - c) / √d for errors (B, ...) of d dimensions: (B,). Lee et al. 2024 (2405.20320)."""
+    error = error.flatten(1)
+    c = HUBER * error.shape[1]
+    return ((error.square().sum(1) + c**2).sqrt() - c) / error.shape[1] ** 0.5
+
+
+def pseudo_huber_loss(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+    """Reflow's loss in which an error larger than c counts by its size and not by its square: (B,)."""
+    return pseudo_huber(reflow_error(velocity, x0, x1, t, context))
+
+
 def one_step(velocity: Velocity, x0: Tensor, context: Tensor | None = None) -> Tensor:
     """X0 + v(X0, 0): the whole of sampling for a distilled model."""
     return x0 + velocity(x0, torch.zeros(len(x0), device=x0.device), context)

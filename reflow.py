@@ -36,7 +36,7 @@ from command import (
     settle,
 )  # fmt: skip
 from pairs import Pairs, add_pairs_options, pairs_from
-from rectified_flow import flow_velocity, reflow_loss
+from rectified_flow import flow_velocity, pseudo_huber_loss, reflow_loss
 from training import (
     TrainingOptions,
     add_training_options,
@@ -49,6 +49,7 @@ from training import (
 )
 from unet import started_from
 
+LOSSES = {"l2": reflow_loss, "pseudo-huber": pseudo_huber_loss}
 CAPTION_DROPOUT = 0.1  # share of prompts replaced by the empty one (Ho & Salimans 2022, 2207.12598)
 
 
@@ -86,6 +87,7 @@ def main():
     # InstaFlow: learning rate 1e-6, 1000 warm-up steps of 64, and EMA 0.9999, which halves in 6931 steps of 64.
     group = add_training_options(parser, ByModel(1e-6, 5e-4), ByModel(64_000, 6_400), ByModel(443_584, 10_000))
     group.add_argument("--iterations", type=positive, default=ByModel(70_000, 700))
+    group.add_argument("--loss", choices=LOSSES, default="l2", help="pseudo-huber counts large errors less (2405.20320)")
     group.add_argument("--out", default="runs/2rf.safetensors", help="the flow; its training state lies in OUT.state")
     add_model_options(parser)
     add_machine_options(parser)
@@ -100,7 +102,7 @@ def main():
 
     pairs = pairs_from(teacher, args)
     options, folder = options_from(args, args.iterations), Path(args.out + ".state")
-    settings = {"pairs": pairs.description, "init": args.init}
+    settings = {"pairs": pairs.description, "init": args.init, "loss": args.loss}
     if Path(args.out).exists() and is_finished(folder, options, settings):
         print(f"{args.out}: finished already, {args.iterations} iterations")
         return
@@ -113,7 +115,8 @@ def main():
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.compile()  # --init may have made a new U-Net
-    reflow(model, pairs, options, folder, settings, autocast_dtype(args.dtype, device, model.unet))
+    dtype = autocast_dtype(args.dtype, device, model.unet)
+    reflow(model, pairs, options, folder, settings, dtype, loss_of=LOSSES[args.loss])
     checkpoint.save(model, args.out)
     plot_loss(folder)
     print(f"{args.out}: a rectified flow; its loss is in {folder / 'loss.png'}")

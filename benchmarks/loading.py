@@ -1,11 +1,12 @@
 """A Stable Diffusion 1.x file to its first one-step picture against diffusers: seconds and peak memory, in new processes.
 
-    python benchmarks/loading.py            writes a full-size file of random weights first; needs 15 GB of memory
+    python benchmarks/loading.py            writes a full-size fp16 file of random weights first; needs 15 GB of memory
+    python benchmarks/loading.py --dtype bf16 --load-only
 
 diffusers needs configuration files, which it would fetch from the hub; they are written here from our own configs. Both load
-to fp32 on the CPU: diffusers the U-Net and the autoencoder, ours the text encoder too. Then one Euler step at 512 px from an
-encoded prompt, and the decoder. Imports are not counted. Memory is read from /proc, so this runs on Linux alone. Writes
-benchmarks/results/loading-cpu.json.
+to --dtype on the CPU: diffusers the U-Net and the autoencoder, ours the text encoder too. Then one Euler step at 512 px from an
+encoded prompt, and the decoder, unless --load-only. Imports are not counted. Memory is read from /proc, so this runs on Linux
+alone. Writes benchmarks/results/loading-<dtype>-cpu.json.
 """
 
 import json
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-from command import HERE, BadInput, Parser, positive, run
+from command import HERE, BadInput, Parser, pick_dtype, positive, run
 from make_checkpoint import make_model, write_single_file
 from timing import ratio, report
 
@@ -37,30 +38,33 @@ def spent():
     return [time.perf_counter() - started, peak() - before]
 started, before = time.perf_counter(), peak()
 {load}
-loaded = spent()
-noise, context = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
-with torch.inference_mode():
-    {draw}
-print(json.dumps(loaded + spent()))
+figures = spent()
+if {picture}:
+    noise, context = torch.randn(1, 4, 64, 64, dtype={dtype}), torch.randn(1, 77, 768, dtype={dtype})
+    with torch.inference_mode():
+        {draw}
+    figures += spent()
+print(json.dumps(figures))
 """
 OURS = (
     "import checkpoint\nfrom rectified_flow import flow_velocity, one_step",
-    "model = checkpoint.load({path!r})",
+    "model = checkpoint.load({path!r}, dtype={dtype})",
     "model.vae.decode(one_step(flow_velocity(model.unet), noise, context))",
 )
 THEIRS = (
     "from diffusers import AutoencoderKL, UNet2DConditionModel",
-    "unet = UNet2DConditionModel.from_single_file({path!r}, config={config!r}, subfolder='unet')\n"
-    "vae = AutoencoderKL.from_single_file({path!r}, config={config!r}, subfolder='vae')",
+    "unet = UNet2DConditionModel.from_single_file({path!r}, config={config!r}, subfolder='unet', torch_dtype={dtype})\n"
+    "vae = AutoencoderKL.from_single_file({path!r}, config={config!r}, subfolder='vae', torch_dtype={dtype})",
     "vae.decode((noise + unet(noise, 1000, context).sample) / vae.config.scaling_factor)",
 )
 FIGURES = ("loading, s", "loading, GB at the peak", "and the first picture, s", "and the first picture, GB at the peak")
 
 
-def measured(side: tuple[str, str, str], path: str, config: str) -> list[float]:
-    """The four FIGURES of one new process; memory beyond that of the imports."""
+def measured(side: tuple[str, str, str], path: str, config: str, dtype: torch.dtype, picture: bool) -> list[float]:
+    """The FIGURES of one new process, the first two without a picture; memory beyond that of the imports."""
     imports, load, draw = side
-    code = MEASURE.format(root=str(HERE), imports=imports, load=load.format(path=path, config=config), draw=draw)
+    load = load.format(path=path, config=config, dtype=dtype)
+    code = MEASURE.format(root=str(HERE), imports=imports, load=load, draw=draw, dtype=dtype, picture=picture)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
 
@@ -68,9 +72,13 @@ def measured(side: tuple[str, str, str], path: str, config: str) -> list[float]:
 def main():
     parser = Parser("Time loading a single file against diffusers.")
     parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="to load to")
+    parser.add_argument("--load-only", action="store_true", help="draw no picture")
     args = parser.parse_args()
     if not Path("/proc/self/status").exists():
         raise BadInput("loading.py: reads memory from /proc, which this system does not have; run it on Linux")
+    device = torch.device("cpu")
+    dtype = pick_dtype(args.dtype, device)
     with tempfile.TemporaryDirectory() as folder:
         path, config = str(Path(folder) / "sd14.safetensors"), str(Path(folder) / "config")
         model = make_model("full")
@@ -85,15 +93,15 @@ def main():
         sides = {"ours": [], "diffusers": []}
         for number in range(args.rounds + 1):  # the first fills the disk cache
             for name, side in (("ours", OURS), ("diffusers", THEIRS)):
-                result = measured(side, path, config)
+                result = measured(side, path, config, dtype, not args.load_only)
                 if number:
                     sides[name].append(result)
     rows = []
-    for index, what in enumerate(FIGURES):
+    for index, what in enumerate(FIGURES[: 2 if args.load_only else 4]):
         ours, theirs = ([result[index] for result in sides[name]] for name in ("ours", "diffusers"))
         row = {"what": what, "ours": statistics.median(ours), "diffusers": statistics.median(theirs)}
         rows.append(row | ratio(ours, theirs))
-    report("loading", torch.device("cpu"), torch.float32, rows)
+    report(f"loading-{args.dtype}", device, dtype, rows)
 
 
 if __name__ == "__main__":

@@ -199,6 +199,16 @@ def test_sampling_options(finished, call):
         assert (pictures["plain"] - pictures[name]).abs().mean() > 0.2, name
 
 
+def test_the_loss_of_reflow_is_part_of_the_run(call):
+    arguments = [*REFLOW, "--warmup-samples", 0, "--loss"]
+    assert call(reflow.main, *arguments, "pseudo-huber")[0] == 0
+    code, _, err = call(reflow.main, *arguments, "l2")
+    assert code == 2 and "loss was 'pseudo-huber', now 'l2'" in err
+    assert call(reflow.main, *arguments, "l2", "--out", "l2.safetensors")[0] == 0
+    weights = [checkpoint.load(path).unet.conv_out.weight for path in ("runs/2rf.safetensors", "l2.safetensors")]
+    assert not torch.equal(*weights)
+
+
 def test_compiled_networks_do_the_same(finished, call, monkeypatch):
     # The graphs are captured and differentiated as ever, and run without the C++ compiler that "inductor" needs.
     monkeypatch.setattr(checkpoint.StableDiffusion.compile, "__defaults__", ("aot_eager",))

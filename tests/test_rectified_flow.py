@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from conftest import relative_error
 from rectified_flow import (
+    HUBER,
     NoiseSchedule,
     ddim,
     diffusion_start,
@@ -19,6 +20,8 @@ from rectified_flow import (
     noise_from_seeds,
     noise_loss,
     one_step,
+    pseudo_huber,
+    pseudo_huber_loss,
     reflow_loss,
     sample_path,
     straightness,
@@ -109,6 +112,16 @@ def test_losses():
     assert seen[0][1] is t and seen[0][2] == "text"
     torch.testing.assert_close(distill_loss(velocity, x0, x1), torch.full((5,), 0.25))
     assert torch.equal(seen[1][0], x0) and torch.equal(seen[1][1], torch.zeros(5))
+    expected = 0.5 * (1 + HUBER**2 * 28) ** 0.5 - HUBER * 7**0.5  # √(‖e‖² + c²) / √d - c / √d, ‖e‖² = d / 4, c = HUBER d
+    torch.testing.assert_close(pseudo_huber_loss(velocity, x0, x1, t), torch.full((5,), expected))
+
+
+def test_pseudo_huber_is_quadratic_near_zero_and_linear_far_away():
+    error = torch.zeros(3, 4, 8, 8)
+    c = HUBER * 256
+    error[0, 0, 0, 0], error[1, 0, 0, 0], error[2, 0, 0, 0] = c / 100, c / 50, 100 * c
+    small, twice, large = (pseudo_huber(error) * 256**0.5).tolist()
+    assert twice / small == pytest.approx(4, rel=0.01) and large == pytest.approx(99 * c, rel=0.01)
 
 
 def test_guidance():

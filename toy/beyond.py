@@ -39,14 +39,13 @@ from command import TINY_TEACHER, pick_device, run, write_text, write_whole
 from distill import perceptual_distance
 from evaluate import grouped, in_steps, markdown_table, with_interval
 from pairs import default_guidance
-from rectified_flow import NoiseSchedule, like, reflow_error, reflow_loss
+from rectified_flow import NoiseSchedule, like, pseudo_huber, pseudo_huber_loss, reflow_error, reflow_loss
 from reflow import reflow, uniform_times
 from study import Study, footer, open_table, study_of, study_parser
 from training import autocast_dtype
 from unet import UNet, timestep_embedding
 
 U_SHAPE = 4.0  # the exponent of Lee et al.
-HUBER = 0.00054  # c is this times the number of dimensions, Lee et al.
 RIDGE = 1e-2  # keeps the refitted weights small
 WAYS = ("paper", "negated", "matched", "U-shaped", "pseudo-Huber", "perceptual", "unguided")
 
@@ -73,17 +72,6 @@ def u_shaped_times(count: int, generator: torch.Generator) -> Tensor:
     """t with the density ∝ cosh(a (t - 1/2)), by the inverse of its distribution function."""
     uniform = torch.rand(count, generator=generator)
     return 0.5 + torch.asinh((2 * uniform - 1) * math.sinh(U_SHAPE / 2)) / U_SHAPE
-
-
-def pseudo_huber(error: Tensor) -> Tensor:
-    """(√(‖e‖² + c²) - c) / √d for errors (B, ...) of d dimensions: (B,)."""
-    error = error.flatten(1)
-    c = HUBER * error.shape[1]
-    return ((error.square().sum(1) + c**2).sqrt() - c) / error.shape[1] ** 0.5
-
-
-def pseudo_huber_loss(velocity, x0: Tensor, x1: Tensor, t: Tensor, context) -> Tensor:
-    return pseudo_huber(reflow_error(velocity, x0, x1, t, context))
 
 
 def perceptual_loss(model, distance, velocity, x0: Tensor, x1: Tensor, t: Tensor, context) -> Tensor:
