@@ -47,6 +47,7 @@ from unet import UNet, timestep_embedding
 
 U_SHAPE = 4.0  # the exponent of Lee et al.
 RIDGE = 1e-2  # keeps the refitted weights small
+FRECHET_TICKS = (100, 200, 500, 1000, 2000)
 WAYS = ("paper", "negated", "matched", "U-shaped", "pseudo-Huber", "perceptual", "unguided")
 
 
@@ -133,6 +134,10 @@ def save_curves(path: Path, summary: list[dict]) -> None:
             bars = [line[f"{label}_interval"] or 0 for line in mine]
             axis.errorbar([line["samples"] for line in mine], [line[label] for line in mine], bars, marker="o", label=way)
         axis.set(xscale="log", yscale="log", xlabel="samples of reflow", title=label.replace("frechet", "Fréchet distance"))
+        ticks = sorted({line["samples"] for line in summary})
+        axis.set_xticks(ticks, [f"{samples:,}" for samples in ticks])
+        axis.minorticks_off()
+        axis.set_yticks(FRECHET_TICKS, [str(value) for value in FRECHET_TICKS])
     axis.legend(fontsize=8)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
