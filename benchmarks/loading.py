@@ -97,8 +97,7 @@ def main():
                 if number:
                     sides[name].append(result)
     rows = []
-    for index, what in enumerate(FIGURES[: 2 if args.load_only else 4]):
-        ours, theirs = ([result[index] for result in sides[name]] for name in ("ours", "diffusers"))
+    for what, ours, theirs in zip(FIGURES, zip(*sides["ours"]), zip(*sides["diffusers"])):  # as many as were measured
         row = {"what": what, "ours": statistics.median(ours), "diffusers": statistics.median(theirs)}
         rows.append(row | ratio(ours, theirs))
     report(f"loading-{args.dtype}", device, dtype, rows)

@@ -86,13 +86,15 @@ def main():
     context, null = torch.randn(batch, TOKENS, 768, device=device), torch.randn(1, TOKENS, 768, device=device)
 
     def measure(stage: str, mine: Callable, peer: Callable | None = None) -> None:
-        ways = {f"{stage}, ours": mine} | ({f"{stage}, diffusers": peer} if peer else {})
-        against = {"differ by": differ_by(mine(), peer())} if peer else {}
-        seconds, *theirs = take_turns(ways, args.rounds, device).values()
+        against = dict.fromkeys(("diffusers, s", "ratio", "quartiles", "differ by"))
+        if peer is None:
+            seconds = take_turns({stage: mine}, args.rounds, device)[stage]
+        else:
+            against["differ by"] = differ_by(mine(), peer())
+            seconds, theirs = take_turns({f"{stage}, ours": mine, f"{stage}, diffusers": peer}, args.rounds, device).values()
+            against |= {"diffusers, s": statistics.median(theirs)} | ratio(seconds, theirs)
         row = {"stage": stage, "seconds": statistics.median(seconds), "samples_per_second": batch / statistics.median(seconds)}
-        for peer_seconds in theirs:
-            against |= {"diffusers, s": statistics.median(peer_seconds)} | ratio(seconds, peer_seconds)
-        row |= {name: against.get(name) for name in ("diffusers, s", "ratio", "quartiles", "differ by")}
+        row |= against
         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
         rows.append(row)
 
