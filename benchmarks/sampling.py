@@ -31,7 +31,7 @@ from checkpoint import arrange, text_to_transformers, vae_to_diffusers
 from command import BadInput, pick_device, pick_dtype, run
 from make_checkpoint import make_model
 from rectified_flow import flow_velocity, one_step
-from timing import TOKENS, differ_by, ratio, report, take_turns, timing_parser
+from timing import TOKENS, report, side_by_side, take_turns, timing_parser
 from training_step import diffusers_unet
 
 MATRIX = 4096  # side of the matrices that give the limit
@@ -91,8 +91,8 @@ def peers_of(model, peer: str, dtype: torch.dtype, device: torch.device, inputs:
 def limit(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP a second in products of large matrices."""
     a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
-    seconds = take_turns({"matrix product": lambda: a @ b}, 5, device)["matrix product"]
-    return 2 * MATRIX**3 / statistics.median(seconds)
+    seconds, _ = take_turns({"matrix product": lambda: a @ b}, 5, device)
+    return 2 * MATRIX**3 / statistics.median(seconds["matrix product"])
 
 
 @torch.inference_mode()
@@ -138,12 +138,9 @@ def main():
         model.compile()
     peak, rows = limit(dtype, device), []
     for name, (mine, peer) in calls.items():
-        error = differ_by(mine(), peer())
-        sides = {f"{name}, ours": mine, f"{name}, {args.peer}": peer}
-        ours_took, theirs_took = take_turns(sides, args.rounds, device).values()
-        seconds, their_seconds = statistics.median(ours_took), statistics.median(theirs_took)
-        row = {"part": name, "ours, s": seconds, f"{args.peer}, s": their_seconds} | ratio(ours_took, theirs_took)
-        rows.append(row | {"differ by": error, "TFLOP": flop[name] / 1e12, "of the limit": flop[name] / seconds / peak})
+        row = side_by_side(name, mine, args.peer, peer, args.rounds, device)
+        of_the_limit = flop[name] / row["ours, s"] / peak
+        rows.append({"part": name} | row | {"TFLOP": flop[name] / 1e12, "of the limit": of_the_limit})
     about = {"peer_dtype": str(their_dtype).removeprefix("torch."), "batch": batch, "limit_tflops": peak / 1e12}
     report(f"sampling-{args.peer}", device, dtype, rows, **about)
 

@@ -41,7 +41,7 @@ def main():
         "stacked": lambda: stacked(x, timestep, context),
         "two whole U-Nets": lambda: one(one(x, timestep, context), timestep, context),
     }
-    seconds = take_turns(ways, args.rounds, device)
+    seconds, _ = take_turns(ways, args.rounds, device)
     count = lambda network: sum(weight.numel() for weight in network.parameters())
     parameters = {"one U-Net": count(one), "stacked": count(stacked), "two whole U-Nets": 2 * count(one)}
     rows = []

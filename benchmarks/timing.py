@@ -26,21 +26,23 @@ def timing_parser(description: str, rounds: int) -> Parser:
     return parser
 
 
-def take_turns(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after one round to warm up."""
-    seconds = {name: [] for name in ways}
+def take_turns(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> tuple[dict, dict]:
+    """Seconds of every call in every round, after one round to warm up; and what each call answered in that one."""
+    seconds, answers = {name: [] for name in ways}, {}
     with tqdm(total=(rounds + 1) * len(ways), unit="call", leave=False) as bar:
         for number in range(rounds + 1):
             for name, call in ways.items():
                 bar.set_description(name)
                 started = time.perf_counter()
-                call()
+                answer = call()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 if number:
                     seconds[name].append(time.perf_counter() - started)
+                else:
+                    answers[name] = answer
                 bar.update()
-    return seconds
+    return seconds, answers
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict:
@@ -54,6 +56,16 @@ def differ_by(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of two answers, as a share of the largest value: do both sides do the same work?"""
     theirs = theirs.float()
     return ((ours.float() - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def side_by_side(
+    what: str, mine: Callable[[], Tensor], peer: str, theirs: Callable[[], Tensor], rounds: int, device: torch.device
+) -> dict:
+    """Ours against the peer's: seconds of both, their ratio, and how far the answers are apart."""
+    seconds, answers = take_turns({f"{what}, ours": mine, f"{what}, {peer}": theirs}, rounds, device)
+    ours, others = seconds.values()
+    row = {"ours, s": statistics.median(ours), f"{peer}, s": statistics.median(others)}
+    return row | ratio(ours, others) | {"differ by": differ_by(*answers.values())}
 
 
 def report(name: str, device: torch.device, dtype: torch.dtype, rows: list[dict], **about) -> None:

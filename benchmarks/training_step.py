@@ -27,7 +27,7 @@ from command import pick_device, pick_dtype, positive, run
 from make_checkpoint import make_model
 from pairs import GUIDANCE
 from rectified_flow import distill_loss, flow_velocity, one_step, reflow_loss, sample_path
-from timing import TOKENS, differ_by, ratio, report, take_turns, timing_parser
+from timing import TOKENS, report, side_by_side, take_turns, timing_parser
 from training import TrainingOptions, adamw, named_parameters
 
 STAGES = ("pairs", "gradients", "reflow", "l2", "lpips")
@@ -86,15 +86,13 @@ def main():
     context, null = torch.randn(batch, TOKENS, 768, device=device), torch.randn(1, TOKENS, 768, device=device)
 
     def measure(stage: str, mine: Callable, peer: Callable | None = None) -> None:
-        against = dict.fromkeys(("diffusers, s", "ratio", "quartiles", "differ by"))
-        if peer is None:
-            seconds = take_turns({stage: mine}, args.rounds, device)[stage]
+        if peer:
+            row = side_by_side(stage, mine, "diffusers", peer, args.rounds, device)
         else:
-            against["differ by"] = differ_by(mine(), peer())
-            seconds, theirs = take_turns({f"{stage}, ours": mine, f"{stage}, diffusers": peer}, args.rounds, device).values()
-            against |= {"diffusers, s": statistics.median(theirs)} | ratio(seconds, theirs)
-        row = {"stage": stage, "seconds": statistics.median(seconds), "samples_per_second": batch / statistics.median(seconds)}
-        row |= against
+            seconds, _ = take_turns({stage: mine}, args.rounds, device)
+            row = {"ours, s": statistics.median(seconds[stage])}
+            row |= dict.fromkeys(("diffusers, s", "ratio", "quartiles", "differ by"))
+        row = {"stage": stage, "samples_per_second": batch / row["ours, s"]} | row
         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
         rows.append(row)
 
