@@ -22,6 +22,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 HERE = Path(__file__).resolve().parent
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what --dtype calls them
 KINDS = ("diffusion", "flow", "one-step")  # what a checkpoint's U-Net predicts; see checkpoint.py
 TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")  # what every command uses when no model is named
 
@@ -95,7 +96,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     group.add_argument(
-        "--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        "--dtype", default="auto", choices=["auto", *DTYPES],
         help="of the networks; auto: bf16 where the hardware multiplies it natively, else fp32",
     )  # fmt: skip
     group.add_argument("--seed", type=not_negative, default=0, help="the run is a function of it")
@@ -127,7 +128,7 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; "auto" is bf16 where the hardware multiplies it natively, else fp32."""
     if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        return DTYPES[name]
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere: the first with bf16 tensor cores
     else:

@@ -1,7 +1,7 @@
 """The bill: GPU-days, wall-clock days, disk and network of InstaFlow's full recipe, before starting it.
 
     python benchmarks/cost.py                                   on 8 A100, at the rates that the paper's days imply
-    python benchmarks/cost.py --rates benchmarks/results/training_step-cuda.json --gpus 4 --price 2.5
+    python benchmarks/cost.py --rates benchmarks/results/training_step-bf16-cuda.json --gpus 4 --price 2.5
 
 The recipe is that of InstaFlow-0.9B (arXiv 2309.06380, table of training costs): 3.2 million pairs, two stages of reflow,
 distillation in L2 and in LPIPS; 199.2 A100-days. --rates takes what benchmarks/training_step.py measured: samples a second of

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-from command import HERE, BadInput, Parser, pick_dtype, positive, run
+from command import DTYPES, HERE, BadInput, Parser, pick_dtype, positive, run
 from make_checkpoint import make_model, write_single_file
 from timing import ratio, report
 
@@ -72,7 +72,7 @@ def measured(side: tuple[str, str, str], path: str, config: str, dtype: torch.dt
 def main():
     parser = Parser("Time loading a single file against diffusers.")
     parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="to load to")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="to load to")
     parser.add_argument("--load-only", action="store_true", help="draw no picture")
     args = parser.parse_args()
     if not Path("/proc/self/status").exists():
@@ -100,7 +100,7 @@ def main():
     for what, ours, theirs in zip(FIGURES, zip(*sides["ours"]), zip(*sides["diffusers"])):  # as many as were measured
         row = {"what": what, "ours": statistics.median(ours), "diffusers": statistics.median(theirs)}
         rows.append(row | ratio(ours, theirs))
-    report(f"loading-{args.dtype}", device, dtype, rows)
+    report("loading", device, dtype, rows)
 
 
 if __name__ == "__main__":

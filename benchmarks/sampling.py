@@ -4,11 +4,12 @@
     python benchmarks/sampling.py --device cuda --batch-size 16 --compile
     python benchmarks/sampling.py --defaults      each side's own default: diffusers fp32, ours as --dtype auto says
     python benchmarks/sampling.py --peer openvino --compile       diffusers' networks as OpenVINO runs them on a CPU
-                                                                  (pip install openvino; 20 GB of memory in fp32)
+                                                                  (pip install openvino; 17 GB of memory in fp32)
 
 Both sides hold the same weights. "of the limit" is the counted work of our network over the time it takes, as a share of what
 this machine reaches in products of large matrices at that dtype, "differ by" the largest difference of what both answer, as a
-share of the largest value. Writes results/sampling-<peer>-<device>.json.
+share of the largest value. Writes results/sampling-<peer>-batch<N>-<dtype>-<device>.json, with "-defaults" and "-compiled"
+after the N where asked for.
 """
 
 import gc
@@ -141,8 +142,8 @@ def main():
         row = side_by_side(name, mine, args.peer, peer, args.rounds, device)
         of_the_limit = flop[name] / row["ours, s"] / peak
         rows.append({"part": name} | row | {"TFLOP": flop[name] / 1e12, "of the limit": of_the_limit})
-    about = {"peer_dtype": str(their_dtype).removeprefix("torch."), "batch": batch, "limit_tflops": peak / 1e12}
-    report(f"sampling-{args.peer}", device, dtype, rows, **about)
+    name = "-".join(["sampling", args.peer, f"batch{batch}"] + ["defaults"] * args.defaults + ["compiled"] * args.compile)
+    report(name, device, dtype, rows, limit_tflops=peak / 1e12)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python benchmarks/stacked.py --device cuda
 
 Seconds are medians, ratios to one U-Net are medians over the rounds with their quartiles. Writes
-benchmarks/results/stacked-<device>.json.
+benchmarks/results/stacked-<dtype>-<device>.json.
 """
 
 import statistics

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from command import HERE, Parser, add_machine_options, machine_name, positive, write_text
+from command import DTYPES, HERE, Parser, add_machine_options, machine_name, positive, write_text
 from evaluate import markdown_table
 
 TOKENS = 77  # of a prompt
@@ -69,11 +69,11 @@ def side_by_side(
 
 
 def report(name: str, device: torch.device, dtype: torch.dtype, rows: list[dict], **about) -> None:
-    """Print the rows as a table and write them to benchmarks/results/<name>-<device>.json."""
+    """Print the rows as a table and write them to benchmarks/results/<name>-<dtype>-<device>.json."""
+    short = next(name for name, each in DTYPES.items() if each == dtype)
     about = {"command": " ".join(["python", *sys.argv]), "device": machine_name(device), "torch": torch.__version__,
-             "dtype": str(dtype).removeprefix("torch.")} | about  # fmt: skip
-    write_text(
-        HERE / "benchmarks" / "results" / f"{name}-{device.type}.json", json.dumps(about | {"rows": rows}, indent=2) + "\n"
-    )
+             "dtype": short} | about  # fmt: skip
+    path = HERE / "benchmarks" / "results" / f"{name}-{short}-{device.type}.json"
+    write_text(path, json.dumps(about | {"rows": rows}, indent=2) + "\n")
     print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
     print(markdown_table(rows), end="")

@@ -6,7 +6,7 @@
 Stable Diffusion's size at 512 px, random weights and random data. "pairs" draws latents with guidance by DPM-Solver, beside
 diffusers' pipeline and its DPM-Solver; "gradients" is the forward and backward pass of reflow, beside the same with diffusers'
 U-Net. The other stages are whole updates as training.py makes them: text encoder, loss, backward, clip, AdamW and EMA.
-Writes benchmarks/results/training_step-<device>.json.
+Writes benchmarks/results/training_step-<dtype>-<device>.json.
 """
 
 import gc
