@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ class BadInput(Exception):
 @functools.cache
 def note(message: str) -> None:
     """Tell the user something once, on stderr."""
-    print(f"note: {message}", file=sys.stderr)
+    if rank() == 0:
+        print(f"note: {message}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -159,10 +161,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@functools.cache
+def patient_group() -> dist.ProcessGroup:
+    """All processes, for waiting: one with a shard more to draw may be hours late, and NCCL gives up after ten minutes."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
 def wait_for_all() -> None:
     """Go on when every process has come here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=patient_group())
 
 
 def join_processes() -> None:
@@ -171,6 +179,7 @@ def join_processes() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        patient_group()
         if rank():
             sys.stdout = open(os.devnull, "w")
 

@@ -125,12 +125,13 @@ def make_pairs(
         "prompts": prompts_name, "prompts_hash": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "latent_shape": list(shape), "pairs_per_shard": PAIRS_PER_SHARD,
     }  # fmt: skip
-    check_output(folder / "pairs.json", needed=2 * count * torch.Size(shape).numel())
+    sizes = [min(PAIRS_PER_SHARD, count - start) for start in range(0, count, PAIRS_PER_SHARD)]
+    absent = sum(size for i, size in enumerate(sizes) if not shard_path(folder, i).exists())
+    check_output(folder / "pairs.json", needed=2 * absent * torch.Size(shape).numel())  # fp16
     check_description(folder, description)
     write_text(folder / "pairs.json", json.dumps(description | {"count": count}, indent=2) + "\n")
     wait_for_all()
 
-    sizes = [min(PAIRS_PER_SHARD, count - start) for start in range(0, count, PAIRS_PER_SHARD)]
     mine = range(rank(), len(sizes), world_size())
     missing = [i for i in mine if not shard_is_whole(folder, i, sizes[i], shape, repair)]
     batch_size = batch_size or drawn_at_once(shape)
@@ -156,6 +157,9 @@ def make_pairs(
             metadata = {"prompts": json.dumps(texts)}
             write_whole(shard_path(folder, i), lambda path: save_file(tensors, path, metadata), every_rank=True)
     wait_for_all()
+    for path in (shard_path(folder, i) for i in range(len(sizes))):
+        if not path.exists():
+            raise BadInput(f"{path}: made by another process and not here; name a --pairs that all nodes share")
     return Pairs(folder)
 
 

@@ -358,8 +358,9 @@ def train(
     weights = named_parameters(network)
     device = next(iter(weights.values())).device
     count = sum(weight.numel() for weight in weights.values())
-    # Twice, because the old state is replaced only when the new one is whole.
-    check_output(folder / "state.safetensors", needed=2 * BYTES_PER_PARAMETER * count)
+    # Room for two, because the old state is replaced only when the new one is whole.
+    state = folder / "state.safetensors"
+    check_output(state, needed=(1 if state.exists() else 2) * BYTES_PER_PARAMETER * count)
     check_settings(folder, decisive(options, settings))
     if options.batch_size < world_size():
         raise BadInput(f"--batch-size {options.batch_size}: smaller than the number of processes, {world_size()}")
@@ -369,6 +370,8 @@ def train(
     ema_device = options.ema_device or device
     ema = {key: weight.detach().to(ema_device, copy=True) for key, weight in weights.items()}
     first = load_state(folder, weights, ema, optimizer)
+    if len(set(from_all_processes([first]))) > 1:
+        raise BadInput(f"{folder}: the processes find states of different steps in it; name an --out that all nodes share")
     metrics = folder / "metrics.jsonl"
     kept = [row for row in read_metrics(folder) if row["step"] <= first]
     write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
@@ -445,6 +448,7 @@ def train(
             stop = from_all_processes(stop)  # so that all stop after the same step
             if done % options.save_every == 0 or done == options.iterations or stop:
                 save_state(folder, done, weights, ema, optimizer)
+                wait_for_all()  # for the first, which may write for minutes
                 saved = done
             if stop and done < options.iterations:
                 raise BadInput(f"{name}: stopped after step {done}, which is saved; run the same command again to continue")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from training import read_metrics, saved_step
 REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4, "--accumulate", 2, "--save-every", 1]
 
 RUNNER = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import command, pairs
 pairs.PAIRS_PER_SHARD = 16
+if sys.argv[1] == "apart":  # each process has a disk of its own
+    del sys.argv[1]
+    os.chdir(os.environ["RANK"])
 name = sys.argv.pop(1)
 command.run(__import__(name).main)
 """
@@ -98,6 +102,42 @@ def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path):
     )
     run(killed, 1, "reflow", arguments, log="again")
     assert_same_training(whole, killed)
+
+
+def test_a_slow_process_is_waited_for(tmp_path):
+    """Longer than torch waits elsewhere, which is made short here: it tells of a network that hangs."""
+    (tmp_path / "waiting.py").write_text(f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from datetime import timedelta
+import torch.distributed as dist
+import command
+
+join = dist.init_process_group
+dist.init_process_group = lambda backend: join(backend, timeout=timedelta(seconds=2))
+command.join_processes()
+time.sleep(4 * command.rank())
+command.wait_for_all()
+print("all are here")
+dist.destroy_process_group()
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "waiting.py"]
+    result = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stdout == "all are here\n", result.stderr
+
+
+def test_nodes_that_share_no_disk(tmp_path):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+
+    def refused() -> str:
+        assert start(tmp_path, 2, "apart", ["reflow", *REFLOW]).wait(timeout=300) != 0
+        return (tmp_path / "log").read_text()
+
+    assert ".safetensors: made by another process and not here; name a --pairs that all nodes share" in refused()
+    run(tmp_path / "0", 1, "reflow", [*REFLOW[:4], "--iterations", 3, *REFLOW[6:]])
+    shutil.copytree(tmp_path / "0/runs/pairs", tmp_path / "1/runs/pairs", dirs_exist_ok=True)
+    assert "the processes find states of different steps in it; name an --out that all nodes share" in refused()
 
 
 def test_bad_input_under_torchrun(tmp_path):

@@ -57,6 +57,7 @@ def test_only_missing_shards_are_made(model, tmp_path, monkeypatch):
         assert path.read_bytes() == before[path.name]
         assert stamps.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
     monkeypatch.setattr(pairs, "draw_latents", None)  # nothing more to draw
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": 0}))  # nor to write
     make(model, tmp_path)
 
 

@@ -150,6 +150,16 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+def test_what_is_on_the_disk_already_is_not_asked_for_again(tmp_path, monkeypatch):
+    state = training.BYTES_PER_PARAMETER * sum(weight.numel() for weight in make_network().parameters())
+    free = {"free": 2 * state}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), free))
+    run(tmp_path, iterations=10)
+    free["free"] = state  # the first state takes up the other half
+    run(tmp_path, iterations=20)
+    assert rows(tmp_path)[-1]["step"] == 20
+
+
 def test_only_what_is_trainable_is_trained_and_saved(tmp_path):
     network = make_network()
     network[0].requires_grad_(False)
