@@ -17,11 +17,12 @@ kind says what the U-Net predicts: "diffusion" noise (Stable Diffusion itself), 
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -233,6 +234,14 @@ def index_of(files: list[Path]) -> dict[str, Path]:
     return found
 
 
+def by_file(names: Iterable[str], file_of: Callable[[str], Path]) -> Iterator[tuple[Path, list[str]]]:
+    """The names in groups that are read in one opening of their file."""
+    for path, group in itertools.groupby(sorted(names, key=file_of), file_of):
+        together = list(group)
+        for start in range(0, len(together), OPEN_AT_ONCE):
+            yield path, together[start : start + OPEN_AT_ONCE]
+
+
 def fill(module: nn.Module, part: str, names: dict[str, str], index: dict[str, Path], where: str, device, dtype) -> None:
     """Give a module on the meta device its tensors, in its order in memory: our name -> names[our name] in index's files."""
     wanted = module.state_dict()
@@ -241,26 +250,16 @@ def fill(module: nn.Module, part: str, names: dict[str, str], index: dict[str, P
         raise BadInput(
             f"{where}: {len(missing)} tensors are missing, first {', '.join(missing[:3])}; not a whole SD 1.x {part}"
         )
-    todo = sorted(wanted, key=lambda name: str(index[names[name]]))
     tensors, wrong = {}, []
-    for start in range(0, len(todo), OPEN_AT_ONCE):
-        by_file: dict[Path, list[str]] = {}
-        for name in todo[start : start + OPEN_AT_ONCE]:
-            by_file.setdefault(index[names[name]], []).append(name)
-        for path, chunk in by_file.items():
-            with opened(path) as file:
-                for name in chunk:
-                    shape = tuple(file.get_slice(names[name]).get_shape())
-                    wanted_shape = tuple(wanted[name].shape)
-                    if is_pixel_linear(part, name) and shape == (*wanted_shape, 1, 1):
-                        pass
-                    elif shape != wanted_shape:
-                        wrong.append(f"{names[name]} is {list(shape)} and should be {list(wanted_shape)}")
-                        continue
-                    if not wrong:
-                        source = file.get_tensor(names[name]).reshape(wanted_shape)
-                        strides = wanted[name].stride()
-                        tensors[name] = torch.empty_strided(wanted_shape, strides, dtype=dtype, device=device).copy_(source)
+    for path, group in by_file(wanted, lambda name: index[names[name]]):
+        with opened(path) as file:
+            for name in group:
+                shape, expected = tuple(file.get_slice(names[name]).get_shape()), tuple(wanted[name].shape)
+                if shape != expected and not (is_pixel_linear(part, name) and shape == (*expected, 1, 1)):
+                    wrong.append(f"{names[name]} is {list(shape)} and should be {list(expected)}")
+                elif not wrong:
+                    new = torch.empty_strided(expected, wanted[name].stride(), dtype=dtype, device=device)
+                    tensors[name] = new.copy_(file.get_tensor(names[name]).reshape(expected))
     if wrong:
         raise BadInput(f"{where}: {len(wrong)} tensors have the wrong shape: {'; '.join(wrong[:3])}; not an SD 1.x {part}")
     module.load_state_dict(tensors, assign=True)
