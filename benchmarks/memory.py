@@ -4,12 +4,12 @@
     python benchmarks/memory.py --processes 8 --shard-optimizer --ema-device cpu
 
 The networks are built without their numbers (torch's FakeTensorMode): every tensor has its shape and dtype and no data. One
-forward pass under bf16 autocast then shows what is kept for the backward pass, each storage counted once. With gradient
+forward pass under --dtype then shows what is kept for the backward pass, each storage counted once. With gradient
 checkpointing that is the inputs of the blocks and, while one block is computed again, what the largest of them keeps. Added
 are 4 bytes a parameter for weights, gradients and EMA each, 8 for the moments, and the frozen networks.
 
 The sum is what has to fit while gradients and activations are both there, so it is a little more than the true peak;
-benchmarks/training_step.py measures that on a GPU. Writes benchmarks/results/memory.json.
+benchmarks/training_step.py measures that. Writes benchmarks/results/memory-<dtype>.json.
 """
 
 import json
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import HERE, Parser, positive, run, write_text
+from command import DTYPES, HERE, Parser, positive, run, write_text
 from evaluate import markdown_table
 from make_checkpoint import make_model
 from rectified_flow import flow_velocity, one_step, reflow_loss
@@ -75,7 +75,7 @@ class Kept:
         return sum(between.values()) + max(sum(each.values()) for each in again)
 
 
-def kept_by(stage: str, stacked: bool) -> tuple[Kept, int, int]:
+def kept_by(stage: str, stacked: bool, dtype: torch.dtype) -> tuple[Kept, int, int]:
     """What one sample keeps for the backward pass, the parameters that are trained, and the bytes of the frozen networks."""
     with FakeTensorMode():
         model = make_model("full")
@@ -93,7 +93,7 @@ def kept_by(stage: str, stacked: bool) -> tuple[Kept, int, int]:
         x0, x1, t = torch.randn(1, 4, SIDE, SIDE), torch.randn(1, 4, SIDE, SIDE), torch.rand(1)
         context, velocity = torch.randn(1, TOKENS, 768), flow_velocity(unet)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
-            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
                 if stage == "L2":
                     loss = reflow_loss(velocity, x0, x1, t, context)
                 else:
@@ -110,11 +110,12 @@ def main():
     parser.add_argument("--processes", type=positive, default=1)
     parser.add_argument("--shard-optimizer", action="store_true", help="as in training.py, over --processes")
     parser.add_argument("--ema-device", choices=["cpu"], help="as in training.py")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="as in training.py; bf16 is autocast")
     args = parser.parse_args()
     rows = []
     for student in ("unet", "stacked"):
         for stage in ("L2", "LPIPS"):
-            kept, trained, frozen = kept_by(stage, student == "stacked")
+            kept, trained, frozen = kept_by(stage, student == "stacked", DTYPES[args.dtype])
             moments = 8 / args.processes if args.shard_optimizer else 8
             fixed = (8 + moments + 4 * (args.ema_device is None)) * trained + frozen
             for checkpointing in (False, True):
@@ -124,7 +125,7 @@ def main():
                 row |= {"fixed, GB": fixed / 1e9, "a sample, GB": each / 1e9}
                 rows.append(row | {f"batch {batch}, GB": (fixed + batch * each) / 1e9 for batch in BATCHES})
     about = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "rows": rows}
-    write_text(HERE / "benchmarks" / "results" / "memory.json", json.dumps(about, indent=2) + "\n")
+    write_text(HERE / "benchmarks" / "results" / f"memory-{args.dtype}.json", json.dumps(about, indent=2) + "\n")
     print(markdown_table(rows), end="")
 
 

@@ -1,10 +1,12 @@
 """Fair timing for the benchmarks: the sides take turns within one run, so that all see the same machine."""
 
+import gc
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from command import DTYPES, HERE, Parser, add_machine_options, machine_name, pos
 from evaluate import markdown_table
 
 TOKENS = 77  # of a prompt
+PROCESS = Path("/proc/self")  # what Linux tells of this process
 
 
 def timing_parser(description: str, rounds: int) -> Parser:
@@ -66,6 +69,26 @@ def side_by_side(
     ours, others = seconds.values()
     row = {"ours, s": statistics.median(ours), f"{peer}, s": statistics.median(others)}
     return row | ratio(ours, others) | {"differ by": differ_by(*answers.values())}
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin anew what `peak_memory` counts."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif PROCESS.exists():
+        (PROCESS / "clear_refs").write_text("5")  # proc(5): the peak becomes what is held now
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """GB that were held at once: of a GPU by tensors; on a CPU by this process, which Linux alone tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if not PROCESS.exists():
+        return None
+    line = next(line for line in (PROCESS / "status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def report(name: str, device: torch.device, dtype: torch.dtype, rows: list[dict], **about) -> None:

@@ -1,4 +1,4 @@
-"""What training costs: pairs and gradients against diffusers, and samples a second and peak memory of every stage.
+"""What training costs: pairs and gradients against diffusers, samples a second of every stage, peak memory of every update.
 
     python benchmarks/training_step.py --stages pairs gradients --teacher-steps 2     against diffusers; minutes on a CPU
     python benchmarks/training_step.py --device cuda --batch-size 16                  all stages, for benchmarks/cost.py --rates
@@ -9,7 +9,6 @@ U-Net. The other stages are whole updates as training.py makes them: text encode
 Writes benchmarks/results/training_step-<dtype>-<device>.json.
 """
 
-import gc
 import statistics
 import sys
 import warnings
@@ -27,7 +26,7 @@ from command import pick_device, pick_dtype, positive, run
 from make_checkpoint import make_model
 from pairs import GUIDANCE
 from rectified_flow import distill_loss, flow_velocity, one_step, reflow_loss, sample_path
-from timing import TOKENS, report, side_by_side, take_turns, timing_parser
+from timing import TOKENS, forget_peak, peak_memory, report, side_by_side, take_turns, timing_parser
 from training import TrainingOptions, adamw, named_parameters
 
 STAGES = ("pairs", "gradients", "reflow", "l2", "lpips")
@@ -93,17 +92,11 @@ def main():
             row = {"ours, s": statistics.median(seconds[stage])}
             row |= dict.fromkeys(("diffusers, s", "ratio", "quartiles", "differ by"))
         row = {"stage": stage, "samples_per_second": batch / row["ours, s"]} | row
-        row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+        row["peak GB"] = None if peer else peak_memory(device)  # where there is a peer, it would count too
         rows.append(row)
 
-    def begin_stage() -> None:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
     if "pairs" in args.stages:
-        begin_stage()
+        forget_peak(device)
         unet = make_model("full", args.seed).unet
         peer = diffusers_pairs(diffusers_unet(unet, device, dtype), args.teacher_steps)
         unet = unet.to(device, dtype, memory_format=torch.channels_last).eval()
@@ -119,7 +112,7 @@ def main():
         del unet, peer, draw
 
     if "gradients" in args.stages:
-        begin_stage()
+        forget_peak(device)
         unet = make_model("full", args.seed).unet
         theirs = diffusers_unet(unet, device, torch.float32)
         unet = unet.to(device, memory_format=torch.channels_last).train()
@@ -171,7 +164,7 @@ def main():
             torch._foreach_lerp_(ema, [weight.detach() for weight in weights.values()], 1e-4)
 
         for stage in updates:
-            begin_stage()
+            forget_peak(device)
             measure(stage, lambda: update(losses[stage]))
     about = {"batch": batch, "teacher_steps": args.teacher_steps, "gradient_checkpointing": args.gradient_checkpointing}
     report("training_step", device, dtype, rows, **about)
