@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from command import KINDS, BadInput, Parser, note, pick_dtype, run, write_text, write_whole
+from command import KINDS, STARTS, BadInput, Parser, note, pick_dtype, run, write_text, write_whole
 from text_encoder import TextEncoder, TextEncoderConfig
-from unet import StackedUNet, UNet, UNetConfig, build_unet
+from unet import StackedUNet, UNet, UNetConfig, build_unet, started_from
 from vae import AutoencoderKL, VAEConfig
 
 METADATA = "instaflow"  # one entry that holds all: safetensors writes several in any order, and runs would differ
@@ -66,14 +66,8 @@ class StableDiffusion:
         return next(self.unet.parameters()).device
 
     def fingerprint(self) -> str:
-        """SHA-256 over the weights' files, so that data can say what made it."""
-        path = Path(self.path)
-        digest = hashlib.sha256()
-        for file in sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path]:
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 24):
-                    digest.update(block)
-        return digest.hexdigest()
+        """Of the weights' files, so that data can say what made it."""
+        return fingerprint(self.path)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(channels, h, w) of a latent, for a picture of that size in pixels or of the model's own."""
@@ -96,6 +90,16 @@ class StableDiffusion:
         token_ids = tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
         with torch.no_grad():
             return self.text_encoder(token_ids.to(self.device))
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 over the weights in a single file or a folder."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path]:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str], length: int) -> Tensor:
@@ -316,15 +320,33 @@ def load(
     return model
 
 
-def load_as_asked(
-    path: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None = None
-) -> StableDiffusion:
-    """`load` with a command's own options (command.py); dtype None is what --dtype says."""
-    dtype = pick_dtype(args.dtype, device) if dtype is None else dtype
-    model = load(path, device, dtype, args.kind, args.tokenizer, args.use_ema)
+def load_as_asked(path: str, args: argparse.Namespace, device: torch.device) -> StableDiffusion:
+    """`load` with a command's own options (command.py)."""
+    model = load(path, device, pick_dtype(args.dtype, device), args.kind, args.tokenizer, args.use_ema)
     if args.compile:
         model.compile()
     return model
+
+
+def start_of(args: argparse.Namespace) -> str:
+    """What --init stands for: its name, or the hash of the checkpoint that it names."""
+    return args.init if args.init in STARTS else fingerprint(args.init)
+
+
+def load_student(args: argparse.Namespace, device: torch.device) -> StableDiffusion:
+    """What a command trains: the teacher's networks, with the U-Net that --init says.
+
+    In fp32, since bf16 would round the weights that training starts from.
+    """
+    student = load(args.teacher, device, torch.float32, args.kind, args.tokenizer, args.use_ema)
+    if args.init in STARTS:
+        student.unet = started_from(student.unet, args.init, student.kind, args.seed)
+        return student
+    begun = load(args.init, device, torch.float32)
+    if begun.unet.config != student.unet.config:
+        raise BadInput(f"--init {args.init}: its U-Net is not built like the teacher's; give one that was made from that")
+    student.unet = begun.unet
+    return student
 
 
 def load_single_file(path: Path, device, dtype, use_ema: bool) -> StableDiffusion:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 HERE = Path(__file__).resolve().parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what --dtype calls them
 KINDS = ("diffusion", "flow", "one-step")  # what a checkpoint's U-Net predicts; see checkpoint.py
+STARTS = ("teacher", "negated", "random")  # what --init knows beside checkpoints; see unet.started_from
 TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")  # what every command uses when no model is named
 
 

@@ -49,7 +49,7 @@ from training import (
     shuffled,
     train,
 )
-from unet import stack, started_from
+from unet import stack
 
 RANDOM_NET_SEED = 1
 
@@ -144,7 +144,7 @@ def main():
     pairs = pairs_from(teacher, args)
     state = Path(args.out + ".state")
     l2, lpips = options_from(args, args.l2_iterations), options_from(args, args.lpips_iterations)
-    l2_settings = {"pairs": pairs.description, "init": args.init, "student": args.student}
+    l2_settings = {"pairs": pairs.description, "init": checkpoint.start_of(args), "student": args.student}
     lpips_settings = l2_settings | {"after": args.l2_iterations, "net": args.lpips_net}
     stages = [(state / "l2", l2, l2_settings), (state / "lpips", lpips, lpips_settings)]
     if Path(args.out).exists() and all(is_finished(*stage) for stage in stages if stage[1].iterations):
@@ -153,14 +153,13 @@ def main():
     print(f"distill: {len(pairs)} pairs, {args.l2_iterations} L2 + {args.lpips_iterations} LPIPS ({args.lpips_net}) "
           f"iterations of {args.batch_size}")  # fmt: skip
 
-    del teacher  # the student is read anew in fp32: bf16 would round the weights that it starts from
-    model = checkpoint.load_as_asked(args.teacher, args, device, torch.float32)
-    model.unet = started_from(model.unet, args.init, model.kind, args.seed)
+    del teacher
+    model = checkpoint.load_student(args, device)
     if args.student == "stacked":
         model.unet = stack(model.unet)
     model.unet.gradient_checkpointing = model.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
-        model.compile()  # --init or --student may have made a new U-Net
+        model.compile()
     dtype = autocast_dtype(args.dtype, device, model.unet)
     if args.l2_iterations:
         distill_l2(model, pairs, l2, state / "l2", l2_settings, dtype)

@@ -3,6 +3,8 @@
     python reflow.py                                    the tiny model, minutes on a laptop
     python reflow.py --teacher sd14.safetensors         Stable Diffusion: the paper's 70,000 x 64 samples,
                                                         11.2 A100-days and 52 GB of pairs
+    python reflow.py --teacher sd14.safetensors --init runs/2rf.safetensors --batch-size 1024 --iterations 25000 \\
+                     --out runs/2rf-1024.safetensors    InstaFlow's second stage: 64 A100-days more, on the same pairs
 
 The teacher's ODE pairs every noise X0 with a latent X1 (pairs.py). On those pairs the U-Net, started from the
 teacher's own weights, regresses the direction of the line:
@@ -48,7 +50,6 @@ from training import (
     shuffled,
     train,
 )
-from unet import started_from
 
 LOSSES = {"l2": reflow_loss, "pseudo-huber": pseudo_huber_loss}
 CAPTION_DROPOUT = 0.1  # share of prompts replaced by the empty one (Ho & Salimans 2022, 2207.12598)
@@ -103,19 +104,18 @@ def main():
 
     pairs = pairs_from(teacher, args)
     options, folder = options_from(args, args.iterations), Path(args.out + ".state")
-    settings = {"pairs": pairs.description, "init": args.init, "loss": args.loss}
+    settings = {"pairs": pairs.description, "init": checkpoint.start_of(args), "loss": args.loss}
     if Path(args.out).exists() and is_finished(folder, options, settings):
         print(f"{args.out}: finished already, {args.iterations} iterations")
         return
     seen = args.iterations * args.batch_size
     print(f"reflow: {len(pairs)} pairs, each seen {seen / len(pairs):.1f} times in {args.iterations} x {args.batch_size}")
 
-    del teacher  # the student is read anew in fp32: bf16 would round the weights that it starts from
-    model = checkpoint.load_as_asked(args.teacher, args, device, torch.float32)
-    model.unet = started_from(model.unet, args.init, model.kind, args.seed)
+    del teacher
+    model = checkpoint.load_student(args, device)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
-        model.compile()  # --init may have made a new U-Net
+        model.compile()
     dtype = autocast_dtype(args.dtype, device, model.unet)
     reflow(model, pairs, options, folder, settings, dtype, loss_of=LOSSES[args.loss])
     checkpoint.save(model, args.out)

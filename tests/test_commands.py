@@ -127,6 +127,25 @@ def test_a_negated_start_predicts_the_opposite():
         torch.testing.assert_close(model.unet(x, timestep, context), -before)
 
 
+def test_a_start_from_a_checkpoint(finished, call):
+    flow = finished / "runs/2rf.safetensors"
+    arguments = [*REFLOW, "--learning-rate", 0, "--out", "runs/on.safetensors"]
+    code, _, err = call(reflow.main, *arguments, "--init", flow)
+    assert code == 0, err
+    before, after = (checkpoint.load(path).unet.state_dict() for path in (flow, "runs/on.safetensors"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    code, _, err = call(distill.main, "--teacher", flow, *DISTILL, "--init", finished / "runs/instaflow.safetensors")
+    assert code == 0, err
+
+    code, _, err = call(reflow.main, *arguments, "--init", finished / "runs/instaflow.safetensors")
+    assert code == 2 and "runs/on.safetensors.state: holds another run (init was" in err
+    checkpoint.save(make_model(), "other.safetensors")
+    code, _, err = call(reflow.main, *REFLOW, "--init", "other.safetensors")
+    assert code == 2 and "--init other.safetensors: its U-Net is not built like the teacher's" in err
+    code, _, err = call(reflow.main, *REFLOW, "--init", "nowhere")
+    assert code == 2 and "must be teacher, negated, random or a checkpoint that exists, got 'nowhere'" in err
+
+
 def test_starts_differ(call):
     losses = {}
     for init in ("teacher", "negated", "random"):
