@@ -365,8 +365,9 @@ def stack(unet: UNet, joint: str = "features") -> StackedUNet:
     """A stacked U-Net, both halves with this U-Net's weights."""
     with torch.device("meta"):
         stacked = StackedUNet(replace(unet.config, stacked=joint))
+    weights = unet.state_dict()
     for half in (stacked.first, stacked.second):
-        half.load_state_dict({name: unet.state_dict()[name].clone() for name in half.state_dict()}, assign=True)
+        half.load_state_dict({name: weights[name].clone() for name in half.state_dict()}, assign=True)
     return stacked
 
 

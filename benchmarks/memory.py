@@ -5,8 +5,9 @@
 
 The networks are built without their numbers (torch's FakeTensorMode): every tensor has its shape and dtype and no data. One
 forward pass under --dtype then shows what is kept for the backward pass, each storage counted once. With gradient
-checkpointing that is the inputs of the blocks and, while one block is computed again, what the largest of them keeps. Added
-are 4 bytes a parameter for weights, gradients and EMA each, 8 for the moments, and the frozen networks.
+checkpointing that is the inputs of the blocks and, while one block is computed again, what the largest of them keeps. In bf16
+autocast's copies of the weights are part of it: 2 bytes a parameter at any batch, without checkpointing. Added are 4 bytes a
+parameter for weights, gradients and EMA each, 8 for the moments, and the frozen networks.
 
 The sum is what has to fit while gradients and activations are both there, so it is a little more than the true peak;
 benchmarks/training_step.py measures that. Writes benchmarks/results/memory-<dtype>.json.
@@ -47,6 +48,8 @@ class Kept:
 
     def enter(self, number: int, inputs: tuple) -> None:
         self.block = number
+        if not torch.is_grad_enabled():  # a frozen target: nothing of it is kept
+            return
         for value in inputs:
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, torch.Tensor):
@@ -75,8 +78,8 @@ class Kept:
         return sum(between.values()) + max(sum(each.values()) for each in again)
 
 
-def kept_by(stage: str, stacked: bool, dtype: torch.dtype) -> tuple[Kept, int, int]:
-    """What one sample keeps for the backward pass, the parameters that are trained, and the bytes of the frozen networks."""
+def kept_by(stage: str, stacked: bool, dtype: torch.dtype, batch: int) -> tuple[Kept, int, int]:
+    """What a batch keeps for the backward pass, the parameters that are trained, and the bytes of the frozen networks."""
     with FakeTensorMode():
         model = make_model("full")
         unet = stack(model.unet) if stacked else model.unet
@@ -90,8 +93,8 @@ def kept_by(stage: str, stacked: bool, dtype: torch.dtype) -> tuple[Kept, int, i
             blocks += [*model.vae.decoder.up_blocks]
         weights = [weight for network in (unet, *frozen_networks) for weight in network.parameters()]
         kept = Kept(blocks, {weight.untyped_storage()._cdata for weight in weights})
-        x0, x1, t = torch.randn(1, 4, SIDE, SIDE), torch.randn(1, 4, SIDE, SIDE), torch.rand(1)
-        context, velocity = torch.randn(1, TOKENS, 768), flow_velocity(unet)
+        x0, x1, t = torch.randn(batch, 4, SIDE, SIDE), torch.randn(batch, 4, SIDE, SIDE), torch.rand(batch)
+        context, velocity = torch.randn(batch, TOKENS, 768), flow_velocity(unet)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
                 if stage == "L2":
@@ -99,7 +102,9 @@ def kept_by(stage: str, stacked: bool, dtype: torch.dtype) -> tuple[Kept, int, i
                 else:
                     latents = one_step(velocity, x0, context)
             if stage == "LPIPS":
-                loss = distance(model.vae.decode(latents.float()), model.vae.decode(x1))
+                with torch.no_grad():
+                    target = model.vae.decode(x1)
+                loss = distance(model.vae.decode(latents.float()), target).mean()
         assert loss.requires_grad
         trained = sum(weight.numel() for weight in unet.parameters())
         return kept, trained, 4 * sum(weight.numel() for network in frozen_networks for weight in network.parameters())
@@ -115,15 +120,18 @@ def main():
     rows = []
     for student in ("unet", "stacked"):
         for stage in ("L2", "LPIPS"):
-            kept, trained, frozen = kept_by(stage, student == "stacked", DTYPES[args.dtype])
+            kept = {}
+            for batch in BATCHES:
+                kept[batch], trained, frozen = kept_by(stage, student == "stacked", DTYPES[args.dtype], batch)
             moments = 8 / args.processes if args.shard_optimizer else 8
             fixed = (8 + moments + 4 * (args.ema_device is None)) * trained + frozen
             for checkpointing in (False, True):
-                each = kept.checkpointed() if checkpointing else kept.plain()
                 name = "reflow and distillation, L2" if stage == "L2" else "distillation, LPIPS"
                 row = {"student": student, "stage": name, "checkpointing": "yes" if checkpointing else "no"}
-                row |= {"fixed, GB": fixed / 1e9, "a sample, GB": each / 1e9}
-                rows.append(row | {f"batch {batch}, GB": (fixed + batch * each) / 1e9 for batch in BATCHES})
+                row["fixed, GB"] = fixed / 1e9
+                for batch, each in kept.items():
+                    row[f"batch {batch}, GB"] = (fixed + (each.checkpointed() if checkpointing else each.plain())) / 1e9
+                rows.append(row)
     about = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "rows": rows}
     write_text(HERE / "benchmarks" / "results" / f"memory-{args.dtype}.json", json.dumps(about, indent=2) + "\n")
     print(markdown_table(rows), end="")
