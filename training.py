@@ -84,7 +84,7 @@ PRACTICAL = ("iterations", "save_every", "log_every", "ema_device", "shard_optim
 AUTOCAST_FROM = 50_000_000  # parameters; below, casting costs more time on a CPU than bf16 products save
 
 
-def start(text: str) -> str:
+def initial_weights(text: str) -> str:
     """argparse type: one of STARTS, or a checkpoint."""
     if text not in STARTS and not Path(text).exists():
         raise argparse.ArgumentTypeError(f"must be {', '.join(STARTS)} or a checkpoint that exists, got {text!r}")
@@ -95,7 +95,7 @@ def add_training_options(parser: argparse.ArgumentParser, learning_rate: ByModel
     """The options that `options_from` reads, with the defaults of one command. Returns their group."""
     group = parser.add_argument_group("training")
     group.add_argument(
-        "--init", type=start, default=ByModel("teacher", "negated"), metavar="{teacher,negated,random,CHECKPOINT}",
+        "--init", type=initial_weights, default=ByModel("teacher", "negated"), metavar="{teacher,negated,random,CHECKPOINT}",
         help="weights to start from; negated: those of a diffusion with the sign of its output changed",
     )  # fmt: skip
     group.add_argument("--batch-size", type=positive, default=64, help="samples of one update")

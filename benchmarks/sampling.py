@@ -142,8 +142,8 @@ def main():
         row = side_by_side(name, mine, args.peer, peer, args.rounds, device)
         of_the_limit = flop[name] / row["ours, s"] / peak
         rows.append({"part": name} | row | {"TFLOP": flop[name] / 1e12, "of the limit": of_the_limit})
-    name = "-".join(["sampling", args.peer, f"batch{batch}"] + ["defaults"] * args.defaults + ["compiled"] * args.compile)
-    report(name, device, dtype, rows, limit_tflops=peak / 1e12)
+    what = "-".join(["sampling", args.peer, f"batch{batch}"] + ["defaults"] * args.defaults + ["compiled"] * args.compile)
+    report(what, device, dtype, rows, limit_tflops=peak / 1e12)
 
 
 if __name__ == "__main__":
