@@ -12,15 +12,14 @@ Loading is strict: a missing or wrongly shaped tensor is an error, and what a fi
 over and named. Tensors go through the memory map, one by one, into their final dtype and device.
 
 kind says what the U-Net predicts: "diffusion" noise (Stable Diffusion itself), "flow" a velocity, at many steps,
-"one-step" a velocity that is right at t = 0 alone. It lies in the metadata of files written here.
+"one-step" a velocity that is right at t = 0 alone. It lies in the metadata of files written here. What metadata says is
+data: it is checked, and it never names a file to open.
 """
 
 import argparse
 import hashlib
 import itertools
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -32,7 +31,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from command import KINDS, STARTS, BadInput, Parser, note, pick_dtype, run, write_text, write_whole
+from command import (
+    KINDS,
+    KNOWN_CAPTIONS,
+    STARTS,
+    BadInput,
+    Parser,
+    note,
+    pick_dtype,
+    run,
+    write_folder_whole,
+    write_whole,
+)
 from text_encoder import TextEncoder, TextEncoderConfig
 from unet import StackedUNet, UNet, UNetConfig, build_unet, started_from
 from vae import AutoencoderKL, VAEConfig
@@ -58,12 +68,16 @@ class StableDiffusion:
     text_encoder: TextEncoder
     tokenizer: CLIPTokenizer | None  # None: from the hub, when the first prompt is encoded
     kind: str
-    captions: str | None = None  # text file of prompts the model was made for, relative to this project; None for SD
+    captions: str | None = None  # name of the prompts the model was made for, one of KNOWN_CAPTIONS; None for SD
     path: str = ""  # where it was loaded from
 
     @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
 
     def fingerprint(self) -> str:
         """Of the weights' files, so that data can say what made it."""
@@ -135,7 +149,10 @@ def tokenizer_parts(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[str]
 def tokenizer_in(folder: str | Path) -> CLIPTokenizer:
     if not any(Path(folder, name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise BadInput(f"{folder}: holds no tokenizer (vocab.json and merges.txt); give a folder that does with --tokenizer")
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as problem:
+        raise BadInput(f"{folder}: not a CLIP tokenizer ({first_line(problem)}); get the folder again") from None
 
 
 def hub_tokenizer(vocab_size: int) -> CLIPTokenizer:
@@ -222,6 +239,14 @@ def is_pixel_linear(part: str, name: str) -> bool:
 # Reading
 
 
+# What a configuration or a description that somebody else wrote may do to the code that reads it.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, RuntimeError)
+
+
+def first_line(problem: Exception) -> str:
+    return (str(problem).strip() or repr(problem)).splitlines()[0]
+
+
 def opened(path: Path):
     try:
         return safe_open(path, "pt")
@@ -269,10 +294,25 @@ def fill(module: nn.Module, part: str, names: dict[str, str], index: dict[str, P
     module.load_state_dict(tensors, assign=True)
 
 
-def empty_networks(unet: UNetConfig, vae: VAEConfig, text: TextEncoderConfig, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The networks without weights, with the order in memory in which `fill` is to lay them down."""
-    with torch.device("meta"):
-        networks = {"unet": build_unet(unet), "vae": AutoencoderKL(vae), "text_encoder": TextEncoder(text)}
+def empty_networks(
+    where: str, configs: Callable[[], tuple[UNetConfig, VAEConfig, TextEncoderConfig]], dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """The networks without weights, with the order in memory in which `fill` is to lay them down.
+
+    configs() reads their sizes. BadInput where they make no network, or one that is not Stable Diffusion's.
+    """
+    try:
+        unet, vae, text = configs()
+        if unet.in_channels != vae.latent_channels:
+            what = "an inpainting model" if unet.in_channels == 9 else "another model"
+            raise BadInput(
+                f"{where}: {what} ({unet.in_channels} channels in, not {vae.latent_channels}); give one that draws from a "
+                "prompt alone"
+            )
+        with torch.device("meta"):
+            networks = {"unet": build_unet(unet), "vae": AutoencoderKL(vae), "text_encoder": TextEncoder(text)}
+    except MALFORMED as problem:
+        raise BadInput(f"{where}: its configuration is not that of an SD 1.x model ({problem!r}); get it again") from None
     arrange(networks["unet"], networks["vae"], dtype)
     return networks
 
@@ -296,7 +336,7 @@ def load(
     """
     path = Path(path)
     if path.is_dir():
-        model = load_folder(path, device, dtype)
+        model = load_folder(path, device, dtype, kind)
         if use_ema:
             raise BadInput(f"{path}: --use-ema reads full single-file checkpoints; a diffusers folder holds one U-Net")
     elif not path.is_file():
@@ -320,9 +360,9 @@ def load(
     return model
 
 
-def load_as_asked(path: str, args: argparse.Namespace, device: torch.device) -> StableDiffusion:
-    """`load` with a command's own options (command.py)."""
-    model = load(path, device, pick_dtype(args.dtype, device), args.kind, args.tokenizer, args.use_ema)
+def load_as_asked(path: str, args: argparse.Namespace, device: torch.device, kind: str | None) -> StableDiffusion:
+    """`load` with a command's own options (command.py). kind: of this one, since --kind may be of several."""
+    model = load(path, device, pick_dtype(args.dtype, device), kind, args.tokenizer, args.use_ema)
     if args.compile:
         model.compile()
     return model
@@ -352,19 +392,18 @@ def load_student(args: argparse.Namespace, device: torch.device) -> StableDiffus
 def load_single_file(path: Path, device, dtype, use_ema: bool) -> StableDiffusion:
     index = index_of([path])
     with opened(path) as file:
-        about = json.loads((file.metadata() or {}).get(METADATA, "{}"))  # empty for files that others wrote
-    refuse_other_models(path, index)
-    if about:
+        about = read_about(path, (file.metadata() or {}).get(METADATA))
+        refuse_other_models(path, index, file)
+    configs = lambda: (UNetConfig(), VAEConfig(), TextEncoderConfig())
+    if "config" in about:
         config = about["config"]
-        configs = (
+        configs = lambda: (
             UNetConfig(**tuples(config["unet"])),
             VAEConfig(**tuples(config["vae"])),
             TextEncoderConfig(**config["text_encoder"]),
         )
-    else:
-        configs = UNetConfig(), VAEConfig(), TextEncoderConfig()
-    networks = empty_networks(*configs, dtype)
-    table = original_names(configs[0], configs[1])
+    networks = empty_networks(str(path), configs, dtype)
+    table = original_names(networks["unet"].config, networks["vae"].config)
     used = set()
     for part, network in networks.items():
         names = single_file_names(part, network.state_dict(), table[part])
@@ -378,12 +417,39 @@ def load_single_file(path: Path, device, dtype, use_ema: bool) -> StableDiffusio
         fill(network, part, names, index, str(path), device, dtype)
         used |= set(names.values())
     tell_unused(path, set(index) - used)
-    tokenizer = tokenizer_from(**about["tokenizer"]) if about.get("tokenizer") else None
+    tokenizer = None
+    if about.get("tokenizer"):
+        try:
+            tokenizer = tokenizer_from(**about["tokenizer"])
+        except Exception as problem:  # the tokenizers library raises its own, without a class for them
+            raise BadInput(
+                f"{path}: the tokenizer in its metadata is malformed ({first_line(problem)}); get it again"
+            ) from None
     return StableDiffusion(**networks, tokenizer=tokenizer, kind=about.get("kind", "diffusion"), captions=about.get("captions"))
 
 
-def refuse_other_models(path: Path, index: dict[str, Path]) -> None:
-    """BadInput that names what the file is, where it is not Stable Diffusion 1.x."""
+def read_about(path: Path, text: str | None) -> dict:
+    """What a file of ours says of itself; empty for those that others wrote. BadInput where it is malformed."""
+    if text is None:
+        return {}
+    try:
+        return checked_about(path, json.loads(text))
+    except ValueError as problem:
+        raise BadInput(f"{path}: its metadata is malformed ({first_line(problem)}); get it again") from None
+
+
+def checked_about(path: Path, about: dict) -> dict:
+    """The same, with kind and captions ones that are known here."""
+    if not isinstance(about, dict):
+        raise BadInput(f"{path}: its metadata is malformed (a {type(about).__name__}, not an object); get it again")
+    for name, known in (("kind", KINDS), ("captions", tuple(KNOWN_CAPTIONS))):
+        if about.get(name) is not None and about[name] not in known:
+            raise BadInput(f"{path}: its metadata names the {name} {about[name]!r}; known are {', '.join(known)}")
+    return about
+
+
+def refuse_other_models(path: Path, index: dict[str, Path], file) -> None:
+    """BadInput that names what the opened file is, where it is not Stable Diffusion 1.x."""
     first = {key.split(".")[0] for key in index}
     if "conditioner" in first:
         raise BadInput(f"{path}: a Stable Diffusion XL file; this project reads SD 1.4, 1.5 and fine-tunes of them")
@@ -392,6 +458,11 @@ def refuse_other_models(path: Path, index: dict[str, Path]) -> None:
     for part, prefix in (("U-Net", UNET_PREFIX), ("autoencoder", VAE_PREFIX), ("text encoder", TEXT_PREFIX)):
         if not any(key.startswith(prefix) for key in index):
             raise BadInput(f"{path}: holds no {part} ({prefix}*); give a whole SD 1.x checkpoint")
+    if "v_pred" in index:
+        raise BadInput(f"{path}: a v-prediction model; this project reads those that predict the noise, as SD 1.4 and 1.5 do")
+    entrance = UNET_PREFIX + "input_blocks.0.0.weight"
+    if entrance in index and file.get_slice(entrance).get_shape()[1:2] == [9]:
+        raise BadInput(f"{path}: an inpainting model (9 channels in); give one that draws from a prompt alone")
 
 
 # What real files hold beside the three networks: the averaged U-Net, the schedule's buffers, CLIP's position numbers.
@@ -417,16 +488,24 @@ def tuples(config: dict) -> dict:
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of SD 1.4's and 1.5's folders
 
 
-def load_folder(path: Path, device, dtype) -> StableDiffusion:
+def load_folder(path: Path, device, dtype, kind: str | None) -> StableDiffusion:
     if (path / "text_encoder_2").exists():
         raise BadInput(f"{path}: a Stable Diffusion XL folder; this project reads SD 1.4, 1.5 and fine-tunes of them")
     config = {part: read_config(path, part) for part in ("unet", "vae", "text_encoder")}
     if config["unet"].get("use_linear_projection") or config["unet"].get("cross_attention_dim") == 1024:
         raise BadInput(f"{path}: a Stable Diffusion 2.x folder; this project reads SD 1.4, 1.5 and fine-tunes of them")
-    networks = empty_networks(
-        unet_from_diffusers(config["unet"]), vae_from_diffusers(config["vae"]), text_from_transformers(config["text_encoder"]),
-        dtype,
-    )  # fmt: skip
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    predicts = read_json(scheduler).get("prediction_type", "epsilon") if scheduler.exists() else "epsilon"
+    if predicts != "epsilon":
+        raise BadInput(
+            f"{path}: a {predicts} model (scheduler/); this project reads those that predict the noise, as SD 1.4 does"
+        )
+    configs = lambda: (
+        unet_from_diffusers(config["unet"]),
+        vae_from_diffusers(config["vae"]),
+        text_from_transformers(config["text_encoder"]),
+    )
+    networks = empty_networks(str(path), configs, dtype)
     for part, network in networks.items():
         index = index_of(weight_files(path / part))
         names = {name: name for name in network.state_dict()}
@@ -439,22 +518,42 @@ def load_folder(path: Path, device, dtype) -> StableDiffusion:
             names = {name: name.removeprefix("text_model.") for name in names}  # as transformers 5 writes them
         fill(network, part, names, index, str(path / part), device, dtype)
         tell_unused(path / part, set(index) - set(names.values()))
-    pipeline = json.loads((path / "model_index.json").read_text()) if (path / "model_index.json").exists() else {}
-    is_flow = pipeline.get("_class_name") == "RectifiedFlowPipeline"
+    pipeline = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
+    pipeline = checked_about(path / "model_index.json", pipeline)
+    kind = kind or pipeline.get("kind") or guessed_kind(path, pipeline, config["unet"])
     tokenizer = tokenizer_in(path / "tokenizer") if (path / "tokenizer").is_dir() else None
-    return StableDiffusion(
-        **networks, tokenizer=tokenizer, kind=pipeline.get("kind", "flow" if is_flow else "diffusion"),
-        captions=pipeline.get("captions"),
-    )  # fmt: skip
+    return StableDiffusion(**networks, tokenizer=tokenizer, kind=kind, captions=pipeline.get("captions"))
+
+
+def guessed_kind(path: Path, pipeline: dict, unet: dict) -> str:
+    """The kind of a folder that does not say it. InstaFlow's folders say that they are flows and not whether one-step."""
+    if pipeline.get("_class_name") != "RectifiedFlowPipeline":
+        return "diffusion"
+    folder = path.resolve()
+    if folder.parent.name == "snapshots":  # of the hub's cache, where the folder above has the name
+        folder = folder.parent.parent
+    names = (folder.name, str(pipeline.get("_name_or_path")), str(unet.get("_name_or_path")))
+    kind = "one-step" if any("instaflow" in name.lower() for name in names) else "flow"
+    note(f"{path}: a RectifiedFlowPipeline, by its name taken for a model of kind {kind}; --kind says otherwise")
+    return kind
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; BadInput where the file holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise BadInput(f"{path}: not JSON ({first_line(problem)}); get the folder again") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: holds a {type(found).__name__} and not an object; get the folder again")
+    return found
 
 
 def read_config(path: Path, part: str) -> dict:
     try:
-        return json.loads((path / part / "config.json").read_text(encoding="utf-8"))
+        return read_json(path / part / "config.json")
     except OSError:
         raise BadInput(f"{path}: has no {part}/config.json; give a whole diffusers folder of an SD 1.x model") from None
-    except ValueError as problem:
-        raise BadInput(f"{path / part / 'config.json'}: not JSON ({problem}); get the folder again") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -469,12 +568,23 @@ def weight_files(folder: Path) -> list[Path]:
                 folder / f"{stem}{variant}.safetensors.index.json",
             ):
                 if index.is_file():
-                    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                    files = files_named_in(index)
                     missing = [name for name in files if not (folder / name).is_file()]
                     if missing:
                         raise BadInput(f"{folder}: {index.name} names {missing[0]}, which is not there; get it again")
                     return [folder / name for name in files]
     raise BadInput(f"{folder}: holds no .safetensors weights; pickles (.bin) are not read, save them as safetensors first")
+
+
+def files_named_in(index: Path) -> list[str]:
+    """Names of the files, beside it, that hold a network's tensors."""
+    try:
+        files = sorted(set(read_json(index)["weight_map"].values()))
+        if all(Path(name).name == name for name in files):
+            return files
+    except MALFORMED:
+        pass
+    raise BadInput(f"{index}: not an index of weight files; get the folder again")
 
 
 def unet_from_diffusers(config: dict) -> UNetConfig:
@@ -551,53 +661,66 @@ def save(model: StableDiffusion, path: str | Path, dtype: torch.dtype | None = t
 
 
 def export(model: StableDiffusion, folder: str | Path, dtype: torch.dtype | None = torch.float16) -> None:
-    """Write a diffusers folder. It appears whole or not at all; BadInput where the folder already exists."""
+    """Write a diffusers folder. It appears whole or not at all; BadInput where the folder already exists.
+
+    diffusers' StableDiffusionPipeline opens that of a diffusion, InstaFlow's own RectifiedFlowPipeline that of a flow or
+    a one-step model.
+    """
     folder = Path(folder)
     if folder.exists():
         raise BadInput(f"{folder}: exists already; name a new folder")
     if model.unet.config.stacked:
         raise BadInput(f"{model.path}: diffusers has no class for a stacked U-Net; keep the .safetensors file")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        networks = {
-            "unet": ("UNet2DConditionModel", unet_to_diffusers(model.unet.config), "diffusion_pytorch_model"),
-            "vae": ("AutoencoderKL", vae_to_diffusers(model.vae.config), "diffusion_pytorch_model"),
-            "text_encoder": ("CLIPTextModel", text_to_transformers(model.text_encoder.config), "model"),
+    if model.tokenizer is None:
+        note(f"{folder}: without a tokenizer, which other programs need; give one with --tokenizer")
+    write_folder_whole(folder, lambda temporary: write_folder(model, temporary, dtype))
+
+
+def write_folder(model: StableDiffusion, folder: Path, dtype: torch.dtype | None) -> None:
+    """The files of `export`, into an empty folder."""
+    written = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}[dtype or model.dtype]
+    networks = {
+        "unet": ("UNet2DConditionModel", unet_to_diffusers(model.unet.config), "diffusion_pytorch_model"),
+        "vae": ("AutoencoderKL", vae_to_diffusers(model.vae.config), "diffusion_pytorch_model"),
+        "text_encoder": ("CLIPTextModel", text_to_transformers(model.text_encoder.config) | {"torch_dtype": written}, "model"),
+    }
+    index = {
+        "_class_name": "StableDiffusionPipeline" if model.kind == "diffusion" else "RectifiedFlowPipeline",
+        "kind": model.kind, "requires_safety_checker": False,
+        "safety_checker": [None, None], "feature_extractor": [None, None],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    }  # fmt: skip
+    if model.captions is not None:
+        index["captions"] = model.captions
+    for part, (name, config, stem) in networks.items():
+        index[part] = ["transformers" if part == "text_encoder" else "diffusers", name]
+        write_json(folder / part / "config.json", config)
+        tensors = {
+            key: tensor.detach().to("cpu", dtype or tensor.dtype, memory_format=torch.contiguous_format)
+            for key, tensor in getattr(model, part).state_dict().items()
         }
-        index = {
-            "_class_name": "StableDiffusionPipeline" if model.kind == "diffusion" else "RectifiedFlowPipeline",
-            "kind": model.kind, "requires_safety_checker": False,
-            "safety_checker": [None, None], "feature_extractor": [None, None],
-            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        }  # fmt: skip
-        if model.captions is not None:
-            index["captions"] = model.captions
-        for part, (name, config, stem) in networks.items():
-            index[part] = ["transformers" if part == "text_encoder" else "diffusers", name]
-            (temporary / part).mkdir()
-            (temporary / part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            tensors = {
-                key: tensor.detach().to("cpu", dtype or tensor.dtype, memory_format=torch.contiguous_format)
-                for key, tensor in getattr(model, part).state_dict().items()
-            }
-            save_file(tensors, temporary / part / f"{stem}.safetensors", {"format": "pt"})
-        scheduler = {
-            "_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
-            "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing",
-        }  # fmt: skip
-        (temporary / "scheduler").mkdir()
-        (temporary / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-        if model.tokenizer is not None:
-            vocabulary, merges = tokenizer_parts(model.tokenizer)
-            (temporary / "tokenizer").mkdir()
-            write_text(temporary / "tokenizer" / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
-            write_text(temporary / "tokenizer" / "merges.txt", merges_text(merges))
-        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        save_file(tensors, folder / part / f"{stem}.safetensors", {"format": "pt"})
+    # The steps of `sampling_timesteps`; an offset of 1 is what pipelines made for SD 1.x ask for, and has no effect on these.
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "timestep_spacing": "trailing", "prediction_type": "epsilon", "steps_offset": 1,
+    })  # fmt: skip
+    if model.tokenizer is not None:
+        vocabulary, merges = tokenizer_parts(model.tokenizer)
+        special = {"bos_token": model.tokenizer.bos_token, "eos_token": model.tokenizer.eos_token,
+                   "unk_token": model.tokenizer.unk_token, "pad_token": model.tokenizer.pad_token}  # fmt: skip
+        length = model.text_encoder.config.max_position_embeddings
+        write_json(folder / "tokenizer" / "vocab.json", vocabulary)
+        (folder / "tokenizer" / "merges.txt").write_text(merges_text(merges), encoding="utf-8")
+        write_json(folder / "tokenizer" / "special_tokens_map.json", special)
+        write_json(folder / "tokenizer" / "tokenizer_config.json",
+                   special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": length})  # fmt: skip
+    write_json(folder / "model_index.json", index)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main():

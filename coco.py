@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from command import BadInput, rank, wait_for_all, world_size, write_whole
-from training import check_settings
+from training import compare_settings, write_settings
 from vae import to_bytes
 
 PROTOCOLS = {"val2017": (5_000, 512), "val2014": (30_000, 256)}  # COCO's part: number of captions, size in pixels
@@ -121,17 +121,25 @@ class Gallery:
     seen: bool = False  # has the FID seen the real images?
 
     def draw(self, name: str, about: dict, draw: Callable[[list[str], list[int], tqdm], Tensor], seed: int, batch: int) -> Path:
-        """Have draw(prompts, seeds, bar) make what is missing in the folder of that name. about: what decides the pictures."""
+        """Have draw(prompts, seeds, bar) make what is missing in the folder of that name, from the noise of `seed` on.
+
+        about: what decides the pictures.
+        """
         folder = self.folder / name
-        check_settings(folder, about)
+        compare_settings(folder, about)
+        write_settings(folder, about)
         mine = range(rank(), len(self.prompts), world_size())
-        missing = [k for k in mine if not picture_path(folder, k).exists()]
-        with tqdm(total=len(mine), initial=len(mine) - len(missing), desc=name, unit="picture", disable=rank() > 0) as bar:
-            for start in range(0, len(missing), batch):
-                part = missing[start : start + batch]
+        absent = {k for k in mine if not picture_path(folder, k).exists()}
+        parts = [mine[start : start + batch] for start in range(0, len(mine), batch)]
+        # Drawn in the company of a run that was not interrupted, since a picture's rounding depends on its batch.
+        todo = [part for part in parts if not absent.isdisjoint(part)]
+        done = len(mine) - sum(map(len, todo))
+        with tqdm(total=len(mine), initial=done, desc=name, unit="picture", disable=rank() > 0) as bar:
+            for part in todo:
                 pictures = draw([self.prompts[k] for k in part], [seed + k for k in part], bar)
                 for k, pixels in zip(part, to_bytes(pictures)):
-                    write_whole(picture_path(folder, k), Image.fromarray(pixels.numpy()).save, every_rank=True)
+                    if k in absent:
+                        write_whole(picture_path(folder, k), Image.fromarray(pixels.numpy()).save, every_rank=True)
         wait_for_all()
         return folder
 

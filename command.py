@@ -22,10 +22,16 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; there nobody is kept out
+    fcntl = None
+
 HERE = Path(__file__).resolve().parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what --dtype calls them
 KINDS = ("diffusion", "flow", "one-step")  # what a checkpoint's U-Net predicts; see checkpoint.py
 STARTS = ("teacher", "negated", "random")  # what --init knows beside checkpoints; see unet.started_from
+KNOWN_CAPTIONS = {"toy/captions.txt": HERE / "toy" / "captions.txt"}  # what a checkpoint's metadata may call its captions
 TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")  # what every command uses when no model is named
 
 
@@ -55,6 +61,13 @@ def positive(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     if not text.lstrip("-").isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def solver_steps(text: str) -> int:
+    """argparse type: a number of solver steps; Stable Diffusion's noise schedule has no more than 1000 to take."""
+    if positive(text) > 1000:
+        raise argparse.ArgumentTypeError(f"must be at most 1000, the timesteps of the noise schedule, got {text!r}")
     return int(text)
 
 
@@ -94,37 +107,86 @@ def not_below_zero(text: str) -> float:
     return value
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype and --seed, the same for every command."""
+# ---------------------------------------------------------------------------------------------------------------
+# Seeds
+
+
+WORLDS = {"reflow": 1, "distillation": 2, "validation": 3, "evaluation": 4, "second reflow": 5}
+WORLD, RUN = 2**48, 2**24  # seeds in a world, and in what one --seed has of it
+
+
+def seeds_in(world: str, seed: int, count: int, start: int = 0) -> range:
+    """Seeds of noises number `start` to `start + count` for this --seed: those of no other world and no other --seed.
+
+    A model is measured on noises that nothing was trained on, and a teacher is never sampled where it was trained; so
+    pairs for reflow (from a diffusion; "second reflow" from a flow), pairs for distillation, validation and evaluation
+    each have a world. Below the first world lie the seeds that users ask for. BadInput: more noises than a --seed has.
+    """
+    if start + count > RUN:
+        raise BadInput(f"{start + count:,} noises: one --seed has {RUN:,}; ask for fewer, or give the rest another --seed")
+    first = WORLDS[world] * WORLD + seed * RUN + start
+    return range(first, first + count)
+
+
+def run_seed(text: str) -> int:
+    """argparse type: the --seed of a run."""
+    if not_negative(text) >= RUN:
+        raise argparse.ArgumentTypeError(f"must be below {RUN:,}, got {text!r}")
+    return int(text)
+
+
+def noise_seed(text: str) -> int:
+    """argparse type: the seed of a noise, as a user may ask for it."""
+    if not_negative(text) >= WORLD - RUN:
+        raise argparse.ArgumentTypeError(f"must be below {WORLD - RUN:,}, got {text!r}")
+    return int(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def add_machine_options(parser: argparse.ArgumentParser, seed: Callable = run_seed) -> None:
+    """--device, --dtype and --seed, the same for every command. seed: its argparse type."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES],
         help="of the networks; auto: bf16 where the hardware multiplies it natively, else fp32",
     )  # fmt: skip
-    group.add_argument("--seed", type=not_negative, default=0, help="the run is a function of it")
+    group.add_argument("--seed", type=seed, default=0, help="the run is a function of it")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """How to read a checkpoint, where the file itself does not say, and whether to compile it."""
+def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """How to read a checkpoint, where the file itself does not say, and whether to compile it. several: checkpoints."""
     group = parser.add_argument_group("reading the checkpoint")
     group.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, for checkpoints without their own")
-    group.add_argument("--kind", choices=KINDS, help="what the U-Net predicts; default: as the file says")
+    if several:
+        group.add_argument("--kind", choices=["auto", *KINDS], nargs="+", help="what the U-Net of each --model predicts, in "
+                           "their order; auto: as its file says")  # fmt: skip
+    else:
+        group.add_argument("--kind", choices=KINDS, help="what the U-Net predicts; default: as the file says")
     group.add_argument("--use-ema", action="store_true", help="read the averaged U-Net of a full training checkpoint")
     group.add_argument("--compile", action="store_true", help="torch.compile: minutes at each new size, faster after them")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is cuda, else mps, else cpu. BadInput where it does not exist."""
+    """The device of that name; "auto" is cuda, else mps, else cpu. BadInput where it does not exist.
+
+    Under torchrun each process takes a GPU of its own, and finds the others.
+    """
     if name == "auto" and torch.cuda.is_available():
-        name = f"cuda:{torch.cuda.current_device()}"  # torchrun's processes have one each
+        name = "cuda"
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as problem:
         reason = str(problem).splitlines()[0]
         raise BadInput(f"--device {name}: not usable on this machine ({reason}); try --device cpu") from None
+    join_processes(torch.device(name))
     return torch.device(name)
 
 
@@ -135,8 +197,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere: the first with bf16 tensor cores
     else:
-        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        native = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if native else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What --dtype calls it."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def machine_name(device: torch.device) -> str:
@@ -174,12 +241,12 @@ def wait_for_all() -> None:
         dist.barrier(group=patient_group())
 
 
-def join_processes() -> None:
+def join_processes(device: torch.device) -> None:
     """Find the other processes by torchrun's environment; only the first one speaks on stdout and shows bars."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         patient_group()
         if rank():
             sys.stdout = open(os.devnull, "w")
@@ -207,12 +274,35 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], object], every_r
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        temporary.chmod(0o644)  # safetensors makes its files for their owner alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        settle_file(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def settle_file(path: Path) -> None:
+    """Give a written file the mode that the user's umask wants, which safetensors does not, and flush it to the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_folder_whole(folder: str | os.PathLike, write: Callable[[Path], object]) -> None:
+    """Call write(temporary folder beside folder), flush its files to the disk, then rename it. The folder must be new."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                settle_file(path)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -223,6 +313,32 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def differences(before: dict, now: dict) -> str:
     """What `now` holds that `before` does not, for an error message; empty where nothing differs."""
     return "; ".join(f"{key} was {before.get(key)!r}, now {value!r}" for key, value in now.items() if before.get(key) != value)
+
+
+LOCKED = {}  # folder -> its open lock file, until this process ends or `run` returns
+
+
+def keep_others_out(folder: str | os.PathLike) -> None:
+    """Make the folder, and be the only run that works in it. BadInput where another one does.
+
+    The lock is the system's own and ends with its process, however that ends. Of many processes the first takes it.
+    """
+    folder = Path(folder).resolve()
+    if rank() or fcntl is None or folder in LOCKED:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise BadInput(f"{folder.name}: another run works in this folder; wait for it, or name another one") from None
+    LOCKED[folder] = file
+
+
+def let_others_in() -> None:
+    while LOCKED:
+        LOCKED.popitem()[1].close()
 
 
 def check_output(path: str | os.PathLike, needed: int = 0) -> None:
@@ -247,14 +363,13 @@ def run(main: Callable[[], object]) -> None:
     torch.set_flush_denormal(True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        join_processes()
         main()
     except BadInput as problem:
         message = str(problem)
     except KeyboardInterrupt:
         message = "interrupted; run the same command again to continue"
     except torch.OutOfMemoryError:
-        message = "out of GPU memory; use a smaller --batch-size"
+        message = "out of GPU memory; draw fewer at once (--batch-size of sample.py, --teacher-batch-size of pairs)"
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -263,5 +378,7 @@ def run(main: Callable[[], object]) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         return
+    finally:
+        let_others_in()
     print(f"error: {message}" + f" (process {rank()} of {world_size()})" * (world_size() > 1), file=sys.stderr)
     sys.exit(2)

@@ -5,6 +5,9 @@
 
     min E D(X1, X0 + v(X0, 0 | T))     (X0, X1, T) pairs of the teacher, guidance 1.5
 
+After L2 the model is written too, as OUT with -l2 before its suffix. Each stage has its own batch, parts of a batch and
+learning rate. The paper's batch is 1024 in both; the parts are what one GPU of 80 GB holds.
+
 t stays at 0 and the student makes a single conditional pass, so that guidance is learned into it. D is the squared
 L2 distance of latents first, then a perceptual distance (LPIPS) of the decoded pictures: L2 gets the student close,
 but where it is unsure L2 is content with a blur, and LPIPS is not. InstaFlow (arXiv 2309.06380).
@@ -32,18 +35,21 @@ from command import (
     add_machine_options,
     add_model_options,
     check_output,
+    keep_others_out,
+    not_below_zero,
     not_negative,
     pick_device,
+    positive,
     run,
     settle,
 )  # fmt: skip
-from pairs import Pairs, add_pairs_options, pairs_from
+from pairs import Pairs, add_pairs_options, make_pairs, pairs_asked
 from rectified_flow import distill_loss, flow_velocity, one_step
 from training import (
     TrainingOptions,
     add_training_options,
     autocast_dtype,
-    is_finished,
+    check_stage,
     options_from,
     plot_loss,
     shuffled,
@@ -97,9 +103,13 @@ def distill_l2(model, pairs: Pairs, options: TrainingOptions, folder: Path, sett
 
 
 def distill_perceptual(
-    model, pairs: Pairs, distance: Callable, options: TrainingOptions, folder: Path, settings: dict, dtype: torch.dtype
-) -> None:
-    """Stage 2, in place: decoded pictures close to the eye. The decoder is frozen and runs in fp32."""
+    model, pairs: Pairs, distance: Callable, options: TrainingOptions, folder: Path, settings: dict, dtype: torch.dtype,
+    seen: int = 0,
+) -> None:  # fmt: skip
+    """Stage 2, in place: decoded pictures close to the eye. The decoder is frozen and runs in fp32.
+
+    seen: samples of stage 1; the order of the pairs goes on behind them, and does not begin anew.
+    """
     velocity, decode = flow_velocity(model.unet), model.vae.requires_grad_(False).decode
 
     def loss(x0, x1, prompts):
@@ -109,22 +119,32 @@ def distill_perceptual(
                 target = decode(x1.to(model.device))
             return distance(decode(latents.float()), target), None
 
-    train(model.unet, draw_from(pairs, options.seed), loss, options, folder, settings, "distill, LPIPS", dtype)
+    train(model.unet, draw_from(pairs, options.seed, seen), loss, options, folder, settings, "distill, LPIPS", dtype)
     model.kind = "one-step"
 
 
-def draw_from(pairs: Pairs, seed: int) -> Callable:
-    return lambda samples, generator: pairs.batch(shuffled(samples, len(pairs), seed))
+def draw_from(pairs: Pairs, seed: int, seen: int = 0) -> Callable:
+    return lambda samples, generator: pairs.batch(shuffled(samples + seen, len(pairs), seed))
+
+
+TINY_PAIRS = 10_000
+# Samples at 512 px that a GPU of 80 GB holds, by the table of benchmarks/README.md: 40 and 51 GB, stacked 59 and 68 GB.
+FITS, FITS_LPIPS = 64, 8
+LPIPS_SLOWER = 5  # times: at L2's rate the LPIPS of the tiny model's training pairs rose from the first updates on
 
 
 def main():
     parser = Parser("Distill a flow (or a diffusion) into a one-step model.")
-    add_pairs_options(parser, teacher="runs/2rf.safetensors", folder="runs/pairs-2rf", count=ByModel(1_600_000, 10_000))
-    # InstaFlow-0.9B: 21,500 updates of 1024 in L2, then 18,000 in LPIPS; 1000 warm-up steps, EMA 0.9999.
-    group = add_training_options(parser, ByModel(1e-6, 5e-4), ByModel(64_000, 6_400), ByModel(443_584, 10_000))
+    add_pairs_options(parser, teacher="runs/2rf.safetensors", folder="runs/pairs-2rf", tiny_count=TINY_PAIRS)
+    # InstaFlow-0.9B: 21,500 updates of 1024 in L2, then 18,000 in LPIPS. Its learning rate is published nowhere that we
+    # could read; that of its reflow stands in.
+    group = add_training_options(parser, ByModel(1024, 64), "1e-06 (the paper does not say), tiny model 0.0005")
     group.add_argument("--student", choices=["unet", "stacked"], default="unet", help="stacked: two in series, InstaFlow-1.7B")
     group.add_argument("--l2-iterations", type=not_negative, default=ByModel(21_500, 700))
     group.add_argument("--lpips-iterations", type=not_negative, default=ByModel(18_000, 150))
+    group.add_argument("--lpips-batch-size", type=positive, help="of the second stage; default: --batch-size")
+    group.add_argument("--lpips-accumulate", type=positive, help="as --accumulate, of the second stage")
+    group.add_argument("--lpips-learning-rate", type=not_below_zero, help=f"default: --learning-rate / {LPIPS_SLOWER}")
     group.add_argument("--lpips-net", choices=["vgg", "alex", "squeeze", "random"], default=ByModel("vgg", "random"))
     group.add_argument("--out", default="runs/instaflow.safetensors", help="the one-step model; its state lies in OUT.state")
     add_model_options(parser)
@@ -132,26 +152,42 @@ def main():
     args = parser.parse_args()
 
     device = pick_device(args.device)
-    teacher = checkpoint.load_as_asked(args.teacher, args, device)
-    settle(args, tiny=teacher.captions is not None)
+    teacher = checkpoint.load_as_asked(args.teacher, args, device, args.kind)
+    tiny = teacher.captions is not None
+    settle(args, tiny)
+    if args.learning_rate is None:
+        args.learning_rate = 5e-4 if tiny else 1e-6
+    if args.lpips_learning_rate is None:
+        args.lpips_learning_rate = args.learning_rate / LPIPS_SLOWER
+    args.lpips_batch_size = args.lpips_batch_size or args.batch_size
     if teacher.kind == "one-step":
         raise BadInput(f"{args.teacher}: a one-step model is distilled already; give a flow or a diffusion as --teacher")
     if not args.l2_iterations + args.lpips_iterations:
         raise BadInput("--l2-iterations and --lpips-iterations are both 0: nothing to do")
     check_output(args.out)
+    state = Path(args.out + ".state")
+    keep_others_out(state)
     distance = perceptual_distance(args.lpips_net, device) if args.lpips_iterations else None  # before hours of work
 
-    pairs = pairs_from(teacher, args)
-    state = Path(args.out + ".state")
-    l2, lpips = options_from(args, args.l2_iterations), options_from(args, args.lpips_iterations)
-    l2_settings = {"pairs": pairs.description, "init": checkpoint.start_of(args), "student": args.student}
-    lpips_settings = l2_settings | {"after": args.l2_iterations, "net": args.lpips_net}
-    stages = [(state / "l2", l2, l2_settings), (state / "lpips", lpips, lpips_settings)]
-    if Path(args.out).exists() and all(is_finished(*stage) for stage in stages if stage[1].iterations):
+    prompts, description = pairs_asked(teacher, args, "distillation", TINY_PAIRS)
+    dtype = autocast_dtype(args.dtype, device, teacher.unet)
+    fits, lpips_fits = (None, None) if tiny else (FITS, FITS_LPIPS)
+    l2 = options_from(args, args.l2_iterations, args.batch_size, args.accumulate, fits, args.learning_rate)
+    lpips = options_from(
+        args, args.lpips_iterations, args.lpips_batch_size, args.lpips_accumulate, lpips_fits, args.lpips_learning_rate
+    )
+    seen = l2.iterations * l2.batch_size
+    l2_settings = {"pairs": description, "init": checkpoint.start_of(args), "student": args.student}
+    lpips_settings = l2_settings | {"seen": seen, "net": args.lpips_net}
+    stages = [(state / "l2", l2, l2_settings, dtype), (state / "lpips", lpips, lpips_settings, dtype)]
+    stages = [stage for stage in stages if stage[1].iterations]
+    finished = [check_stage(*stage) for stage in stages]
+    pairs = make_pairs(teacher, prompts, description, args.pairs, args.teacher_batch_size, args.repair)
+    if Path(args.out).exists() and all(finished):
         print(f"{args.out}: finished already, {args.l2_iterations} + {args.lpips_iterations} iterations")
         return
-    print(f"distill: {len(pairs)} pairs, {args.l2_iterations} L2 + {args.lpips_iterations} LPIPS ({args.lpips_net}) "
-          f"iterations of {args.batch_size}")  # fmt: skip
+    print(f"distill: {len(pairs)} pairs, {args.l2_iterations} L2 iterations of {args.batch_size}, "
+          f"{args.lpips_iterations} LPIPS ({args.lpips_net}) of {args.lpips_batch_size}")  # fmt: skip
 
     del teacher
     model = checkpoint.load_student(args, device)
@@ -160,15 +196,15 @@ def main():
     model.unet.gradient_checkpointing = model.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.compile()
-    dtype = autocast_dtype(args.dtype, device, model.unet)
     if args.l2_iterations:
         distill_l2(model, pairs, l2, state / "l2", l2_settings, dtype)
+        plot_loss(state / "l2")
+    if args.l2_iterations and args.lpips_iterations:
+        checkpoint.save(model, args.out.removesuffix(".safetensors") + "-l2.safetensors")
     if args.lpips_iterations:
-        distill_perceptual(model, pairs, distance, lpips, state / "lpips", lpips_settings, dtype)
+        distill_perceptual(model, pairs, distance, lpips, state / "lpips", lpips_settings, dtype, seen)
+        plot_loss(state / "lpips")
     checkpoint.save(model, args.out)
-    for folder, options, _ in stages:
-        if options.iterations:
-            plot_loss(folder)
     print(f"{args.out}: a one-step model; its losses are in {state}")
 
 

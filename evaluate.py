@@ -3,7 +3,8 @@
     python evaluate.py                                  teacher, 2-RF and the one-step model, side by side
     python evaluate.py --model runs/2rf.safetensors --steps 1,4,25 --guidance 1,1.5,2.5 --repeats 5
 
-All models draw the same captions from the same noises. Writes beside each other
+All models draw the same captions from the same noises, which nothing was trained on: noises have a world of seeds of their
+own (command.seeds_in), and captions are of no list that pairs are made from. Writes beside each other
 
     evaluate.json     a row for each model, guidance and number of steps (a figure that does not apply is null)
     evaluate.md       the same as a table
@@ -57,22 +58,33 @@ from command import (
     add_machine_options,
     add_model_options,
     check_output,
+    dtype_name,
     not_below_zero,
     pick_device,
     positive,
     run,
+    seeds_in,
+    solver_steps,
     write_text,
     write_whole,
 )  # fmt: skip
-from pairs import NUMBERS_PER_BATCH, built_in_prompts, default_guidance, draw_latents, drawn_at_once, read_prompts
+from pairs import (
+    NUMBERS_PER_BATCH,
+    built_in_prompts,
+    default_guidance,
+    draw_latents,
+    drawn_at_once,
+    parts_of,
+    read_prompts,
+)
 from rectified_flow import as_flow, noise_from_seeds, straightness
+from training import seed_of
 from vae import to_bytes
 
 TINY_JUDGE = str(HERE / "toy" / "shapes.py")
 STRAIGHTNESS_STEPS = 25
 STRAIGHTNESS_SAMPLES = 256  # at most; 16 at 512 px, as whole paths are held at once
 PICTURED = 8  # captions in the comparison picture
-SEEDS_PER_REPEAT = 1_000_000
 NORMAL_95 = 1.96  # standard errors of a 95 % interval
 NEIGHBOURS = 3  # of precision and recall, as in their paper
 GRADES = ("caption_accuracy", "frechet", "precision", "recall")
@@ -106,8 +118,8 @@ def precision_recall(real: Tensor, generated: Tensor) -> tuple[float, float]:
 
 
 def load_judge(path: str):
-    """The judge: a module with random_captions(n, seed), drawn(captions, seed), load_reader() and
-    right(reader, pictures, captions), whose reader has .features(pictures)."""
+    """The judge: a module with measuring_captions(n, seed), which are in no list to train on, drawn(captions, seed),
+    load_reader() and right(reader, pictures, captions), whose reader has .features(pictures)."""
     if not Path(path).is_file():
         raise BadInput(f"--judge {path}: no such file; give a Python file such as toy/shapes.py")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -253,22 +265,25 @@ class Questions:
     seeds: list[int]
     grade: Callable[[Tensor], dict]  # pictures -> a figure for each of GRADES
     drawn: list[Tensor]  # two sets of drawn pictures where a judge can draw; empty where none can
+    seed: int  # the --seed that all this comes from
 
 
-def questions_of(judge_path: str | None, count: int | None, seed: int) -> Questions:
-    """A judge's captions, or built-in prompts and no grades where there is no judge."""
+def questions_of(judge_path: str | None, count: int | None, seed: int, repeat: int) -> Questions:
+    """A judge's captions; without a judge built-in prompts that nothing was trained on, and no grades."""
+    count = count or (8 if judge_path is None else 1000)
+    seeds = seeds_in("evaluation", seed, count, start=repeat * count)
     if judge_path is None:
-        count, source = count or 8, built_in_prompts()
+        _, source = parts_of(built_in_prompts())
         prompts = [source[k % len(source)] for k in range(count)]
-        return Questions(prompts, list(range(seed, seed + count)), lambda pictures: dict.fromkeys(GRADES), [])
+        return Questions(prompts, list(seeds), lambda pictures: dict.fromkeys(GRADES), [], seed)
     judge = load_judge(judge_path)
-    return judged(judge, judge.random_captions(count or 1000, seed), seed)
+    return judged(judge, judge.measuring_captions(count, seeds[0]), seeds, seed)
 
 
-def judged(judge, captions: list, seed: int) -> Questions:
-    """These captions and the seeds from `seed` on, graded by a judge."""
+def judged(judge, captions: list, seeds: range, seed: int) -> Questions:
+    """These captions and seeds of noises, which come from the --seed, graded by a judge."""
     reader = judge.load_reader()
-    drawn = [judge.drawn(captions, seed), judge.drawn(captions, seed + 1)]
+    drawn = [judge.drawn(captions, seed_of(seeds[0], k)) for k in range(2)]
     with torch.no_grad():
         real = reader.features(drawn[0])
 
@@ -278,7 +293,7 @@ def judged(judge, captions: list, seed: int) -> Questions:
         accuracy = sum(judge.right(reader, pictures, captions)) / len(captions)
         return dict(zip(GRADES, (accuracy, frechet_distance(real, features), *precision_recall(real, features))))
 
-    return Questions([str(caption) for caption in captions], list(range(seed, seed + len(captions))), grade, drawn)
+    return Questions([str(caption) for caption in captions], list(seeds), grade, drawn, seed)
 
 
 def evaluate(
@@ -310,7 +325,8 @@ def evaluate(
             grades = graded(questions, pictures)
         else:
             about = {"model": Path(model.path).name, "hash": model.fingerprint(), "kind": model.kind, "steps": number,
-                     "guidance": guidance, "seed": first.seeds[0], "prompts": first.prompts}  # fmt: skip
+                     "guidance": guidance, "first_seed": first.seeds[0], "dtype": dtype_name(model.dtype),
+                     "prompts": first.prompts}  # fmt: skip
             folder = gallery.draw(f"{Path(model.path).stem}-{number}-{guidance:g}", about, draw, first.seeds[0], batch)
             grades, shown = gallery.score(folder), gallery.first(folder, PICTURED)
             seconds = None  # some of the pictures may be of an earlier run
@@ -334,12 +350,12 @@ def row_of(
     for name in (*GRADES, *ON_IMAGES, *STRAIGHT):
         row |= {name: figures.get(name), f"{name}_interval": figures.get(f"{name}_interval")}
     row |= {"straightness_profile": figures.get("straightness_profile"), "seconds_per_image": seconds}
-    return row | {"samples": len(questions[0].prompts), "repeats": len(questions), "seed": questions[0].seeds[0]}
+    return row | {"samples": len(questions[0].prompts), "repeats": len(questions), "seed": questions[0].seed}
 
 
-def number_list(text: str) -> list[int]:
-    """argparse type: whole numbers of at least 1, with commas."""
-    return [positive(part) for part in text.split(",")]
+def steps_list(text: str) -> list[int]:
+    """argparse type: numbers of solver steps, with commas."""
+    return [solver_steps(part) for part in text.split(",")]
 
 
 def guidance_list(text: str) -> list[float]:
@@ -372,7 +388,7 @@ def main():
         "--model", nargs="+", default=[TINY_TEACHER, "runs/2rf.safetensors", "runs/instaflow.safetensors"],
         help="one or more checkpoints",
     )  # fmt: skip
-    parser.add_argument("--steps", type=number_list, default="25,8,4,2,1", help="numbers of steps; a one-step model takes 1")
+    parser.add_argument("--steps", type=steps_list, default="25,8,4,2,1", help="numbers of steps; a one-step model takes 1")
     parser.add_argument("--guidance", type=guidance_list, help="one or more, for all; default: each kind's own")
     parser.add_argument("--num-samples", type=positive, help="pictures for each row; default: 1000 with a judge, else 8")
     parser.add_argument("--repeats", type=positive, default=1, help="times that many, for confidence intervals")
@@ -386,25 +402,30 @@ def main():
     group.add_argument("--feature-extractor", help="TorchScript file instead of Inception: uint8 images to features")
     group.add_argument("--clip", default="openai/clip-vit-large-patch14", help="CLIP of the score: a folder or a hub id")
     parser.add_argument("--out", default="runs/evaluate.json", help="the rows; table and pictures land beside it")
-    add_model_options(parser)
+    add_model_options(parser, several=True)
     add_machine_options(parser)
     args = parser.parse_args()
 
     missing = [path for path in args.model if not Path(path).exists()]
     if missing:
         raise BadInput(f"{missing[0]}: no such checkpoint; make it with reflow.py and distill.py, or name others with --model")
+    kinds = args.kind or ["auto"] * len(args.model)
+    if len(kinds) != len(args.model):
+        raise BadInput(
+            f"--kind: {len(kinds)} given for {len(args.model)} models; give one for each, in order (auto: as its file says)"
+        )
     check_output(args.out)
     device = pick_device(args.device)
     rows, pictures, questions, gallery = [], [], [], gallery_of(args, device)
     if gallery is not None:
-        seeds = list(range(args.seed, args.seed + len(gallery.prompts)))
-        questions = [Questions(gallery.prompts, seeds, lambda pictures: {}, [])]
-    for path in args.model:
-        model = checkpoint.load_as_asked(path, args, device)
+        seeds = seeds_in("evaluation", args.seed, len(gallery.prompts))
+        questions = [Questions(gallery.prompts, list(seeds), lambda pictures: {}, [], args.seed)]
+    for path, kind in zip(args.model, kinds):
+        model = checkpoint.load_as_asked(path, args, device, None if kind == "auto" else kind)
         if not questions:  # the first model decides what all are asked
             judge = args.judge or (TINY_JUDGE if model.captions is not None else None)
             for repeat in range(args.repeats):
-                questions.append(questions_of(judge, args.num_samples, args.seed + repeat * SEEDS_PER_REPEAT))
+                questions.append(questions_of(judge, args.num_samples, args.seed, repeat))
             if questions[0].drawn:
                 grades = graded(questions, [asked.drawn[1] for asked in questions])
                 rows.append(row_of("drawn", None, None, questions, None, None, grades))

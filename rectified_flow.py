@@ -1,4 +1,4 @@
-"""Rectified flow: the mathematics of this project, on plain tensors. Needs torch alone.
+"""Rectified flow: the mathematics of this project, on plain tensors. Needs torch and numpy alone.
 
 Convention: **t = 0 is noise, t = 1 is data.**
 
@@ -24,6 +24,7 @@ Sources: Liu et al. 2022 (arXiv 2209.03003), Liu et al. 2023 (InstaFlow, 2309.06
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,12 +39,26 @@ def noise_from_seeds(seeds: list[int] | Tensor, shape: tuple[int, ...]) -> Tenso
 
     One generator a sample, so that a seed gives the same noise on every device and at every batch size.
     """
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+    return torch.stack([noise_from_seed(int(seed), shape) for seed in seeds])
+
+
+def noise_from_seed(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Below 2**32 the noise that torch, and so diffusers, gives for this seed; different noise for each larger one.
+
+    torch's generator on the CPU looks at the last 32 bits of its seed alone. numpy's takes all, and its stream is frozen.
+    """
+    if seed < 2**32:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = np.random.RandomState([seed % 2**32, seed // 2**32])
+    return torch.from_numpy(generator.standard_normal(shape).astype(np.float32))
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:
-    """t (B,) with dimensions added so that it multiplies x (B, ...)."""
-    return t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+    """t (B,) with dimensions added so that it multiplies x (B, ...), in x's dtype and on its device.
+
+    The dtype first: not every device has the float64 of the schedule's tables.
+    """
+    return t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype).to(x.device)
 
 
 def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -65,10 +80,10 @@ HUBER = 0.00054  # c below is this times the number of dimensions
 
 
 def pseudo_huber(error: Tensor) -> Tensor:
-    """(√(‖e‖² + c²) - c) / √d for errors (B, ...) of d dimensions: (B,). Lee et al. 2024 (2405.20320)."""
+    """(√(‖e‖² + c²) - c) / d for errors (B, ...) of d dimensions: (B,). Lee et al. 2024 (2405.20320)."""
     error = error.flatten(1)
     c = HUBER * error.shape[1]
-    return ((error.square().sum(1) + c**2).sqrt() - c) / error.shape[1] ** 0.5
+    return ((error.square().sum(1) + c**2).sqrt() - c) / error.shape[1]
 
 
 def pseudo_huber_loss(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
@@ -94,7 +109,9 @@ def guided(network: Velocity, null_context: Tensor, scale: float) -> Velocity:
     """Classifier-free guidance: out(null) + scale * (out(text) - out(null)), both in one forward pass.
 
     Works on velocities and on noise predictions alike. null_context (1, ...) or (B, ...): the empty prompt's, or
-    a negative prompt's. Scale 1 is the network itself, 0 the unconditional one. Ho & Salimans 2022 (2207.12598).
+    a negative prompt's. Scale 1 is the network itself, 0 the unconditional one. Combined in x's dtype, which is fp32
+    also where the network is not: the difference is multiplied by `scale`, and its rounding with it. Ho & Salimans 2022
+    (2207.12598).
     """
     if scale == 1:
         return network
@@ -103,7 +120,7 @@ def guided(network: Velocity, null_context: Tensor, scale: float) -> Velocity:
         null = null_context.expand_as(context)
         if scale == 0:
             return network(x, t, null)
-        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, context]))
+        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, context])).to(x.dtype)
         without_text, with_text = both.chunk(2)
         return without_text + scale * (with_text - without_text)
 
@@ -155,9 +172,10 @@ def straightness(
     states = list(euler(velocity, x, steps, context, times))
     velocities = [(b - a) / length for a, b, length in zip(states, states[1:], lengths.tolist())]
     mean_velocity = (states[-1] - states[0]) / lengths.sum().item()
-    bends = [(mean_velocity - v).square().flatten(1).sum(1).double() for v in velocities]  # (B,) at every step
+    # Means over samples are taken in float64, on the CPU, since not every device has it.
+    bends = [(mean_velocity - v).square().flatten(1).sum(1).cpu().double() for v in velocities]  # (B,) at every step
     bend = sum(weight * at_step for weight, at_step in zip(weights, bends))
-    cost = mean_velocity.square().flatten(1).sum(1).double()  # (B,)
+    cost = mean_velocity.square().flatten(1).sum(1).cpu().double()  # (B,)
     ratio, count = bend.mean() / cost.mean(), len(bend)
     # The standard error of a ratio of means, to first order.
     relative_error = (bend - ratio * cost).square().mean().sqrt() / cost.mean() / max(count - 1, 1) ** 0.5
@@ -207,7 +225,7 @@ class NoiseSchedule:
 
     def alpha_sigma(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at the timesteps s (any shape, floats allowed), float64."""
-        log_ratio = interpolate_table(s.double().cpu(), torch.arange(self.timesteps).double(), self.log_ratio)
+        log_ratio = interpolate_table(s.cpu().double(), torch.arange(self.timesteps).double(), self.log_ratio)
         return torch.sigmoid(2 * log_ratio).sqrt(), torch.sigmoid(-2 * log_ratio).sqrt()
 
     def time(self, s: Tensor) -> Tensor:
@@ -217,7 +235,7 @@ class NoiseSchedule:
 
     def timestep(self, t: Tensor) -> Tensor:
         """The inverse: s with α_s / σ_s = t / (1 - t), clamped to [0, 999] outside the schedule's range."""
-        log_ratio = torch.logit(t.double().cpu())
+        log_ratio = torch.logit(t.cpu().double())
         s_rising = torch.arange(self.timesteps).double().flip(0)
         return interpolate_table(log_ratio, self.log_ratio.flip(0), s_rising)
 
@@ -233,7 +251,7 @@ class NoiseSchedule:
 def noise_loss(unet, schedule: NoiseSchedule, x1: Tensor, noise: Tensor, s: Tensor, context: Tensor | None) -> Tensor:
     """‖ε - ε_θ(α x1 + σ ε, s)‖² a number of the latent: (B,). How diffusion teachers are trained. DDPM, equation 14."""
     alpha, sigma = schedule.alpha_sigma(s)
-    x_s = like(alpha.to(x1.device), x1) * x1 + like(sigma.to(x1.device), x1) * noise
+    x_s = like(alpha, x1) * x1 + like(sigma, x1) * noise
     return (noise - unet(x_s, s, context)).square().flatten(1).mean(1)
 
 
@@ -250,7 +268,7 @@ def diffusion_velocity(unet, schedule: NoiseSchedule) -> Velocity:
     """
 
     def velocity(x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        s = schedule.timestep(t).to(x)
+        s = schedule.timestep(t).to(x.dtype).to(x.device)
         noise = unet(x / like((t**2 + (1 - t) ** 2).sqrt(), x), s, context).to(x.dtype)
         return (x - noise) / like(t, x)
 

@@ -1,8 +1,9 @@
 """Reflow: teach a velocity the straight lines between the teacher's noises and its latents.
 
     python reflow.py                                    the tiny model, minutes on a laptop
-    python reflow.py --teacher sd14.safetensors         Stable Diffusion: the paper's 70,000 x 64 samples,
-                                                        11.2 A100-days and 52 GB of pairs
+    python reflow.py --teacher sd14.safetensors         Stable Diffusion: the paper's 70,000 x 64 samples, 11.2 A100-days,
+                                                        on 50,000 pairs of a small grammar; with --prompts FILE
+                                                        on the paper's 1.6 million, 52 GB
     python reflow.py --teacher sd14.safetensors --init runs/2rf.safetensors --batch-size 1024 --iterations 25000 \\
                      --out runs/2rf-1024.safetensors    InstaFlow's second stage: 64 A100-days more, on the same pairs
 
@@ -33,18 +34,19 @@ from command import (
     add_machine_options,
     add_model_options,
     check_output,
+    keep_others_out,
     pick_device,
     positive,
     run,
     settle,
 )  # fmt: skip
-from pairs import Pairs, add_pairs_options, pairs_from
+from pairs import Pairs, add_pairs_options, make_pairs, pairs_asked
 from rectified_flow import flow_velocity, pseudo_huber_loss, reflow_loss
 from training import (
     TrainingOptions,
     add_training_options,
     autocast_dtype,
-    is_finished,
+    check_stage,
     options_from,
     plot_loss,
     shuffled,
@@ -83,11 +85,15 @@ def reflow(
     model.kind = "flow"
 
 
+TINY_PAIRS = 15_000
+FITS = 64  # samples at 512 px that a GPU of 80 GB holds with ease, by the table of benchmarks/README.md: 40 GB
+
+
 def main():
     parser = Parser("Make a 2-Rectified Flow from a diffusion teacher (or a 3-Rectified Flow from a 2-Rectified Flow).")
-    add_pairs_options(parser, teacher=TINY_TEACHER, folder="runs/pairs", count=ByModel(1_600_000, 15_000))
-    # InstaFlow: learning rate 1e-6, 1000 warm-up steps of 64, and EMA 0.9999, which halves in 6931 steps of 64.
-    group = add_training_options(parser, ByModel(1e-6, 5e-4), ByModel(64_000, 6_400), ByModel(443_584, 10_000))
+    add_pairs_options(parser, teacher=TINY_TEACHER, folder="runs/pairs", tiny_count=TINY_PAIRS)
+    # InstaFlow: 70,000 updates of 64, and a tenth of the learning rate for a third flow.
+    group = add_training_options(parser, ByModel(64, 64), "1e-06 from a diffusion, 1e-07 from a flow, tiny model 0.0005")
     group.add_argument("--iterations", type=positive, default=ByModel(70_000, 700))
     group.add_argument("--loss", choices=LOSSES, default="l2", help="pseudo-huber counts large errors less (2405.20320)")
     group.add_argument("--out", default="runs/2rf.safetensors", help="the flow; its training state lies in OUT.state")
@@ -96,16 +102,26 @@ def main():
     args = parser.parse_args()
 
     device = pick_device(args.device)
-    teacher = checkpoint.load_as_asked(args.teacher, args, device)
-    settle(args, tiny=teacher.captions is not None)
+    teacher = checkpoint.load_as_asked(args.teacher, args, device, args.kind)
+    tiny = teacher.captions is not None
+    settle(args, tiny)
+    if args.learning_rate is None:
+        args.learning_rate = 5e-4 if tiny else 1e-6 if teacher.kind == "diffusion" else 1e-7
     if teacher.kind == "one-step":
         raise BadInput(f"{args.teacher}: a one-step model has no path to straighten; give a diffusion or a flow as --teacher")
     check_output(args.out)
+    folder = Path(args.out + ".state")
+    keep_others_out(folder)
 
-    pairs = pairs_from(teacher, args)
-    options, folder = options_from(args, args.iterations), Path(args.out + ".state")
-    settings = {"pairs": pairs.description, "init": checkpoint.start_of(args), "loss": args.loss}
-    if Path(args.out).exists() and is_finished(folder, options, settings):
+    world = "reflow" if teacher.kind == "diffusion" else "second reflow"
+    prompts, description = pairs_asked(teacher, args, world, TINY_PAIRS)
+    fits = None if tiny else FITS
+    options = options_from(args, args.iterations, args.batch_size, args.accumulate, fits, args.learning_rate)
+    dtype = autocast_dtype(args.dtype, device, teacher.unet)
+    settings = {"pairs": description, "init": checkpoint.start_of(args), "loss": args.loss}
+    finished = check_stage(folder, options, settings, dtype)
+    pairs = make_pairs(teacher, prompts, description, args.pairs, args.teacher_batch_size, args.repair)
+    if Path(args.out).exists() and finished:
         print(f"{args.out}: finished already, {args.iterations} iterations")
         return
     seen = args.iterations * args.batch_size
@@ -116,7 +132,6 @@ def main():
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.compile()
-    dtype = autocast_dtype(args.dtype, device, model.unet)
     reflow(model, pairs, options, folder, settings, dtype, loss_of=LOSSES[args.loss])
     checkpoint.save(model, args.out)
     plot_loss(folder)

@@ -23,10 +23,12 @@ from command import (
     add_machine_options,
     add_model_options,
     check_output,
+    noise_seed,
     not_below_zero,
     pick_device,
     positive,
     run,
+    solver_steps,
     write_whole,
 )  # fmt: skip
 from pairs import default_guidance, draw_latents, prompts_for, read_prompts
@@ -67,7 +69,7 @@ def main():
     parser.add_argument("--prompts", help="text file with a prompt a line, or .tsv/.csv")
     parser.add_argument("--prompt-column", default="Prompt", help="column of a .tsv or .csv that holds the prompts")
     parser.add_argument("--num-images", type=positive, default=4, help="for each prompt, with seeds SEED, SEED + 1, ...")
-    parser.add_argument("--steps", type=positive, help="network evaluations; default: 1 for a one-step model, else 25")
+    parser.add_argument("--steps", type=solver_steps, help="network evaluations; default: 1 for a one-step model, else 25")
     parser.add_argument("--guidance", type=not_below_zero, help="1 is off; default: 6 for SD, 1.5 for a flow, 1 for one step")
     parser.add_argument("--solver", choices=["dpm", "ddim"], default="dpm", help="for a diffusion; flows use Euler")
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
@@ -76,7 +78,7 @@ def main():
     parser.add_argument("--batch-size", type=positive, default=4, help="pictures drawn at once")
     parser.add_argument("--out", default="out.png", help="the grid of pictures, how they were made in its metadata")
     add_model_options(parser)
-    add_machine_options(parser)
+    add_machine_options(parser, seed=noise_seed)
     args = parser.parse_args()
 
     for flag, size in (("--height", args.height), ("--width", args.width)):
@@ -84,7 +86,7 @@ def main():
             raise BadInput(f"{flag} {size}: must be a multiple of 8, such as {max(8, round(size / 8) * 8)}")
     check_output(args.out)
     device = pick_device(args.device)
-    model = checkpoint.load_as_asked(args.model, args, device)
+    model = checkpoint.load_as_asked(args.model, args, device, args.kind)
     steps = check_steps(model, args.steps)
     guidance = default_guidance(model) if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:

@@ -1,7 +1,7 @@
 """The one training loop: the teacher, reflow, both distillation stages and the toys are all trained by `train`.
 
 In order: draw a batch, warm up the learning rate, forward, backward, clip, AdamW, average the weights (EMA), log,
-save. Progress, warm-up and EMA half-life are counted in samples, so they mean the same at any batch size.
+save. Progress, warm-up and EMA half-life are counted in samples.
 
 Everything random in a step is drawn from a generator seeded by (seed, step), and samples are numbered from 0 over
 the whole run. So the position in the run is one number, and a run that was killed and started again computes,
@@ -12,8 +12,9 @@ writes. The same batch at any number of processes gives the same run up to round
 What a GPU holds beside activations is, for each parameter, 4 bytes of weights, 4 of gradients, 8 of moments and 4 of EMA:
 --shard-optimizer shares the moments out between the processes, --ema-device cpu moves the EMA into main memory.
 
-The state (weights, EMA, both AdamW moments) is one safetensors file that appears whole or not at all, in a folder
-beside the output: `<out>.state/state.safetensors`, with `settings.json` and `metrics.jsonl`, which `plot_loss` draws.
+The state (weights, EMA, both AdamW moments, under fp16 the loss's scale) is one safetensors file that appears whole or not
+at all, in a folder beside the output: `<out>.state/state.safetensors`, with `settings.json` and `metrics.jsonl`, which
+`plot_loss` draws. It is written every --save-every iterations or 15 minutes, and a run that was killed, however, goes on there.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import functools
 import hashlib
 import json
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -41,8 +41,11 @@ from command import (
     ByModel,
     check_output,
     differences,
+    dtype_name,
+    keep_others_out,
     not_below_zero,
     not_negative,
+    note,
     pick_dtype,
     positive,
     rank,
@@ -53,7 +56,9 @@ from command import (
 )
 
 TIME_BINS = 10  # the loss is also reported for each tenth of [0, 1]
-EMA_RAMP = 0.05  # the EMA's half-life never exceeds this share of the samples seen, so early weights are forgotten
+PAPERS_WARMUP, PAPERS_HALF_LIFE = 1_000, 6_931  # updates, at any batch: EMA 0.9999 halves in 6,931
+LOG_SAMPLES, LOG_UPDATES = 640, 10  # a run is logged after so many samples or updates, whichever come first
+SAVE_SECONDS = 15 * 60  # a state is never older than that when a run is logged
 BYTES_PER_PARAMETER = 16  # of a saved state: weights, EMA and two moments in fp32
 
 
@@ -63,24 +68,24 @@ class TrainingOptions:
 
     iterations: int
     batch_size: int = 64  # samples of one update, over all accumulation steps
-    accumulate: int = 1  # forward passes that one update is split into
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     warmup_samples: int = 0
     cooldown: float = 0.0  # share of the run, at its end, over which the learning rate falls to 0
     ema_half_life: int = 500_000
+    ema_ramp: float = 0.0  # the half-life is at most this share of the samples seen; 0: it is the same throughout
     clip_norm: float = 1.0
     seed: int = 0
-    # What does not change the result:
+    # What does not change the result, but for rounding:
+    accumulate: int = 1  # parts of a batch that pass forward and backward by themselves, over all processes
     save_every: int = 1000  # iterations
     log_every: int = 10  # iterations
     ema_device: str | None = None  # where the averaged weights lie; None: beside the weights
     shard_optimizer: bool = False  # each process keeps the moments of a part of the weights
 
 
-PRACTICAL = ("iterations", "save_every", "log_every", "ema_device", "shard_optimizer")  # a run may go on with others of these
-
-
+# A run may go on with others of these.
+PRACTICAL = ("iterations", "accumulate", "save_every", "log_every", "ema_device", "shard_optimizer")
 AUTOCAST_FROM = 50_000_000  # parameters; below, casting costs more time on a CPU than bf16 products save
 
 
@@ -91,19 +96,27 @@ def initial_weights(text: str) -> str:
     return text
 
 
-def add_training_options(parser: argparse.ArgumentParser, learning_rate: ByModel, warmup: ByModel, half_life: ByModel):
-    """The options that `options_from` reads, with the defaults of one command. Returns their group."""
+def add_training_options(parser: argparse.ArgumentParser, batch_size: ByModel, learning_rate: str):
+    """The options that `options_from` reads, with the defaults of one command. Returns their group.
+
+    learning_rate: what its default is, in words; the command sets it.
+    """
     group = parser.add_argument_group("training")
     group.add_argument(
         "--init", type=initial_weights, default=ByModel("teacher", "negated"), metavar="{teacher,negated,random,CHECKPOINT}",
         help="weights to start from; negated: those of a diffusion with the sign of its output changed",
     )  # fmt: skip
-    group.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
-    group.add_argument("--accumulate", type=positive, default=1, help="forward passes that one update is split into")
-    group.add_argument("--learning-rate", type=not_below_zero, default=learning_rate)
-    group.add_argument("--warmup-samples", type=not_negative, default=warmup, help="samples until the full learning rate")
-    group.add_argument("--ema-half-life", type=positive, default=half_life, help="samples after which a weight counts half")
-    group.add_argument("--save-every", type=positive, default=500, help="iterations between saved states")
+    group.add_argument("--batch-size", type=positive, default=batch_size, help="samples of one update")
+    group.add_argument("--accumulate", type=positive, help="parts that a batch is split into, over all processes; more "
+                       "need less memory and change rounding alone; default: as a GPU of 80 GB needs them for SD")  # fmt: skip
+    group.add_argument("--learning-rate", type=not_below_zero, help=f"default: {learning_rate}")
+    group.add_argument("--warmup-samples", type=not_negative, default=ByModel(None, 6_400),
+                       help=f"samples until the full learning rate; for SD {PAPERS_WARMUP:,} times the batch")  # fmt: skip
+    group.add_argument("--ema-half-life", type=positive, default=ByModel(None, 10_000),
+                       help=f"samples until a weight counts half; for SD {PAPERS_HALF_LIFE:,} times the batch")  # fmt: skip
+    group.add_argument("--ema-ramp", type=not_below_zero, default=ByModel(0.0, 0.05), help="the half-life is at most this "
+                       "share of the samples seen: short runs forget their start; 0, the paper's: no limit")  # fmt: skip
+    group.add_argument("--save-every", type=positive, default=500, help="iterations between saved states, 15 minutes at most")
     group.add_argument(
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=ByModel(True, False),
         help="recompute activations in the backward pass: less memory, a third more time",
@@ -115,11 +128,23 @@ def add_training_options(parser: argparse.ArgumentParser, learning_rate: ByModel
     return group
 
 
-def options_from(args: argparse.Namespace, iterations: int) -> TrainingOptions:
-    """TrainingOptions from settled arguments."""
+def options_from(
+    args: argparse.Namespace, iterations: int, batch_size: int, accumulate: int | None, fits: int | None, learning_rate: float
+) -> TrainingOptions:
+    """TrainingOptions of one stage, from settled arguments and what the stage has of its own.
+
+    fits: samples that pass at once where accumulate is not given; None: all.
+    """
+    warmup = PAPERS_WARMUP * batch_size if args.warmup_samples is None else args.warmup_samples
+    half_life = args.ema_half_life or PAPERS_HALF_LIFE * batch_size
+    left = 0.5 ** (iterations * batch_size / half_life)
+    if left > 0.1 and iterations and not args.ema_ramp:
+        note(f"after {iterations:,} iterations {left:.0%} of the averaged weights are still the start's, by --ema-half-life "
+             f"{half_life:,}; --ema-ramp 0.05 forgets it sooner")  # fmt: skip
     return TrainingOptions(
-        iterations, args.batch_size, args.accumulate, args.learning_rate, warmup_samples=args.warmup_samples,
-        ema_half_life=args.ema_half_life, seed=args.seed, save_every=args.save_every, ema_device=args.ema_device,
+        iterations, batch_size, learning_rate, warmup_samples=warmup, ema_half_life=half_life, ema_ramp=args.ema_ramp,
+        seed=args.seed, accumulate=accumulate or math.ceil(batch_size / (fits or batch_size)), save_every=args.save_every,
+        log_every=max(1, min(LOG_UPDATES, LOG_SAMPLES // batch_size)), ema_device=args.ema_device,
         shard_optimizer=args.shard_optimizer,
     )  # fmt: skip
 
@@ -137,7 +162,7 @@ def autocast_dtype(name: str, device: torch.device, network: nn.Module) -> torch
 def seed_of(*numbers: int) -> int:
     """A seed from several integers, e.g. (seed, step): well mixed, the same on every machine."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # torch's generators take 63 bits
+    return int.from_bytes(digest, "little") >> 1  # torch's generators take no more than 63 bits
 
 
 def generator_for(*numbers: int) -> torch.Generator:
@@ -191,7 +216,9 @@ def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
     return not isinstance(optimizer, torch.optim.AdamW)
 
 
-def save_state(folder: Path, step: int, weights: dict, ema: dict, optimizer: torch.optim.Optimizer) -> None:
+def save_state(
+    folder: Path, step: int, weights: dict, ema: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
     """Write the state of a run; every process must call this."""
     sharded = is_sharded(optimizer)
     if sharded:
@@ -199,9 +226,11 @@ def save_state(folder: Path, step: int, weights: dict, ema: dict, optimizer: tor
     if rank():  # before the copies that only the first process would write
         return
     gathered = optimizer.state_dict()["state"] if sharded else None  # by the weights' numbers
-    tensors = {}
+    tensors, updates = {}, 0
     for number, (name, weight) in enumerate(weights.items()):
-        moments = gathered[number] if sharded else optimizer.state[weight]
+        # Under fp16 every update so far may have been passed over; then there are no moments, which is as if they were 0.
+        moments = gathered.get(number) if sharded else optimizer.state.get(weight)
+        moments = moments or {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")} | {"step": 0}
         kept = {
             "weights": weight.detach(),
             "ema": ema[name],
@@ -209,13 +238,16 @@ def save_state(folder: Path, step: int, weights: dict, ema: dict, optimizer: tor
             "exp_avg_sq": moments["exp_avg_sq"],
         }
         tensors |= {f"{kind}.{name}": channels_last(tensor) for kind, tensor in kept.items()}
-    write_whole(folder / "state.safetensors", lambda path: save_file(tensors, path, {"step": str(step)}))
+        updates = int(moments["step"])
+    # In one entry, since safetensors writes several in any order and runs would differ.
+    progress = json.dumps({"step": step, "updates": updates, "scaler": scaler.state_dict()})
+    write_whole(folder / "state.safetensors", lambda path: save_file(tensors, path, {"progress": progress}))
 
 
-def load_state(folder: Path, weights: dict, ema: dict, optimizer: torch.optim.Optimizer) -> int:
+def load_state(folder: Path, weights: dict, ema: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
     """Copy a saved state into the given tensors; the step it was saved at, 0 where there is none."""
-    step, path = saved_step(folder), folder / "state.safetensors"
-    if not step:
+    progress, path = saved_progress(folder), folder / "state.safetensors"
+    if not progress["step"]:
         return 0
     kinds = ("weights", "ema", "exp_avg", "exp_avg_sq")
     mine = optimizer.optim if is_sharded(optimizer) else optimizer
@@ -228,46 +260,67 @@ def load_state(folder: Path, weights: dict, ema: dict, optimizer: torch.optim.Op
                 ema[name].copy_(saved["ema"])
                 if id(weight) in stepped:
                     moments = {kind: torch.empty_like(weight).copy_(saved[kind]) for kind in kinds[2:]}
-                    mine.state[weight] = moments | {"step": torch.tensor(float(step), device=weight.device)}
+                    mine.state[weight] = moments | {"step": torch.tensor(float(progress["updates"]), device=weight.device)}
     except (SafetensorError, RuntimeError) as problem:
         raise BadInput(f"{path}: damaged or of another model ({problem}); delete {folder} to start again") from None
-    return step
+    if scaler.is_enabled():
+        scaler.load_state_dict(progress["scaler"])
+    return progress["step"]
+
+
+def saved_progress(folder: str | Path) -> dict:
+    """How far the run whose state lies in this folder is: {"step", "updates", "scaler"}; step 0 where there is none.
+
+    updates: those that the optimizer made, fewer than the steps where fp16's scale was too large for some.
+    """
+    path = Path(folder) / "state.safetensors"
+    if not path.exists():
+        return {"step": 0}
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["progress"])
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise BadInput(f"{path}: damaged, or not a state; delete {folder} to start again") from None
 
 
 def saved_step(folder: str | Path) -> int:
     """The iteration at which the state in this folder was saved; 0 where there is none."""
-    path = Path(folder) / "state.safetensors"
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, "pt") as file:
-            return int(file.metadata()["step"])
-    except (SafetensorError, KeyError, TypeError):
-        raise BadInput(f"{path}: damaged; delete {folder} to start again") from None
+    return saved_progress(folder)["step"]
 
 
-def is_finished(folder: str | Path, options: TrainingOptions, settings: dict) -> bool:
-    """Has this very run reached its last iteration? BadInput where the folder holds another run."""
-    if saved_step(folder) < options.iterations:
-        return False
-    check_settings(folder, decisive(options, settings))
-    return True
-
-
-def decisive(options: TrainingOptions, settings: dict) -> dict:
+def decisive(options: TrainingOptions, settings: dict, dtype: torch.dtype) -> dict:
     """What decides a run's result. Its length is left out: a finished run may be continued."""
-    return settings | {k: v for k, v in asdict(options).items() if k not in PRACTICAL}
+    return settings | {k: v for k, v in asdict(options).items() if k not in PRACTICAL} | {"dtype": dtype_name(dtype)}
 
 
-def check_settings(folder: str | Path, settings: dict) -> None:
-    """Write settings.json into a run's folder, or compare with the one there. BadInput names the differences."""
+def compare_settings(folder: str | Path, settings: dict) -> None:
+    """BadInput that names the differences, where the folder holds a run with other settings."""
     path = Path(folder) / "settings.json"
     if path.exists():
         changed = differences(json.loads(path.read_text()), settings)
         if changed:
             raise BadInput(f"{folder}: holds another run ({changed}); give another --out or delete it")
-    else:
-        write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def write_settings(folder: str | Path, settings: dict) -> None:
+    write_text(Path(folder) / "settings.json", json.dumps(settings, indent=2) + "\n")
+
+
+def check_stage(folder: str | Path, options: TrainingOptions, settings: dict, dtype: torch.dtype) -> bool:
+    """Is this very run finished? To be asked for every stage of a command before any work.
+
+    BadInput where the folder holds another run, or this run beyond the iterations that are asked for.
+    """
+    step = saved_step(folder)
+    if not step:  # settings alone are of a run that was killed before its first state
+        return False
+    compare_settings(folder, decisive(options, settings, dtype))
+    if step > options.iterations:
+        raise BadInput(
+            f"{folder}: its run is at iteration {step}, beyond the {options.iterations} asked for; ask for at least as many, "
+            "or give another --out"
+        )
+    return step == options.iterations
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -357,10 +410,12 @@ def train(
         are the global numbers of the samples; all randomness comes from the generator.
     loss(*batch): the loss of each sample (B,), and their t in [0, 1] (B,) or None; called on parts of a batch
         when gradients are accumulated.
-    settings: what else decides the result (data, teacher ...); a run in the same folder must have the same.
+    settings: what else decides the result (data, teacher ...); a run in the same folder must have the same. They are
+        written with the first state: until then nothing is lost by changing them.
     dtype: bf16 or fp16 runs the forward pass under autocast; weights, moments and EMA stay fp32.
 
-    BadInput: a non-finite loss, a damaged state, other settings, no room for the state, Ctrl-C (after saving).
+    BadInput: a loss or gradient that is not finite, no memory left, Ctrl-C (each names the state that is kept); a damaged
+    state, one of other settings or beyond the iterations asked for, another run at work in the folder, no room for the state.
     """
     folder = Path(folder)
     weights = named_parameters(network)
@@ -369,36 +424,30 @@ def train(
     # Room for two, because the old state is replaced only when the new one is whole.
     state = folder / "state.safetensors"
     check_output(state, needed=(1 if state.exists() else 2) * BYTES_PER_PARAMETER * count)
-    check_settings(folder, decisive(options, settings))
+    keep_others_out(folder)
+    check_stage(folder, options, settings, dtype)
     if options.batch_size < world_size():
         raise BadInput(f"--batch-size {options.batch_size}: smaller than the number of processes, {world_size()}")
     wait_for_all()
 
     optimizer = adamw(weights, options)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema_device = options.ema_device or device
     ema = {key: weight.detach().to(ema_device, copy=True) for key, weight in weights.items()}
-    first = load_state(folder, weights, ema, optimizer)
+    first = load_state(folder, weights, ema, optimizer, scaler)
     if len(set(from_all_processes([first]))) > 1:
         raise BadInput(f"{folder}: the processes find states of different steps in it; name an --out that all nodes share")
     metrics = folder / "metrics.jsonl"
     kept = [row for row in read_metrics(folder) if row["step"] <= first]
     write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
-    stop = []  # the first signal lands here, so that a step is not cut in half; a second one does cut it
-
-    def on_signal(number, frame):
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(number)
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     network.train()
     # Each process takes its share of the batch. All draw the whole of it, so that the same samples are seen by any number.
     share = range(rank() * options.batch_size // world_size(), (rank() + 1) * options.batch_size // world_size())
+    part = math.ceil(options.batch_size / options.accumulate)
     bar = tqdm(total=options.iterations, initial=first, desc=name, unit="it", dynamic_ncols=True, disable=rank() > 0)
-    losses, times, started, saved = [], [], time.monotonic(), first
+    losses, times, started, saved, saved_at = [], [], time.monotonic(), first, time.monotonic()
     try:
         for step in range(first, options.iterations):
             seen = step * options.batch_size
@@ -410,7 +459,6 @@ def train(
                 group["lr"] = rate
 
             optimizer.zero_grad(set_to_none=True)
-            part = math.ceil(len(share) / options.accumulate)
             for start in range(share.start, share.stop, part):
                 end = min(start + part, share.stop)
                 with autocast:
@@ -427,23 +475,30 @@ def train(
 
             sum_over_processes([weight.grad for weight in weights.values()])
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(weights.values(), options.clip_norm)
+            norm = nn.utils.clip_grad_norm_(weights.values(), options.clip_norm).item()
+            # Under fp16 the scaler passes over such an update and lowers its scale, which is how it finds the right one.
+            if not math.isfinite(norm) and not scaler.is_enabled():
+                raise BadInput(
+                    f"{name}: the gradient is not finite at step {step}, though the loss is; the state of step {saved} is kept "
+                    f"in {folder}; try a lower --learning-rate or --dtype fp32"
+                )
             scaler.step(optimizer)
             scaler.update()
 
-            half_life = max(1.0, min(options.ema_half_life, EMA_RAMP * seen))
+            half_life = min(options.ema_half_life, options.ema_ramp * seen) if options.ema_ramp else options.ema_half_life
             now = [weight.detach().to(ema_device) for weight in weights.values()]
-            torch._foreach_lerp_(list(ema.values()), now, 1 - 0.5 ** (options.batch_size / half_life))
+            torch._foreach_lerp_(list(ema.values()), now, 1 - 0.5 ** (options.batch_size / max(1.0, half_life)))
 
             bar.update()
-            done = step + 1
+            done, overdue = step + 1, False
             if done % options.log_every == 0 or done == options.iterations:
                 losses, times = from_all_processes(losses), from_all_processes(times)
+                overdue = from_all_processes([time.monotonic() - saved_at >= SAVE_SECONDS])[0]  # as the first process finds
                 row = {
                     "step": done,
                     "samples": done * options.batch_size,
                     "loss": torch.cat(losses).mean().item(),
-                    "gradient_norm": norm.item(),
+                    "gradient_norm": norm if math.isfinite(norm) else None,
                     "learning_rate": rate,
                     "seconds_per_step": (time.monotonic() - started) / options.log_every,
                     "loss_by_t": mean_by_time(losses, times),
@@ -453,17 +508,21 @@ def train(
                         file.write(json.dumps(row) + "\n")
                 bar.set_postfix(loss=f"{row['loss']:.4g}")
                 losses, times, started = [], [], time.monotonic()
-            stop = from_all_processes(stop)  # so that all stop after the same step
-            if done % options.save_every == 0 or done == options.iterations or stop:
-                save_state(folder, done, weights, ema, optimizer)
+            if done % options.save_every == 0 or done == options.iterations or overdue:
+                if not saved:
+                    write_settings(folder, decisive(options, settings, dtype))
+                save_state(folder, done, weights, ema, optimizer, scaler)
                 wait_for_all()  # for the first, which may write for minutes
-                saved = done
-            if stop and done < options.iterations:
-                raise BadInput(f"{name}: stopped after step {done}, which is saved; run the same command again to continue")
+                saved, saved_at = done, time.monotonic()
+    except KeyboardInterrupt:
+        raise BadInput(f"{name}: interrupted; the state of step {saved} is kept, run the same command to go on there") from None
+    except torch.OutOfMemoryError:
+        raise BadInput(
+            f"{name}: out of GPU memory; the state of step {saved} is kept, and the run goes on with what needs less: parts of "
+            f"a batch, now {options.accumulate} (--accumulate), --gradient-checkpointing, --ema-device cpu"
+        ) from None
     finally:
         bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     optimizer.zero_grad(set_to_none=True)
     for key, weight in weights.items():
         weight.data.copy_(ema[key])

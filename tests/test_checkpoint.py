@@ -1,20 +1,25 @@
 """Both layouts in, both out; every variant of real files; every refusal."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL as DiffusersVAE
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import checkpoint
-from command import BadInput
-from conftest import ROOT
+import command
+from command import TINY_TEACHER, BadInput
+from conftest import ROOT, relative_error
 from make_checkpoint import make_model, single_file_tensors, write_folder, write_single_file
+from rectified_flow import noise_from_seeds, sample_path
 from text_encoder import TextEncoder, TextEncoderConfig
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
@@ -114,7 +119,9 @@ def test_folders(model, tmp_path, capsys, variant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_round_trips_are_exact(model, tmp_path, dtype):
-    model = checkpoint.StableDiffusion(model.unet, model.vae, model.text_encoder, model.tokenizer, "one-step", "c.txt")
+    model = checkpoint.StableDiffusion(
+        model.unet, model.vae, model.text_encoder, model.tokenizer, "one-step", "toy/captions.txt"
+    )
     checkpoint.save(model, tmp_path / "a.safetensors", dtype)
     checkpoint.export(checkpoint.load(tmp_path / "a.safetensors", dtype=dtype), tmp_path / "b", None)
     checkpoint.save(checkpoint.load(tmp_path / "b", dtype=dtype), tmp_path / "c.safetensors", None)
@@ -123,7 +130,7 @@ def test_round_trips_are_exact(model, tmp_path, dtype):
     assert all(first[name].dtype == dtype and torch.equal(first[name], last[name]) for name in first)
     loaded = checkpoint.load(tmp_path / "c.safetensors")
     assert_same(loaded, model, dtype)
-    assert (loaded.kind, loaded.captions, loaded.vae.config) == ("one-step", "c.txt", model.vae.config)
+    assert (loaded.kind, loaded.captions, loaded.vae.config) == ("one-step", "toy/captions.txt", model.vae.config)
     assert torch.equal(
         checkpoint.tokenize(loaded.tokenizer, ["Ünïcode cat, 3"], 16),
         checkpoint.tokenize(model.tokenizer, ["Ünïcode cat, 3"], 16),
@@ -141,6 +148,105 @@ def test_exported_folder_loads_in_diffusers_and_transformers(model, tmp_path):
         torch.testing.assert_close(text(token_ids).last_hidden_state, model.text_encoder(token_ids))
 
 
+@torch.no_grad()
+def drawn(model, prompts, steps, guidance):
+    """Pictures (B, 3, H, W) from the noises of seeds 0, 1, ..."""
+    context, null = model.encode_prompts(prompts), model.encode_prompts([""])
+    noise = noise_from_seeds(range(len(prompts)), model.latent_shape())
+    *_, latents = sample_path(model.unet, model.kind, noise, steps, context, null, guidance)
+    return model.vae.decode(latents)
+
+
+PROMPTS = ["a red circle above a blue square", "a shape"]
+
+
+def test_an_exported_diffusion_opens_in_diffusers_as_it_is(tmp_path):
+    """Prompt to pixels, by diffusers' own tokenizer, solver and decoder."""
+    model = checkpoint.load(TINY_TEACHER)
+    checkpoint.export(model, tmp_path / "sd", torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
+    pipeline.set_progress_bar_config(disable=True)
+    noise = noise_from_seeds(range(2), model.latent_shape())
+    pictures = pipeline(PROMPTS, num_inference_steps=8, guidance_scale=2.5, latents=noise, output_type="pt").images
+    expected = (drawn(model, PROMPTS, 8, 2.5) / 2 + 0.5).clamp(0, 1)
+    assert relative_error(pictures, expected) < 1e-4
+    assert pipeline.tokenizer.model_max_length == 16
+    long = " and ".join(["a red circle"] * 20)
+    assert torch.isfinite(pipeline(long, num_inference_steps=1, output_type="pt").images).all()
+
+
+@pytest.mark.parametrize("kind, steps, guidance", [("flow", 4, 1.5), ("one-step", 1, 1.0)])
+@torch.no_grad()
+def test_an_exported_flow_runs_on_diffusers_networks(tmp_path, kind, steps, guidance):
+    model, folder = checkpoint.load(TINY_TEACHER, kind=kind), tmp_path / "flow"
+    checkpoint.export(model, folder, torch.float32)
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "RectifiedFlowPipeline"
+    unet, vae = UNet2DConditionModel.from_pretrained(folder / "unet"), DiffusersVAE.from_pretrained(folder / "vae")
+    text, tokenizer = (
+        CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+    )
+    read = lambda prompts: text(tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids)[0]
+    x, context, null = noise_from_seeds(range(2), model.latent_shape()), read(PROMPTS), read(["", ""])
+    for k in range(steps):
+        timestep = torch.full((2,), 1000 * (1 - k / steps))
+        without, velocity = unet(x, timestep, null).sample, unet(x, timestep, context).sample
+        x = x + (without + guidance * (velocity - without)) / steps
+    assert relative_error(vae.decode(x / vae.config.scaling_factor).sample, drawn(model, PROMPTS, steps, guidance)) < 1e-4
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_written_files_have_the_modes_that_the_user_wants(model, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        checkpoint.export(model, tmp_path / "sd")
+        checkpoint.save(model, tmp_path / "a.safetensors")
+        command.write_text(tmp_path / "a.txt", "text")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "sd").rglob("*") if path.is_file()] + list(tmp_path.glob("a.*"))
+    assert len(files) > 10 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
+    assert stat.S_IMODE((tmp_path / "sd").stat().st_mode) == 0o777 & ~umask
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(model, tmp_path, monkeypatch):
+    flushed, named = set(), []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda number: flushed.add(os.fstat(number).st_ino) or fsync(number))
+
+    def rename(source, target):
+        named.append([path.stat().st_ino for path in source.rglob("*") if path.is_file()])
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", rename)
+    (tmp_path / ".sd.tmp" / "unet").mkdir(parents=True)  # what a killed export left
+    checkpoint.export(model, tmp_path / "sd")
+    assert len(named[0]) > 8 and set(named[0]) <= flushed and not list(tmp_path.glob(".sd*"))
+
+
+@pytest.mark.parametrize(
+    "folder, said, kind",
+    [
+        ("instaflow_0_9B_from_sd_1_5", None, "one-step"), ("2_rectified_flow_from_sd_1_5", None, "flow"),
+        ("models--XCLiu--instaflow_0_9B_from_sd_1_5/snapshots/0123abc", None, "one-step"),
+        ("mine", "XCLiu/instaflow_0_9B_from_sd_1_5", "one-step"),
+    ],
+)  # fmt: skip
+def test_the_published_flows_are_known_by_name(model, tmp_path, capsys, folder, said, kind):
+    command.note.cache_clear()
+    path = tmp_path / folder
+    write_folder(model, path)
+    index = json.loads((path / "model_index.json").read_text()) | {
+        "_class_name": "RectifiedFlowPipeline",
+        "_name_or_path": said,
+    }
+    del index["kind"]
+    (path / "model_index.json").write_text(json.dumps(index))
+    assert checkpoint.load(path).kind == kind
+    assert f"by its name taken for a model of kind {kind}; --kind says otherwise" in capsys.readouterr().err
+    assert checkpoint.load(path, kind="diffusion").kind == "diffusion" and not capsys.readouterr().err
+
+
 def test_kind(model, tmp_path):
     write_single_file(model, tmp_path / "a.safetensors")
     assert checkpoint.load(tmp_path / "a.safetensors", kind="flow").kind == "flow"
@@ -152,8 +258,6 @@ def test_kind(model, tmp_path):
 
 
 def test_long_prompts_keep_their_end_token(model, capsys):
-    import command
-
     command.note.cache_clear()
     ids = checkpoint.tokenize(model.tokenizer, ["abc", "abcdefghijklmnopqrstuvwxyz"], 16)
     assert ids.shape == (2, 16)
@@ -212,6 +316,95 @@ REFUSED = {
         r"model.diffusion_model.out.2.bias is \[9\] and should be \[4\]",
     ),
 }
+
+
+def with_about(model, path, about):
+    write_single_file(model, path, torch.float32)
+    save_file(load_file(path), path, {checkpoint.METADATA: about if isinstance(about, str) else json.dumps(about)})
+    return path
+
+
+@pytest.mark.parametrize("name", ["../../secret.txt", "/etc/passwd", "c.txt"])
+def test_metadata_names_no_file(model, tmp_path, name):
+    path = with_about(model, tmp_path / "a.safetensors", {"captions": name})
+    with pytest.raises(BadInput, match="its metadata names the captions .*; known are toy/captions.txt"):
+        checkpoint.load(path)
+    write_folder(model, tmp_path / "sd")
+    index = json.loads((tmp_path / "sd" / "model_index.json").read_text())
+    (tmp_path / "sd" / "model_index.json").write_text(json.dumps(index | {"captions": name}))
+    with pytest.raises(BadInput, match="model_index.json: its metadata names the captions"):
+        checkpoint.load(tmp_path / "sd")
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "{", "[]", "3", {"kind": "banana"}, {"kind": ["flow"]}, {"config": 3}, {"config": {}},
+        {"config": {"unet": {"layers": 3}}},
+        {"config": {"unet": {"block_out_channels": "wide"}, "vae": {}, "text_encoder": {}}},
+        {"config": {"unet": {"norm_num_groups": 0}, "vae": {}, "text_encoder": {}}},
+        {"config": {"unet": {"block_out_channels": []}, "vae": {}, "text_encoder": {}}},
+        {"tokenizer": [1]}, {"tokenizer": {"vocabulary": 3, "merges": []}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_malformed_metadata_is_one_line(model, tmp_path, about):
+    written = about
+    if isinstance(about, dict) and "tokenizer" in about:  # which is read after weights that fit
+        small = tmp_path / "small.safetensors"
+        write_single_file(model, small, torch.float32)
+        with checkpoint.safe_open(small, "pt") as file:
+            written = json.loads(file.metadata()[checkpoint.METADATA]) | about
+    path = with_about(model, tmp_path / "a.safetensors", written)
+    with pytest.raises(BadInput, match="a.safetensors: its (metadata|configuration|tokenizer)|the tokenizer in its") as problem:
+        checkpoint.load(path)
+    assert "\n" not in str(problem.value)
+
+
+def test_models_that_predict_or_take_something_else_are_refused(model, tmp_path):
+    for predicts in ("v_prediction", "sample"):
+        write_folder(model, tmp_path / predicts)
+        scheduler = tmp_path / predicts / "scheduler" / "scheduler_config.json"
+        scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": predicts}))
+        with pytest.raises(BadInput, match=f"{predicts}: a {predicts} model"):
+            checkpoint.load(tmp_path / predicts)
+    write_folder(model, tmp_path / "inpainting")
+    config = tmp_path / "inpainting" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
+    with pytest.raises(BadInput, match="inpainting: an inpainting model"):
+        checkpoint.load(tmp_path / "inpainting")
+    wide = lambda t: t.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)})
+    with pytest.raises(BadInput, match="an inpainting model"):
+        checkpoint.load(edited(model, tmp_path / "a.safetensors", wide))
+    with pytest.raises(BadInput, match="a v-prediction model"):
+        checkpoint.load(edited(model, tmp_path / "a.safetensors", lambda t: t.update({"v_pred": torch.zeros(1)})))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"block_out_channels": 3}'])
+@pytest.mark.parametrize("name", ["unet/config.json", "vae/config.json", "model_index.json", "scheduler/scheduler_config.json"])
+def test_malformed_folders_are_one_line(model, tmp_path, name, content):
+    write_folder(model, tmp_path / "sd")
+    (tmp_path / "sd" / name).write_text(content)
+    if "config" in name and name[0] in "uv" or content in ("{", "[]"):
+        with pytest.raises(BadInput, match="sd") as problem:
+            checkpoint.load(tmp_path / "sd")
+        assert "\n" not in str(problem.value)
+    else:  # nothing in these is needed
+        checkpoint.load(tmp_path / "sd")
+
+
+def test_a_malformed_index_or_tokenizer_is_one_line(model, tmp_path):
+    write_folder(model, tmp_path / "sd", shards=True)
+    index = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    for content in ("{", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../../vae/x"}}'):
+        index.write_text(content)
+        with pytest.raises(BadInput, match="index.json"):
+            checkpoint.load(tmp_path / "sd")
+    write_folder(model, tmp_path / "other")
+    for name in ("vocab.json", "tokenizer_config.json"):
+        (tmp_path / "other" / "tokenizer" / name).write_text("[")
+    with pytest.raises(BadInput, match="not a CLIP tokenizer"):
+        checkpoint.load(tmp_path / "other")
 
 
 @pytest.mark.parametrize("edit, words", REFUSED.values(), ids=REFUSED)

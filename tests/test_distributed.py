@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import command
+from command import TINY_TEACHER
 from conftest import ROOT, relative_error
 from training import read_metrics, saved_step
 
@@ -35,10 +37,10 @@ def start(folder: Path, processes: int, name: str, arguments: list, log: str = "
     folder.mkdir(exist_ok=True)
     (folder / "runner.py").write_text(RUNNER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*torchrun, "runner.py", name, *map(str, arguments)]
+    line = [*torchrun, "runner.py", name, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder / log, "w") as output:
-        return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment)
+        return subprocess.Popen(line, cwd=folder, stdout=output, stderr=output, env=environment)
 
 
 def run(folder: Path, processes: int, name: str, arguments: list, log: str = "log") -> str:
@@ -115,7 +117,7 @@ import command
 
 join = dist.init_process_group
 dist.init_process_group = lambda backend: join(backend, timeout=timedelta(seconds=2))
-command.join_processes()
+command.pick_device("cpu")
 time.sleep(4 * command.rank())
 command.wait_for_all()
 print("all are here")
@@ -124,6 +126,30 @@ dist.destroy_process_group()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "waiting.py"]
     result = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stdout == "all are here\n", result.stderr
+
+
+def test_processes_on_the_cpu_of_a_machine_with_gpus_use_gloo(monkeypatch):
+    backends = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(command, "patient_group", lambda: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", backends.append)
+    command.pick_device("cpu")
+    assert backends == ["gloo"]
+
+
+def test_evaluation_under_two_processes(tmp_path):
+    """The rows are those of one process, and one of them writes."""
+    rows = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        out = run(folder, processes, "evaluate", ["--model", TINY_TEACHER, "--num-samples", 24, "--steps", "2,1"])
+        assert out.count("comparison picture") == 1
+        rows.append(json.loads((folder / "runs/evaluate.json").read_text()))
+    for one, two in zip(*rows, strict=True):
+        assert (
+            one["caption_accuracy"] == two["caption_accuracy"] and abs(one["frechet"] - two["frechet"]) < 1e-2 * one["frechet"]
+        )
 
 
 def test_nodes_that_share_no_disk(tmp_path):

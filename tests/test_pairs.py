@@ -9,7 +9,7 @@ import checkpoint
 import pairs
 from command import BadInput
 from make_checkpoint import make_model, write_single_file
-from pairs import built_in_prompts, make_pairs, read_prompts
+from pairs import built_in_prompts, describe_pairs, make_pairs, read_prompts
 from rectified_flow import noise_from_seeds, sample_path
 
 PROMPTS = ["a cat", "a dog", "a bird"]
@@ -28,8 +28,9 @@ def small_shards(monkeypatch):
 
 
 def make(model, folder, count=10, **changes):
-    settings = dict(prompts=PROMPTS, prompts_name="test", steps=2, guidance=2.0, seed=5, batch_size=3) | changes
-    return make_pairs(model, folder=folder, count=count, **settings)
+    settings = dict(prompts=PROMPTS, prompts_name="test", steps=2, guidance=2.0, first_seed=5, batch_size=3) | changes
+    drawn = {name: settings.pop(name) for name in ("batch_size", "repair") if name in settings}
+    return make_pairs(model, settings["prompts"], describe_pairs(model, count=count, **settings), folder, **drawn)
 
 
 def test_pairs_are_what_the_teacher_draws(model, tmp_path):
@@ -81,7 +82,7 @@ def test_batch_size_changes_rounding_alone(model, tmp_path):
     [
         ({"steps": 3}, "steps was 2, now 3"),
         ({"guidance": 1.0}, "guidance was 2.0, now 1.0"),
-        ({"seed": 6}, "seed was 5, now 6"),
+        ({"first_seed": 6}, "first_seed was 5, now 6"),
         ({"solver": "ddim"}, "solver was 'dpm', now 'ddim'"),
         ({"prompts": ["else"]}, "prompts_hash was"),
     ],
@@ -90,6 +91,13 @@ def test_other_settings_are_refused_by_name(model, tmp_path, change, words):
     make(model, tmp_path)
     with pytest.raises(BadInput, match=words):
         make(model, tmp_path, **change)
+
+
+def test_pairs_of_another_dtype_are_refused(model, tmp_path):
+    make(model, tmp_path)
+    rough = checkpoint.load(model.path, dtype=torch.bfloat16)
+    with pytest.raises(BadInput, match="dtype was 'fp32', now 'bf16'"):
+        make(rough, tmp_path)
 
 
 def test_another_teacher_is_refused(model, tmp_path):
@@ -136,6 +144,23 @@ def test_prompt_files(tmp_path, capsys):
     assert read_prompts(table, "caption") == ["a cat, asleep"]
     with pytest.raises(BadInput, match="no column 'Prompt'"):
         read_prompts(table)
+
+
+def test_quotes_and_strange_line_ends_in_prompts(tmp_path):
+    """LAION's captions have both: quotes that are never closed, and U+2028 and U+0085 in the middle."""
+    table = tmp_path / "p.tsv"
+    strange = "a line\u2028break and\x85another"
+    table.write_text(f'Prompt\tNote\n"a sign that says\tx\na dog\ty\n"a ""quoted"" cat"\tz\n{strange}\tz\nshort\n')
+    assert read_prompts(table) == ['"a sign that says', "a dog", 'a "quoted" cat', strange, "short"]
+    text = tmp_path / "p.txt"
+    text.write_text(f"{strange}\r\na cat")
+    assert read_prompts(text) == [strange, "a cat"]
+    table = tmp_path / "p.csv"
+    table.write_text(f'id,caption\n1,"a cat,\nasleep"\n2,{strange}\n')
+    assert read_prompts(table, "caption") == ["a cat, asleep", strange]
+    table.write_text('id,caption\n1,"a cat\n2,a dog\n')
+    with pytest.raises(BadInput, match="p.csv: not a .csv table up to line 3"):
+        read_prompts(table, "caption")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """Flows, samplers and losses with known answers."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch.overrides import TorchFunctionMode
 
 from conftest import relative_error
 from rectified_flow import (
     HUBER,
     NoiseSchedule,
+    as_flow,
     ddim,
     diffusion_start,
     diffusion_velocity,
@@ -112,7 +116,7 @@ def test_losses():
     assert seen[0][1] is t and seen[0][2] == "text"
     torch.testing.assert_close(distill_loss(velocity, x0, x1), torch.full((5,), 0.25))
     assert torch.equal(seen[1][0], x0) and torch.equal(seen[1][1], torch.zeros(5))
-    expected = 0.5 * (1 + HUBER**2 * 28) ** 0.5 - HUBER * 7**0.5  # √(‖e‖² + c²) / √d - c / √d, ‖e‖² = d / 4, c = HUBER d
+    expected = (7 / 4 + (7 * HUBER) ** 2) ** 0.5 / 7 - HUBER  # (√(‖e‖² + c²) - c) / d, ‖e‖² = d / 4, c = HUBER d, d = 7
     torch.testing.assert_close(pseudo_huber_loss(velocity, x0, x1, t), torch.full((5,), expected))
 
 
@@ -120,7 +124,7 @@ def test_pseudo_huber_is_quadratic_near_zero_and_linear_far_away():
     error = torch.zeros(3, 4, 8, 8)
     c = HUBER * 256
     error[0, 0, 0, 0], error[1, 0, 0, 0], error[2, 0, 0, 0] = c / 100, c / 50, 100 * c
-    small, twice, large = (pseudo_huber(error) * 256**0.5).tolist()
+    small, twice, large = (pseudo_huber(error) * 256).tolist()
     assert twice / small == pytest.approx(4, rel=0.01) and large == pytest.approx(99 * c, rel=0.01)
 
 
@@ -131,6 +135,23 @@ def test_guidance():
     torch.testing.assert_close(guided(network, null, 0.0)(x, t, context), network(x, t, null))
     expected = network(x, t, null) + 3 * (network(x, t, context) - network(x, t, null))
     torch.testing.assert_close(guided(network, null, 3.0)(x, t, context), expected)
+
+
+def test_guidance_is_combined_in_fp32():
+    """A difference of bf16 outputs is exact in fp32; times 15, bf16 would round the sum to eighths."""
+    outputs = torch.tensor([[1.0, -3.0], [1.0078125, -2.984375]], dtype=torch.bfloat16)  # without text, with it
+    answer = guided(lambda x, t, context: outputs, torch.zeros(1, 2), 15.0)(torch.zeros(1, 2), torch.zeros(1), torch.ones(1, 2))
+    assert answer.dtype == torch.float32 and answer.tolist() == [[1 + 15 * 0.0078125, -3 + 15 * 0.015625]]
+
+
+def test_large_seeds_have_noises_of_their_own():
+    """torch's generator alone gives one noise for all seeds that agree in their last 32 bits."""
+    seeds = [5, 5 + 2**32, 5 + 2**48, 5 + 2 * 2**48, 5 + 2**48 + 2**24]
+    noises = noise_from_seeds(seeds, (4, 8, 8))
+    assert (torch.corrcoef(noises.flatten(1)) - torch.eye(5)).abs().max() < 0.25  # independent: 256 numbers each
+    assert noises.dtype == torch.float32 and noises[1:].std().item() == pytest.approx(1, abs=0.1)
+    assert torch.equal(noises[0], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5)))  # as diffusers has it
+    assert torch.equal(noises[2], noise_from_seeds(torch.tensor(seeds), (4, 8, 8))[2])
 
 
 def test_noise_depends_on_its_seed_alone():
@@ -227,3 +248,77 @@ def test_sample_path_by_kind():
     *_, expected = euler(flow_velocity(network), x, 5)
     *_, answer = sample_path(network, "flow", x, 5, context, null, 1.0)
     torch.testing.assert_close(answer, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A device without float64, as Apple's is
+
+
+class OnMps(torch.Tensor):
+    """A tensor that says it lies on such a device."""
+
+
+def is_mps(value):
+    return isinstance(value, torch.device) and value.type == "mps" or value == "mps" and isinstance(value, str)
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """Lets calls that name the device run on the CPU, marks what they return, and raises as mps does at float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function == torch.Tensor.device.__get__ and isinstance(args[0], OnMps):
+            return torch.device("mps")
+        leaves, structure = torch.utils._pytree.tree_flatten((args, kwargs))
+        marked = any(isinstance(leaf, OnMps) or is_mps(leaf) for leaf in leaves)
+        leaves = [torch.device("cpu") if is_mps(leaf) else leaf for leaf in leaves]
+        leaves = [leaf.as_subclass(torch.Tensor) if isinstance(leaf, OnMps) else leaf for leaf in leaves]
+        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, structure)
+        result = function(*args, **kwargs)
+        if not marked or function is torch.Tensor.cpu:
+            return result
+        return torch.utils._pytree.tree_map(self.mark, result)
+
+    @staticmethod
+    def mark(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return value.as_subclass(OnMps)
+
+
+def test_the_device_without_float64_is_one():
+    with WithoutFloat64():
+        x = torch.zeros(2, device="mps")
+        assert isinstance(x + 1, OnMps) and not isinstance(x.cpu(), OnMps) and x.cpu().double().dtype == torch.float64
+        for use in (lambda: x.double(), lambda: torch.zeros(2).double().to(x.device), lambda: x.to(torch.float64)):
+            with pytest.raises(TypeError, match="float64"):
+                use()
+
+
+def test_everything_runs_on_a_device_without_float64():
+    x1, noise, t = points(seed=1).float(), points(seed=2).float(), torch.tensor([0.07, 0.1, 0.5, 0.9, 0.97])
+
+    def figures(device):
+        x, y, times = x1.to(device), noise.to(device), t.to(device)
+        context, null = torch.zeros(5, 7, device=device), torch.zeros(1, 7, device=device)
+        velocity = diffusion_velocity(dummy_network, SCHEDULE)
+        yield from (loss(velocity, y, x, times) for loss in (reflow_loss, pseudo_huber_loss))
+        yield distill_loss(lambda x, t, context: 0.1 * x, y, x)
+        yield noise_loss(dummy_network, SCHEDULE, x, y, 999 * times, None)
+        yield noise_loss(dummy_network, SCHEDULE, x, y, (999 * t).round(), None)
+        for kind, solver in (("diffusion", "dpm"), ("diffusion", "ddim"), ("flow", "dpm")):
+            yield from sample_path(dummy_network, kind, y, 4, context, null, 2.0, solver)
+        for kind in ("diffusion", "flow"):
+            velocity, start, grid = as_flow(dummy_network, kind, y, 4, null, 2.0)
+            straight = straightness(velocity, start, 4, context, grid)
+            yield torch.tensor([straight.value, straight.standard_error, straight.relative, straight.transport_cost])
+
+    expected = list(figures("cpu"))
+    for device, mode in (("cpu", nullcontext()), ("mps", WithoutFloat64())):
+        with mode:
+            found = [figure.cpu() for figure in figures(device)]
+        assert len(found) == len(expected) == 22
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b)

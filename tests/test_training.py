@@ -1,15 +1,18 @@
 """The loop: resuming equals not having stopped, and it stops where it must."""
 
 import json
-import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+import command
 import training
 from command import BadInput
+from conftest import ROOT
 from training import TrainingOptions, generator_for, shuffled, train
 
 
@@ -109,23 +112,109 @@ def test_accumulation_is_the_same_batch(tmp_path):
     torch.testing.assert_close(weights(run(tmp_path / "a", accumulate=3)), weights(run(tmp_path / "b")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_saves_and_says_how_to_go_on(tmp_path, number):
+def test_an_interruption_names_the_state_that_is_kept(tmp_path):
+    """No handler of ours: SIGTERM ends the process at once, as torchrun expects, and Ctrl-C is Python's own."""
+    handlers = []
+
     def interrupt(step):
+        handlers.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
         if step == 7:
-            os.kill(os.getpid(), number)
+            raise KeyboardInterrupt
         return 1.0
 
-    with pytest.raises(BadInput, match="stopped after step 8, which is saved; run the same command again"):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(BadInput, match="interrupted; the state of step 5 is kept, run the same command to go on there"):
         run(tmp_path / "a", spoil=interrupt)
-    assert training.saved_step(tmp_path / "a") == 8
+    assert handlers[0] == before
     assert torch.equal(weights(run(tmp_path / "a")), weights(run(tmp_path / "b")))
+
+
+def test_a_state_is_never_older_than_fifteen_minutes(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)  # then at every row of the log
+
+    def stop(step):
+        if step == 3:
+            raise RuntimeError("killed")
+        return 1.0
+
+    with pytest.raises(RuntimeError):
+        run(tmp_path / "a", spoil=stop, save_every=1000)
+    assert training.saved_step(tmp_path / "a") == 2
+    assert torch.equal(weights(run(tmp_path / "a", save_every=1000)), weights(run(tmp_path / "b")))
+
+
+def test_no_memory_left_names_what_does_not_lose_the_run(tmp_path):
+    def full(step):
+        if step == 7:
+            raise torch.OutOfMemoryError
+        return 1.0
+
+    with pytest.raises(BadInput, match="state of step 5 is kept.*--accumulate.*--gradient-checkpointing.*--ema-device cpu"):
+        run(tmp_path / "a", spoil=full)
+    resumed = run(tmp_path / "a", accumulate=3)  # as it says
+    torch.testing.assert_close(weights(resumed), weights(run(tmp_path / "b")))
+
+
+def test_a_run_beyond_the_iterations_asked_for_is_said(tmp_path):
+    run(tmp_path, iterations=10)
+    with pytest.raises(BadInput, match="its run is at iteration 10, beyond the 4 asked for"):
+        run(tmp_path, iterations=4)
+
+
+def test_settings_are_written_with_the_first_state(tmp_path):
+    with pytest.raises(BadInput, match="not finite at step 2"):
+        run(tmp_path, spoil=lambda step: float("nan") if step == 2 else 1.0, learning_rate=1.0)
+    assert not (tmp_path / "settings.json").exists()
+    run(tmp_path)  # so that another learning rate may be tried: nothing is lost by it
+    (tmp_path / "state.safetensors").unlink()
+    run(tmp_path, learning_rate=0.1)  # as if killed between the two files
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import command\n"
+    code += f"command.keep_others_out({str(tmp_path / 'state')!r}); print('locked', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(BadInput, match="state: another run works in this folder; wait for it, or name another one"):
+        run(tmp_path / "state")
+    other.kill()  # which is as hard as kill -9, and lets the next one in
+    other.wait()
+    run(tmp_path / "state")
+    assert training.saved_step(tmp_path / "state") == 20
+    command.let_others_in()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(BadInput, match="not finite at step 7, samples 56 to 63; the state of step 5 is kept"):
         run(tmp_path, spoil=lambda step: float("nan") if step == 7 else 1.0)
     assert training.saved_step(tmp_path) == 5
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    class Steep(torch.autograd.Function):
+        """Finite, with an infinite slope, as √x has at 0."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("inf")
+
+    network, at = make_network(), [0]
+
+    def loss(x, t):
+        error = network(x) - x.flip(1)
+        return (Steep.apply(error) if at[0] == 7 else error).square().mean(1), t
+
+    def draw(samples, generator):
+        at[0] = int(samples[0]) // 8
+        return torch.randn(len(samples), 2, generator=generator), torch.rand(len(samples), generator=generator)
+
+    with pytest.raises(BadInput, match="the gradient is not finite at step 7, though the loss is; the state of step 5 is kept"):
+        train(network, draw, loss, TrainingOptions(20, 8, save_every=5), tmp_path, {}, "test")
+    assert training.saved_step(tmp_path) == 5 and torch.isfinite(weights(network)).all()
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
@@ -213,3 +302,35 @@ def test_half_precision_training_stays_finite(tmp_path):
     loss = lambda x: ((network(x) - x).float().square().mean(1), None)  # noqa: E731
     train(network, draw, loss, options, tmp_path, {}, "bf16", torch.bfloat16)
     assert torch.isfinite(weights(network)).all() and network[0].weight.dtype == torch.float32
+
+
+def train_in_fp16(folder, iterations, scale=1.0):
+    network = make_network()
+    draw = lambda samples, generator: (torch.randn(len(samples), 2, generator=generator),)
+    loss = lambda x: (scale * (network(x) - x.flip(1)).float().square().mean(1), None)
+    options = TrainingOptions(iterations, 8, learning_rate=1e-2, save_every=1)
+    train(network, draw, loss, options, folder, {}, "fp16", torch.float16)
+    return network
+
+
+def test_fp16_resumes_bit_for_bit_with_its_scale(tmp_path):
+    scale = 300.0  # times 65536, the first scale, it overflows: some updates are passed over
+    whole = train_in_fp16(tmp_path / "a", 20, scale)
+    progress = training.saved_progress(tmp_path / "a")
+    assert 0 < progress["updates"] < progress["step"] == 20 and progress["scaler"]["scale"] < 65536
+    for iterations in (3, 11):
+        train_in_fp16(tmp_path / "b", iterations, scale)
+    assert torch.equal(weights(whole), weights(train_in_fp16(tmp_path / "b", 20, scale)))
+    assert (tmp_path / "a/state.safetensors").read_bytes() == (tmp_path / "b/state.safetensors").read_bytes()
+
+
+def test_fp16_may_pass_over_every_update_before_the_first_state(tmp_path):
+    network = train_in_fp16(tmp_path, 2, 1e4)
+    assert training.saved_progress(tmp_path)["updates"] == 0 and torch.equal(weights(network), weights(make_network()))
+    assert not torch.equal(weights(train_in_fp16(tmp_path, 40, 1e4)), weights(make_network()))
+
+
+def test_what_makes_a_run_is_compared_with_its_dtype(tmp_path):
+    train_in_fp16(tmp_path, 2)
+    with pytest.raises(BadInput, match="dtype was 'fp16', now 'fp32'"):
+        train(make_network(), None, None, TrainingOptions(4, 8, learning_rate=1e-2), tmp_path, {})

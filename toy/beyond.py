@@ -76,12 +76,15 @@ def u_shaped_times(count: int, generator: torch.Generator) -> Tensor:
 
 
 def perceptual_loss(model, distance, velocity, x0: Tensor, x1: Tensor, t: Tensor, context) -> Tensor:
-    """(1 - t) pseudo-Huber + LPIPS between the pictures of X1 and of X_t + (1 - t) v, where v points to: (B,)."""
+    """t pseudo-Huber + LPIPS between the pictures of X1 and of X_t + (1 - t) v, where v points to: (B,).
+
+    At noise, where v can only point to an average, the weight is 0 and LPIPS alone counts.
+    """
     error = reflow_error(velocity, x0, x1, t, context)
     with torch.no_grad():
         target = model.vae.decode(x1)
     landing = model.vae.decode(x1 - like(1 - t, x1) * error)  # since X_t + (1 - t) (X1 - X0) is X1
-    return (1 - t) * pseudo_huber(error) + distance(landing, target)
+    return t * pseudo_huber(error) + distance(landing, target)
 
 
 def run_seed(study: Study, distance) -> None:

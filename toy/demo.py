@@ -47,13 +47,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import figures
-from command import Parser, check_output, not_below_zero, not_negative, positive, run, write_text
+from command import Parser, check_output, not_below_zero, positive, run, run_seed, seeds_in, write_text
 from distill import distill_l2
-from evaluate import grouped, markdown_table, measure_straightness, number_list
-from pairs import Pairs, draw_latents, make_pairs
+from evaluate import grouped, markdown_table, measure_straightness
+from pairs import Pairs, describe_pairs, draw_latents, make_pairs
 from rectified_flow import NoiseSchedule, as_flow, euler, noise_from_seeds, noise_loss, one_step
 from reflow import CAPTION_DROPOUT, reflow
-from training import TrainingOptions, train
+from training import TrainingOptions, generator_for, train
 from unet import timestep_embedding
 
 TEACHER_STEPS = 25
@@ -62,7 +62,10 @@ TABLE_STEPS = (1, 2, 4, 8, 25)
 LEARNING_RATE = 4e-3
 COOLDOWN = 0.5
 EMA_UPDATES = 20  # half-life: short, as the runs are
-PROBE_SEEDS = 1_000_000  # noises from here on are in no training pair
+WORLDS = {
+    "teacher": "reflow",
+    "2-RF": "distillation",
+}  # of the noises of their pairs: a flow sees others than it was trained on
 GROUPS = 2  # distances are means over this many groups of points
 FLOOR_DRAWS = 4
 STUDY_KEYS = ("teacher", "start", "width", "updates")
@@ -160,6 +163,7 @@ class PointModel:
     path: str  # a name: nothing lies there
     guidance: float = 1.0  # with which it is sampled
     device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
 
     def latent_shape(self) -> tuple[int]:
         return (2,)
@@ -239,13 +243,12 @@ class Method:
         return model
 
     def pairs_of(self, model: PointModel) -> PairsInMemory:
-        folder, count = self.folder / f"pairs-{model.path}", self.args.num_pairs
-        return PairsInMemory(
-            make_pairs(
-                model, model.labels, self.args.dataset, folder, count, TEACHER_STEPS, model.guidance,
-                seed=self.seed, batch_size=1000,
-            )
-        )  # fmt: skip
+        first_seed = seeds_in(WORLDS[model.path], self.seed, self.args.num_pairs)[0]
+        description = describe_pairs(
+            model, model.labels, self.args.dataset, self.args.num_pairs, TEACHER_STEPS, model.guidance, first_seed
+        )
+        folder = self.folder / f"pairs-{model.path}"
+        return PairsInMemory(make_pairs(model, model.labels, description, folder, batch_size=1000))
 
     def straightened(self, model: PointModel, pairs: PairsInMemory, name: str) -> PointModel:
         """Reflow, started from the weights of the model that made the pairs."""
@@ -303,8 +306,8 @@ class Probe:
 
 def make_probe(data: Dataset, count: int, seed: int) -> tuple[Probe, Tensor]:
     """The probe, and data drawn once more. The floor is a mean over several such draws."""
-    labels, generator = torch.arange(count) % len(data.labels), torch.Generator().manual_seed(seed + PROBE_SEEDS)
-    seeds = list(range(seed + PROBE_SEEDS, seed + PROBE_SEEDS + count))
+    seeds = list(seeds_in("evaluation", seed, count))
+    labels, generator = torch.arange(count) % len(data.labels), generator_for(seeds[0])
     probe = Probe(data, labels, seeds, noise_from_seeds(seeds, (2,)), data.draw(labels, generator))
     draws = [data.draw(labels, generator) for _ in range(FLOOR_DRAWS)]
     probe.floor = sum(probe.wasserstein(again) for again in draws) / FLOOR_DRAWS
@@ -468,6 +471,11 @@ def summary_of(rows: list[dict]) -> list[dict]:
     return summary
 
 
+def number_list(text: str) -> list[int]:
+    """argparse type: whole numbers of at least 1, with commas."""
+    return [positive(part) for part in text.split(",")]
+
+
 def main():
     parser = Parser("The whole method in the plane.")
     parser.add_argument("--dataset", choices=list(DATASETS), default="rings")
@@ -478,7 +486,7 @@ def main():
     parser.add_argument("--num-pairs", type=positive, default=20_000)
     parser.add_argument("--teacher-guidance", type=not_below_zero, default=1.5, help="1 is off")
     parser.add_argument("--num-samples", type=positive, default=4000, help="points that a row of the table is measured on")
-    parser.add_argument("--seed", type=not_negative, default=0, help="the run is a function of it")
+    parser.add_argument("--seed", type=run_seed, default=0, help="the run is a function of it")
     parser.add_argument("--out", help="folder; default: runs/toy, or runs/toy-DATASET")
     group = parser.add_argument_group("study")
     group.add_argument("--study", action="store_true", help="distill the teacher and 2-RF into students of many sizes")

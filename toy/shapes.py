@@ -12,6 +12,7 @@ is many pictures, as with real captions. A picture is right when everything that
 Its last hidden layer gives the features for the Fréchet distance. It never takes part in training a model.
 """
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ GRAY = 120 / 127.5 - 1
 ARRANGEMENTS = ("one", "vertical", "horizontal")
 RELATIONS = ("above", "below", "left of", "right of", "and")
 OMIT = 0.25  # probability with which a caption leaves one attribute out
+MEASURED_ONE_IN = 5  # captions: one is kept for measuring, the others are for training on
 ONE_OBJECT = 0.15  # share of scenes with a single object
 RADIUS = (4.5, 6.5)  # pixels from an object's centre to its edge
 READER = Path(__file__).with_name("reader.safetensors")
@@ -161,6 +163,31 @@ def open_captions(count: int, seed: int) -> list[Caption]:
 def single_captions(count: int, seed: int) -> list[Caption]:
     """Captions of one object, of which colour or shape or both may be left out."""
     return chosen_captions(count, seed, lambda caption: caption.second is None)
+
+
+def is_for_measuring(caption: Caption) -> bool:
+    """Is this caption one of those that no list to train on has? Its text decides, so that it is so in every list."""
+    # The second byte, of all the one with a fifth of each kind: of one object, of two, of those that leave much open.
+    return hashlib.sha256(str(caption).encode()).digest()[1] % MEASURED_ONE_IN == 0
+
+
+def captions_of_part(measuring: bool, count: int, seed: int, make: Callable) -> list[Caption]:
+    """The first `count` captions of make(..., seed) that are for measuring, or those that are not."""
+    drawn, captions = 2 * count, []
+    while len(captions) < count:
+        captions = [caption for caption in make(drawn, seed) if is_for_measuring(caption) == measuring]
+        drawn *= 2
+    return captions[:count]
+
+
+def training_captions(count: int, seed: int, make: Callable[[int, int], list[Caption]] = random_captions) -> list[Caption]:
+    """Captions to make pairs with: four fifths of all that there are."""
+    return captions_of_part(False, count, seed, make)
+
+
+def measuring_captions(count: int, seed: int, make: Callable[[int, int], list[Caption]] = random_captions) -> list[Caption]:
+    """Captions to measure on: the other fifth."""
+    return captions_of_part(True, count, seed, make)
 
 
 def obeys(scene: Scene, caption: Caption) -> bool:

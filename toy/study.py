@@ -19,7 +19,8 @@ For each seed, on captions that leave much open ("a shape and a red square"), wh
 
 Every student starts from its teacher's weights; where that is the diffusion, with the sign of its output changed, as reflow
 does (unet.started_from). The teacher's pairs are the same for every seed. They are drawn in 8 steps, as those of the flows:
-nearly as good as 25 (the table shows both), and three times as many in the same time. How many there are decides much, since
+nearly as good as 25 (the table shows both), and three times as many in the same time. Captions and noises that figures are
+taken on are in none of the pairs. How many pairs there are decides much, since
 a student that sees few pairs often learns them by heart: --num-pairs 3000 is such a study.
 
 "samples" counts what training saw on the whole way from the teacher, "own_samples" what this student saw, and "minutes" is
@@ -62,6 +63,7 @@ from command import (
     pick_dtype,
     positive,
     run,
+    seeds_in,
     write_text,
     write_whole,
 )  # fmt: skip
@@ -79,7 +81,7 @@ from evaluate import (
     save_comparison,
     with_interval,
 )
-from pairs import Pairs, default_guidance, make_pairs
+from pairs import Pairs, default_guidance, describe_pairs, make_pairs
 from rectified_flow import flow_velocity, one_step
 from reflow import reflow
 from train_teacher import minutes_of
@@ -95,8 +97,8 @@ CAPTIONS = {
 }
 LPIPS_LEARNING_RATE = 1e-4  # at 5e-4, as in L2, the LPIPS of the training pairs rises from the first updates on
 CAPTIONS_DRAWN = 1000  # different ones, among the pairs
-SEEDS_APART = 10_000_000  # noises of one seed of the study and of the next
-HELD_OUT = 5_000_000  # from here on, within a seed, captions and noises are for measuring
+# Of the noises of their pairs, so that no model is sampled where it was trained. Those of the teacher serve all seeds.
+WORLDS = {"tiny_sd": "reflow", "2rf": "second reflow", "3rf": "distillation"}
 STACKED = {"2-RF + distill, stacked": "features", "2-RF + distill, two whole": "latents"}
 KEYS = ("row", "updates", "steps")
 FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
@@ -105,8 +107,9 @@ SETTINGS = ("iterations", "lpips_iterations", "batch_size", "num_pairs", "teache
 
 
 @functools.cache
-def captions_of(name: str, seed: int) -> list[str]:
-    return [str(caption) for caption in CAPTIONS[name](CAPTIONS_DRAWN, seed)]
+def captions_of(name: str, seed: int, held_out: bool) -> list[str]:
+    draw = shapes.measuring_captions if held_out else shapes.training_captions
+    return [str(caption) for caption in draw(CAPTIONS_DRAWN, seed, CAPTIONS[name])]
 
 
 @dataclass
@@ -130,19 +133,20 @@ class Study:
         """Those of reflow.py and distill.py for the tiny model, with a shorter warm-up for these shorter runs."""
         return TrainingOptions(
             iterations, self.args.batch_size, learning_rate=learning_rate, warmup_samples=1_600, ema_half_life=10_000,
-            save_every=500, seed=self.seed,
+            ema_ramp=0.05, save_every=500, seed=self.seed,
         )  # fmt: skip
 
     def pairs_of(self, model: StableDiffusion, held_out: bool = False, guidance: float | None = None) -> Pairs:
         """Pairs of this model, made when first asked for; guidance: another than the model's own."""
-        shared = model.path == TINY_TEACHER
-        folder, first = (self.folder.parent, 0) if shared else (self.folder, self.seed * SEEDS_APART)
-        first += held_out * HELD_OUT
-        captions = captions_of(self.args.captions, first)
+        shared, stem = model.path == TINY_TEACHER, Path(model.path).stem
+        folder, seed = (self.folder.parent, 0) if shared else (self.folder, self.seed)
         name, count = ("held-out", self.args.held_out) if held_out else ("pairs", self.args.num_pairs)
-        folder = folder / f"{name}-{Path(model.path).stem}{'' if guidance is None else f'-guidance-{guidance:g}'}"
+        first_seed = seeds_in("validation" if held_out else WORLDS[stem], seed, count)[0]
+        captions = captions_of(self.args.captions, first_seed, held_out)
+        folder = folder / f"{name}-{stem}{'' if guidance is None else f'-guidance-{guidance:g}'}"
         guidance = default_guidance(model) if guidance is None else guidance
-        return make_pairs(model, captions, self.args.captions, folder, count, self.args.teacher_steps, guidance, seed=first)
+        description = describe_pairs(model, captions, self.args.captions, count, self.args.teacher_steps, guidance, first_seed)
+        return make_pairs(model, captions, description, folder)
 
     def made(
         self, name: str, start: StableDiffusion, train: Callable[[StableDiffusion], object], init: str = "negated"
@@ -235,13 +239,15 @@ def run_seed(study: Study, distance: Callable) -> None:
             if updates == n and finish and lpips:
                 options = study.options(lpips, LPIPS_LEARNING_RATE)
                 perceptual = lambda new: distill_perceptual(
-                    new, study.pairs_of(source), distance, options, study.folder / f"{name}-lpips", {}, dtype
-                )
+                    new, study.pairs_of(source), distance, options, study.folder / f"{name}-lpips", {}, dtype,
+                    updates * study.args.batch_size,
+                )  # fmt: skip
                 finished = study.made(f"{name}-{updates}-lpips", student, perceptual)
                 spent = costs(before, {name: updates, f"{name}-lpips": lpips})
                 study.record(f"{row} + LPIPS", finished, updates + lpips, source, **spent)
 
-    parts, budgets = study.args.parts, [round(n * budget) for budget in study.args.budgets]
+    # Rising, since one training goes on from each to the next.
+    parts, budgets = study.args.parts, sorted(round(n * budget) for budget in study.args.budgets)
     up_to_n = [updates for updates in budgets if updates <= n]
     if "teacher" in parts:
         study.record_drawn()
@@ -342,8 +348,9 @@ def open_table(path: Path) -> tuple[list[dict], Callable[[], None]]:
 
 
 def study_of(seed: int, args: argparse.Namespace, device: torch.device, rows: list[dict], write: Callable) -> Study:
-    first = seed * SEEDS_APART + HELD_OUT
-    questions = judged(shapes, CAPTIONS[args.captions](args.num_samples, first), first)
+    seeds = seeds_in("evaluation", seed, args.num_samples)
+    captions = shapes.measuring_captions(args.num_samples, seeds[0], CAPTIONS[args.captions])
+    questions = judged(shapes, captions, seeds, seed)
     return Study(seed, Path(args.out) / f"seed-{seed}", args, device, questions, rows, write)
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import shapes
 from checkpoint import StableDiffusion
-from command import HERE, Parser, check_output, machine_name, not_negative, positive, run, write_text, write_whole
+from command import HERE, Parser, check_output, machine_name, positive, run, run_seed, seeds_in, write_text, write_whole
 from distill import perceptual_distance
 from evaluate import draw_pictures, frechet_distance
 from pairs import default_guidance
@@ -55,6 +55,7 @@ TEXT = TextEncoderConfig(
 DROP = 0.1  # share of captions replaced by the empty one, so that guidance works (Ho & Salimans 2022)
 KL_WEIGHT = 1e-4  # a number of the latent; small, as in Rombach et al. 2022: it keeps the latents near unit size
 PERCEPTUAL_WEIGHT = 0.5
+EMA_RAMP = 0.05  # the half-life of the averaged weights is at most this share of the samples seen
 CAPTIONS = 4000  # in toy/captions.txt, from which pairs are drawn
 MEASURED, TEACHER_STEPS = 1000, 25  # pictures and steps behind each figure
 UNKNOWN = "unknown"  # what a caption leaves open, as a class of the text stage
@@ -132,7 +133,14 @@ def train_reader(iterations: int, folder: Path, seed: int) -> shapes.Reader:
         return sum(F.cross_entropy(logits, label, reduction="none") for logits, label in pairs), None
 
     options = TrainingOptions(
-        iterations, 128, learning_rate=1e-3, warmup_samples=12_800, ema_half_life=50_000, save_every=500, seed=seed
+        iterations,
+        128,
+        learning_rate=1e-3,
+        warmup_samples=12_800,
+        ema_half_life=50_000,
+        ema_ramp=EMA_RAMP,
+        save_every=500,
+        seed=seed,
     )
     train(reader, draw, loss, options, folder / "reader", {}, "1 reader")
     return reader
@@ -158,7 +166,15 @@ def train_autoencoder(iterations: int, folder: Path, seed: int) -> AutoencoderKL
         return pixels + PERCEPTUAL_WEIGHT * perceptual(answer, images) + KL_WEIGHT * kl, None
 
     options = TrainingOptions(
-        iterations, 64, learning_rate=6e-4, warmup_samples=6400, cooldown=0.5, ema_half_life=5_000, save_every=250, seed=seed
+        iterations,
+        64,
+        learning_rate=6e-4,
+        warmup_samples=6400,
+        cooldown=0.5,
+        ema_half_life=5_000,
+        ema_ramp=EMA_RAMP,
+        save_every=250,
+        seed=seed,
     )
     dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
     train(vae, draw, loss, options, folder / "autoencoder", {}, "2 autoencoder", dtype)
@@ -216,7 +232,14 @@ def train_text(iterations: int, folder: Path, seed: int, tokenize, config: TextE
         return total, None
 
     options = TrainingOptions(
-        iterations, 128, learning_rate=1e-3, warmup_samples=12_800, ema_half_life=50_000, save_every=500, seed=seed
+        iterations,
+        128,
+        learning_rate=1e-3,
+        warmup_samples=12_800,
+        ema_half_life=50_000,
+        ema_ramp=EMA_RAMP,
+        save_every=500,
+        seed=seed,
     )
     train(model, draw, loss, options, folder / "text", {}, "3 text")
     return model.text_encoder
@@ -251,7 +274,7 @@ def train_unet(iterations: int, folder: Path, seed: int, latents, captions, enco
 
     options = TrainingOptions(
         iterations, 64, learning_rate=1e-3, weight_decay=0.01, warmup_samples=64_000, cooldown=0.3, ema_half_life=50_000,
-        save_every=500, log_every=50, seed=seed,
+        ema_ramp=EMA_RAMP, save_every=500, log_every=50, seed=seed,
     )  # fmt: skip
     train(unet, draw, loss, options, folder / "unet", {"data": len(latents)}, "4 U-Net")
     return unet
@@ -270,7 +293,7 @@ def minutes_of(folder: Path, steps: int | None = None) -> float:
 def measure(model: StableDiffusion, reader: shapes.Reader, seed: int) -> dict:
     """Shares of right pictures and Fréchet distances, on captions and pictures that training never saw."""
     share = lambda pictures, captions: sum(shapes.right(reader, pictures, captions)) / len(captions)  # noqa: E731
-    seeds = list(range(MEASURED))
+    seeds = list(seeds_in("evaluation", seed, MEASURED))
     guidance = default_guidance(model)
     figures = {"pictures": MEASURED, "teacher_steps": TEACHER_STEPS, "guidance": guidance}
     kinds = {"full": shapes.full_captions, "open": shapes.open_captions, "mixed": shapes.random_captions}
@@ -310,7 +333,7 @@ def main():
     parser.add_argument("--autoencoder-iterations", type=positive, default=1500)
     parser.add_argument("--text-iterations", type=positive, default=2000)
     parser.add_argument("--unet-iterations", type=positive, default=6000)
-    parser.add_argument("--seed", type=not_negative, default=0)
+    parser.add_argument("--seed", type=run_seed, default=0)
     args = parser.parse_args()
     check_output(args.out)
     folder, seed = Path(args.work), args.seed
@@ -339,7 +362,7 @@ def main():
     checkpoint.save(model, out)
     reader_tensors = {name: tensor.half() for name, tensor in reader.state_dict().items()}
     write_whole(out.with_name("reader.safetensors"), lambda path: save_file(reader_tensors, path))
-    prompts = [str(caption) for caption in shapes.random_captions(CAPTIONS, seed)]
+    prompts = [str(caption) for caption in shapes.training_captions(CAPTIONS, seed)]
     write_text(out.with_name("captions.txt"), "\n".join(prompts) + "\n")
 
     figures = {

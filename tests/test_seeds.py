@@ -1,0 +1,143 @@
+"""Nothing is measured on what it was trained on: the noises and captions of all commands, with their defaults."""
+
+import argparse
+import itertools
+
+import pytest
+import torch
+
+import checkpoint
+import command
+import demo
+import distill
+import evaluate
+import reflow
+import sample
+import study
+from command import TINY_TEACHER, BadInput, seeds_in
+from conftest import ROOT
+from pairs import built_in_prompts, parts_of
+from rectified_flow import noise_from_seeds
+
+
+class Enough(Exception):
+    """Raised where a command would begin to work."""
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """asked(main, arguments): (seeds of noises, captions) that the command begins to work with."""
+    monkeypatch.chdir(tmp_path)
+    flow = checkpoint.load(TINY_TEACHER, kind="flow")
+    checkpoint.save(flow, "runs/2rf.safetensors")
+    found = []
+
+    def make_pairs(model, prompts, description, *args, **kwargs):
+        found.append((range(description["first_seed"], description["first_seed"] + description["count"]), prompts))
+        raise Enough
+
+    def measure(model, questions, *args):
+        found.append(
+            (list(itertools.chain(*(each.seeds for each in questions))), [p for each in questions for p in each.prompts])
+        )
+        raise Enough
+
+    def draw(model, context, seeds, *args):
+        found.append((seeds, []))
+        raise Enough
+
+    for module in (reflow, distill, study):
+        monkeypatch.setattr(module, "make_pairs", make_pairs)
+    monkeypatch.setattr(evaluate, "evaluate", measure)
+    monkeypatch.setattr(sample, "draw_latents", draw)
+
+    def run(main, *arguments):
+        monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+        with pytest.raises(Enough):
+            main()
+        command.let_others_in()
+        return found.pop()
+
+    return run
+
+
+def test_no_command_measures_or_samples_where_another_trained(asked):
+    worlds, training, measuring = {}, set(), set()
+    for seed in (0, 1):
+        for name, main, arguments in (
+            ("reflow", reflow.main, []),
+            ("third reflow", reflow.main, ["--teacher", "runs/2rf.safetensors", "--out", "runs/3rf.safetensors"]),
+            ("distill", distill.main, []),
+            ("evaluate", evaluate.main, ["--model", TINY_TEACHER, "--repeats", 3]),
+            ("sample", sample.main, ["--model", "runs/2rf.safetensors"]),
+        ):
+            seeds, captions = asked(main, *arguments, "--seed", seed)
+            worlds[name, seed] = set(seeds)
+            (measuring if name == "evaluate" else training).update(captions)
+    sizes = {name: len(seeds) for (name, seed), seeds in worlds.items() if seed == 0}
+    assert sizes == {"reflow": 15_000, "third reflow": 15_000, "distill": 10_000, "evaluate": 3_000, "sample": 4}
+    for (a, first), (b, second) in itertools.combinations(worlds.items(), 2):
+        shared = first & second
+        # What a user asks for is taken as it is: picture k of --seed 1 is picture k + 1 of --seed 0.
+        assert not shared or (a[0], b[0]) == ("sample", "sample"), (a, b)
+    assert len(training) > 1000 and len(measuring) > 300 and not training & measuring
+
+
+def test_the_study_measures_on_what_nothing_was_trained_on(asked):
+    args = argparse.Namespace(
+        out="runs/study", num_samples=1000, num_pairs=10_000, held_out=500, captions="open", teacher_steps=8, dtype="fp32"
+    )
+    worlds = {}
+    for seed in (0, 1):
+        each = study.study_of(seed, args, torch.device("cpu"), [], None)
+        models = {"teacher": checkpoint.load(TINY_TEACHER)}
+        for stem in ("2rf", "3rf"):
+            checkpoint.save(checkpoint.load(TINY_TEACHER, kind="flow"), f"runs/{stem}.safetensors")
+            models[stem] = checkpoint.load(f"runs/{stem}.safetensors")
+        of = {"questions": (each.questions.seeds, each.questions.prompts)}
+        for model, held_out in itertools.product(models, (False, True)):
+            of[model, held_out] = asked(lambda: each.pairs_of(models[model], held_out))
+        training = {text for key in of for text in of[key][1] if key in itertools.product(models, [False])}
+        measuring = {text for key in of for text in of[key][1] if key not in itertools.product(models, [False])}
+        assert training and measuring and not training & measuring
+        worlds[seed] = {key: set(seeds) for key, (seeds, _) in of.items()}
+        for (a, first), (b, second) in itertools.combinations(worlds[seed].items(), 2):
+            assert not first & second or (a[1], b[1]) == (True, True), (a, b)  # held-out noises may serve all models
+    for key in worlds[0]:  # the teacher's pairs alone serve all seeds
+        assert bool(worlds[0][key] & worlds[1][key]) == (key[0] == "teacher"), key
+
+
+def test_the_plane_measures_on_new_noises(monkeypatch):
+    def describe(model, prompts, name, count, steps, guidance, first_seed):
+        raise Enough(range(first_seed, first_seed + count))
+
+    monkeypatch.setattr(demo, "describe_pairs", describe)
+    worlds = {}
+    for seed in (0, 1):
+        method = demo.Method(demo.rings(), ROOT, argparse.Namespace(num_pairs=20_000, width=4, dataset="rings"), seed)
+        for name in demo.WORLDS:
+            with pytest.raises(Enough) as found:
+                method.pairs_of(method.fresh(4, "flow", name))
+            worlds[name, seed] = set(found.value.args[0])
+        probe, _ = demo.make_probe(demo.rings(), 100, seed)
+        worlds["probe", seed] = set(probe.seeds)
+    assert not any(a & b for a, b in itertools.combinations(worlds.values(), 2))
+
+
+def test_worlds_and_seeds_share_no_noise():
+    seeds = [seeds_in(world, seed, 3) for world in command.WORLDS for seed in (0, 1, 255, 256, 65_536, command.RUN - 1)]
+    seeds.append(range(3))
+    noises = noise_from_seeds([each for three in seeds for each in three], (64,))
+    assert len(noises.unique(dim=0)) == 3 * len(seeds)
+    assert max(seeds[-2]) < 2**63
+    with pytest.raises(BadInput, match="16,777,217 noises: one --seed has 16,777,216"):
+        seeds_in("reflow", 0, 2**24 + 1)
+
+
+def test_the_last_hundredth_of_a_list_is_never_trained_on():
+    prompts = [f"prompt {k}" for k in range(1000)] + ["prompt 3"]
+    training, measuring = parts_of(prompts)
+    assert measuring == prompts[-10:] and training == [p for p in prompts[:991] if p != "prompt 3"]
+    assert parts_of(["a", "b"]) == (["a", "b"], [])
+    training, measuring = parts_of(built_in_prompts())
+    assert (len(training), len(measuring)) == (6083, 61) and not set(training) & set(measuring)
