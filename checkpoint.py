@@ -97,11 +97,15 @@ class StableDiffusion:
         for network in (self.unet, self.vae.decoder):
             network.compile(backend=backend)
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """The context (B, L, D) that the U-Net reads, without gradients."""
+    def found_tokenizer(self) -> CLIPTokenizer:
+        """The checkpoint's own tokenizer, or the hub's from now on."""
         if self.tokenizer is None:
             self.tokenizer = hub_tokenizer(self.text_encoder.config.vocab_size)
-        token_ids = tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
+        return self.tokenizer
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """The context (B, L, D) that the U-Net reads, without gradients."""
+        token_ids = tokenize(self.found_tokenizer(), prompts, self.text_encoder.config.max_position_embeddings)
         with torch.no_grad():
             return self.text_encoder(token_ids.to(self.device))
 
@@ -151,7 +155,7 @@ def tokenizer_in(folder: str | Path) -> CLIPTokenizer:
         raise BadInput(f"{folder}: holds no tokenizer (vocab.json and merges.txt); give a folder that does with --tokenizer")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as problem:
+    except Exception as problem:  # the tokenizers library raises its own, without a class for them
         raise BadInput(f"{folder}: not a CLIP tokenizer ({first_line(problem)}); get the folder again") from None
 
 
@@ -303,6 +307,10 @@ def empty_networks(
     """
     try:
         unet, vae, text = configs()
+        for name, value in itertools.chain(*(vars(config).items() for config in (unet, vae, text))):
+            numbers = value if isinstance(value, tuple) else (value,)
+            if name != "stacked" and not all(isinstance(n, (int, float)) and n >= 0 for n in numbers):
+                raise ValueError(f"{name} is {value!r}")
         if unet.in_channels != vae.latent_channels:
             what = "an inpainting model" if unet.in_channels == 9 else "another model"
             raise BadInput(
@@ -373,19 +381,23 @@ def start_of(args: argparse.Namespace) -> str:
     return args.init if args.init in STARTS else fingerprint(args.init)
 
 
-def load_student(args: argparse.Namespace, device: torch.device) -> StableDiffusion:
-    """What a command trains: the teacher's networks, with the U-Net that --init says.
+def check_start(args: argparse.Namespace, teacher: StableDiffusion) -> None:
+    """BadInput where --init names a U-Net that is not built like the teacher's."""
+    if args.init not in STARTS and load(args.init).unet.config != teacher.unet.config:
+        raise BadInput(f"--init {args.init}: its U-Net is not built like the teacher's; give one that was made from that")
 
-    In fp32, since bf16 would round the weights that training starts from.
+
+def load_student(args: argparse.Namespace, device: torch.device) -> StableDiffusion:
+    """What a command trains: the teacher's networks, with the U-Net that --init says, which `check_start` has seen.
+
+    In fp32, since bf16 would round the weights that training starts from. With a tokenizer, which is saved along.
     """
     student = load(args.teacher, device, torch.float32, args.kind, args.tokenizer, args.use_ema)
+    student.found_tokenizer()
     if args.init in STARTS:
         student.unet = started_from(student.unet, args.init, student.kind, args.seed)
-        return student
-    begun = load(args.init, device, torch.float32)
-    if begun.unet.config != student.unet.config:
-        raise BadInput(f"--init {args.init}: its U-Net is not built like the teacher's; give one that was made from that")
-    student.unet = begun.unet
+    else:
+        student.unet = load(args.init, device, torch.float32).unet
     return student
 
 
@@ -425,7 +437,8 @@ def load_single_file(path: Path, device, dtype, use_ema: bool) -> StableDiffusio
             raise BadInput(
                 f"{path}: the tokenizer in its metadata is malformed ({first_line(problem)}); get it again"
             ) from None
-    return StableDiffusion(**networks, tokenizer=tokenizer, kind=about.get("kind", "diffusion"), captions=about.get("captions"))
+    kind = about.get("kind") or "diffusion"
+    return StableDiffusion(**networks, tokenizer=tokenizer, kind=kind, captions=about.get("captions"))
 
 
 def read_about(path: Path, text: str | None) -> dict:

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from command import BadInput, rank, wait_for_all, world_size, write_whole
+from command import BadInput, keep_others_out, rank, wait_for_all, world_size, write_whole
 from training import compare_settings, write_settings
 from vae import to_bytes
 
@@ -78,9 +78,10 @@ def feature_distance(extractor: str | None, device: torch.device):
     """torchmetrics' FID, on Inception or on a TorchScript file: images (B, 3, H, W) uint8 -> features (B, D)."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
+    with_float64 = torch.device("cpu") if device.type == "mps" else device  # its sums are in float64
     try:
         feature = 2048 if extractor is None else torch.jit.load(extractor, map_location="cpu")
-        return FrechetInceptionDistance(feature, reset_real_features=False).to(device)
+        return FrechetInceptionDistance(feature, reset_real_features=False).to(with_float64)
     except (OSError, RuntimeError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0]
         if extractor is not None:
@@ -126,6 +127,7 @@ class Gallery:
         about: what decides the pictures.
         """
         folder = self.folder / name
+        keep_others_out(folder)
         compare_settings(folder, about)
         write_settings(folder, about)
         mine = range(rank(), len(self.prompts), world_size())

@@ -46,11 +46,18 @@ def note(message: str) -> None:
         print(f"note: {message}", file=sys.stderr)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every option that has one of its own; the others say theirs in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows defaults and complains in one line."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str):
         print(f"error: {message} (see --help)", file=sys.stderr)
@@ -86,7 +93,7 @@ class ByModel:
     tiny: object
 
     def __str__(self) -> str:
-        return f"{self.full}, tiny model {self.tiny}"
+        return f"{self.full}, tiny model {self.tiny}" if self.full is not None else f"tiny model {self.tiny}"
 
 
 def settle(args: argparse.Namespace, tiny: bool) -> None:
@@ -120,8 +127,11 @@ def seeds_in(world: str, seed: int, count: int, start: int = 0) -> range:
 
     A model is measured on noises that nothing was trained on, and a teacher is never sampled where it was trained; so
     pairs for reflow (from a diffusion; "second reflow" from a flow), pairs for distillation, validation and evaluation
-    each have a world. Below the first world lie the seeds that users ask for. BadInput: more noises than a --seed has.
+    each have a world. Below the first world lie the seeds that users ask for. A third flow's own pairs share the world
+    "second reflow" with those it was made from: give another --seed for a fourth. BadInput: more noises than a --seed has.
     """
+    if seed >= RUN:
+        raise BadInput(f"--seed {seed}: there are {RUN:,}; take a smaller one")
     if start + count > RUN:
         raise BadInput(f"{start + count:,} noises: one --seed has {RUN:,}; ask for fewer, or give the rest another --seed")
     first = WORLDS[world] * WORLD + seed * RUN + start
@@ -315,30 +325,45 @@ def differences(before: dict, now: dict) -> str:
     return "; ".join(f"{key} was {before.get(key)!r}, now {value!r}" for key, value in now.items() if before.get(key) != value)
 
 
-LOCKED = {}  # folder -> its open lock file, until this process ends or `run` returns
+LOCKED = {}  # folder -> its open lock file, until the work in it is done, `run` returns or this process ends
 
 
 def keep_others_out(folder: str | os.PathLike) -> None:
-    """Make the folder, and be the only run that works in it. BadInput where another one does.
+    """Make the folder, and be the only run that works in it. BadInput, in every process, where another one does.
 
     The lock is the system's own and ends with its process, however that ends. Of many processes the first takes it.
     """
-    folder = Path(folder).resolve()
-    if rank() or fcntl is None or folder in LOCKED:
+    key, refused = Path(folder).resolve(), None
+    if key in LOCKED or fcntl is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise BadInput(f"{folder.name}: another run works in this folder; wait for it, or name another one") from None
-    LOCKED[folder] = file
+    LOCKED[key] = None
+    if rank() == 0:
+        try:
+            key.mkdir(parents=True, exist_ok=True)
+            LOCKED[key] = open(key / ".lock", "w")
+            fcntl.flock(LOCKED[key], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused = f"{folder}: another run works in this folder; wait for it, or name another one"
+        except OSError as problem:
+            if LOCKED[key] is None:
+                refused = f"{folder}: cannot be written ({problem.strerror}); choose another place"
+            else:
+                note(f"{folder}: its disk has no locks ({problem.strerror}); see to it that one run works there at a time")
+    if world_size() > 1:
+        answer = [refused]
+        dist.broadcast_object_list(answer, src=0, group=patient_group())
+        refused = answer[0]
+    if refused:
+        let_others_in(folder)
+        raise BadInput(refused)
 
 
-def let_others_in() -> None:
-    while LOCKED:
-        LOCKED.popitem()[1].close()
+def let_others_in(folder: str | os.PathLike | None = None) -> None:
+    """The work in this folder is done, or in all of them."""
+    for key in list(LOCKED) if folder is None else [Path(folder).resolve()]:
+        file = LOCKED.pop(key, None)
+        if file is not None:
+            file.close()
 
 
 def check_output(path: str | os.PathLike, needed: int = 0) -> None:
@@ -348,8 +373,9 @@ def check_output(path: str | os.PathLike, needed: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if Path(path).is_dir():
             raise BadInput(f"{path}: is a folder; name a file to write")
-        write_text(folder / ".can-write", "yes")
-        (folder / ".can-write").unlink(missing_ok=True)
+        probe = folder / f".can-write-{os.getpid()}"
+        write_text(probe, "yes")
+        probe.unlink(missing_ok=True)
     except OSError as problem:
         raise BadInput(f"{path}: cannot be written ({problem.strerror}); choose another place") from None
     free = shutil.disk_usage(folder).free

@@ -182,10 +182,11 @@ def main():
     stages = [(state / "l2", l2, l2_settings, dtype), (state / "lpips", lpips, lpips_settings, dtype)]
     stages = [stage for stage in stages if stage[1].iterations]
     finished = [check_stage(*stage) for stage in stages]
-    pairs = make_pairs(teacher, prompts, description, args.pairs, args.teacher_batch_size, args.repair)
     if Path(args.out).exists() and all(finished):
         print(f"{args.out}: finished already, {args.l2_iterations} + {args.lpips_iterations} iterations")
         return
+    checkpoint.check_start(args, teacher)
+    pairs = make_pairs(teacher, prompts, description, args.pairs, args.teacher_batch_size, args.repair)
     print(f"distill: {len(pairs)} pairs, {args.l2_iterations} L2 iterations of {args.batch_size}, "
           f"{args.lpips_iterations} LPIPS ({args.lpips_net}) of {args.lpips_batch_size}")  # fmt: skip
 

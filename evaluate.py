@@ -4,7 +4,8 @@
     python evaluate.py --model runs/2rf.safetensors --steps 1,4,25 --guidance 1,1.5,2.5 --repeats 5
 
 All models draw the same captions from the same noises, which nothing was trained on: noises have a world of seeds of their
-own (command.seeds_in), and captions are of no list that pairs are made from. Writes beside each other
+own (command.seeds_in), and captions are in no list that pairs are made from. (The tiny teacher alone has seen them all.)
+Writes beside each other
 
     evaluate.json     a row for each model, guidance and number of steps (a figure that does not apply is null)
     evaluate.md       the same as a table
@@ -81,6 +82,7 @@ from rectified_flow import as_flow, noise_from_seeds, straightness
 from training import seed_of
 from vae import to_bytes
 
+JUDGE = ("measuring_captions", "drawn", "load_reader", "right")  # what a judge's file is asked for
 TINY_JUDGE = str(HERE / "toy" / "shapes.py")
 STRAIGHTNESS_STEPS = 25
 STRAIGHTNESS_SAMPLES = 256  # at most; 16 at 512 px, as whole paths are held at once
@@ -126,6 +128,9 @@ def load_judge(path: str):
     judge = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = judge  # dataclasses look their module up
     spec.loader.exec_module(judge)
+    missing = [name for name in JUDGE if not hasattr(judge, name)]
+    if missing:
+        raise BadInput(f"--judge {path}: has no {missing[0]}; a judge has {', '.join(JUDGE)}, as toy/shapes.py does")
     return judge
 
 
@@ -396,7 +401,9 @@ def main():
     group = parser.add_argument_group("real images, for FID and CLIP score")
     group.add_argument("--coco", help="COCO's folder, with annotations/ and val2017/ (5,000 captions) or val2014/ (30,000)")
     group.add_argument("--images", help="another folder of images, with --prompts")
-    group.add_argument("--prompts", help="text file with a prompt a line, or .tsv/.csv, to draw with --images")
+    group.add_argument(
+        "--prompts", help="text file with a prompt a line, or .tsv/.csv, to draw with --images; others than those of the pairs"
+    )
     group.add_argument("--prompt-column", default="Prompt", help="column of a .tsv or .csv that holds the prompts")
     group.add_argument("--image-size", type=positive, help="pixels at which images are compared; default: COCO's protocol, 512")
     group.add_argument("--feature-extractor", help="TorchScript file instead of Inception: uint8 images to features")

@@ -33,6 +33,7 @@ from command import (
     differences,
     dtype_name,
     keep_others_out,
+    let_others_in,
     not_below_zero,
     note,
     positive,
@@ -63,7 +64,7 @@ def read_prompts(path: str | Path, column: str = "Prompt") -> list[str]:
     """A prompt a line from a text file, or the named column of a .tsv or .csv with a header. Blank ones are skipped."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not UTF-8 text; save it as UTF-8, a prompt a line") from None
     except OSError as problem:
@@ -73,7 +74,7 @@ def read_prompts(path: str | Path, column: str = "Prompt") -> list[str]:
     else:
         lines = text.split("\n")[: -1 if text.endswith("\n") else None]
     # A line ends at a line feed alone: str.splitlines also cuts at characters that captions from the web are full of.
-    prompts = [" ".join(line.split("\n")).strip() for line in lines if line.strip()]
+    prompts = [line.replace("\n", " ").replace("\r", " ").strip() for line in lines if line.strip()]
     if not prompts:
         raise BadInput(f"{path}: holds no prompt; write one a line")
     if len(prompts) < len(lines):
@@ -86,7 +87,7 @@ def column_of(path: Path, text: str, column: str) -> list[str]:
     if path.suffix == ".tsv":  # quotes do not hide tabs there, and a caption may well begin with one that is never closed
         rows = [line.split("\t") for line in text.split("\n") if line]
     else:
-        reader = csv.reader(io.StringIO(text), strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         try:
             rows = [row for row in reader if row]
         except csv.Error as problem:
@@ -101,15 +102,20 @@ def column_of(path: Path, text: str, column: str) -> list[str]:
 
 def unquoted(field: str) -> str:
     """A .tsv field without the quotes that some programs put around it."""
-    whole = len(field) > 1 and field[0] == field[-1] == '"'
-    return field[1:-1].replace('""', '"') if whole else field
+    inner = field[1:-1]
+    whole = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if whole else field
 
 
 def parts_of(prompts: list[str]) -> tuple[list[str], list[str]]:
-    """(prompts to train on, prompts to measure on): of every list the last hundredth is never trained on."""
+    """(prompts to train on, prompts to measure on): of every list the last hundredth is never trained on.
+
+    Nothing is kept from a list that is too short for it, or says the same over and over.
+    """
     kept = prompts[len(prompts) - len(prompts) // 100 :]
     never = set(kept)
-    return [prompt for prompt in prompts if prompt not in never], kept
+    training = [prompt for prompt in prompts if prompt not in never]
+    return (training, kept) if training else (prompts, [])
 
 
 # For Stable Diffusion without a prompt file: what follows is enough to try the method, not to train a good model.
@@ -201,11 +207,14 @@ def make_pairs(
             latents = torch.cat(latents)
             if not torch.isfinite(latents).all():
                 bad = numbers[(~torch.isfinite(latents).flatten(1).all(1)).nonzero()[0].item()]
-                raise BadInput(f"{folder}: the teacher's latent of pair {bad} is not finite; try --dtype fp32")
+                raise BadInput(
+                    f"{folder}: the teacher's latent of pair {bad} is not finite; try --dtype fp32 and other --pairs"
+                )
             tensors = {"latents": latents.half(), "seeds": torch.tensor(seeds)}
             metadata = {"prompts": json.dumps(texts)}
             write_whole(shard_path(folder, i), lambda path: save_file(tensors, path, metadata), every_rank=True)
     wait_for_all()
+    let_others_in(folder)
     for path in (shard_path(folder, i) for i in range(len(sizes))):
         if not path.exists():
             raise BadInput(f"{path}: made by another process and not here; name a --pairs that all nodes share")
@@ -232,8 +241,8 @@ def check_description(folder: Path, description: dict) -> None:
     if not (folder / "pairs.json").exists():
         return
     try:
-        before = json.loads((folder / "pairs.json").read_text())
-    except ValueError:
+        before = dict(json.loads((folder / "pairs.json").read_text()))
+    except (ValueError, TypeError):
         raise BadInput(f"{folder / 'pairs.json'}: damaged; delete the folder or name another with --pairs") from None
     changed = differences(before, {name: value for name, value in description.items() if name != "count"})
     if changed:

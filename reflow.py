@@ -16,7 +16,7 @@ The paper starts from the teacher's weights as they are (--init teacher). They p
 half the velocity; changing the sign of the last convolution (--init negated) removes most of the work of the tiny model, and
 there --loss pseudo-huber makes one step better by 4 to 29 % in Fréchet distance (README.md, "Fewer samples").
 A tenth of the prompts T is dropped, so that guidance works on the result. The result is 2-Rectified Flow, of kind
-"flow"; given as --teacher itself, it makes 3-Rectified Flow. InstaFlow (arXiv 2309.06380).
+"flow"; given as --teacher itself, it makes 3-Rectified Flow (a fourth flow wants another --seed). InstaFlow (2309.06380).
 """
 
 from collections.abc import Callable
@@ -119,11 +119,11 @@ def main():
     options = options_from(args, args.iterations, args.batch_size, args.accumulate, fits, args.learning_rate)
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
     settings = {"pairs": description, "init": checkpoint.start_of(args), "loss": args.loss}
-    finished = check_stage(folder, options, settings, dtype)
-    pairs = make_pairs(teacher, prompts, description, args.pairs, args.teacher_batch_size, args.repair)
-    if Path(args.out).exists() and finished:
+    if check_stage(folder, options, settings, dtype) and Path(args.out).exists():
         print(f"{args.out}: finished already, {args.iterations} iterations")
         return
+    checkpoint.check_start(args, teacher)
+    pairs = make_pairs(teacher, prompts, description, args.pairs, args.teacher_batch_size, args.repair)
     seen = args.iterations * args.batch_size
     print(f"reflow: {len(pairs)} pairs, each seen {seen / len(pairs):.1f} times in {args.iterations} x {args.batch_size}")
 

@@ -14,7 +14,8 @@ What a GPU holds beside activations is, for each parameter, 4 bytes of weights, 
 
 The state (weights, EMA, both AdamW moments, under fp16 the loss's scale) is one safetensors file that appears whole or not
 at all, in a folder beside the output: `<out>.state/state.safetensors`, with `settings.json` and `metrics.jsonl`, which
-`plot_loss` draws. It is written every --save-every iterations or 15 minutes, and a run that was killed, however, goes on there.
+`plot_loss` draws. It is written every --save-every iterations, and whenever a run is logged 15 minutes after the last time; a
+run that was killed, however, goes on there.
 """
 
 import argparse
@@ -57,8 +58,10 @@ from command import (
 
 TIME_BINS = 10  # the loss is also reported for each tenth of [0, 1]
 PAPERS_WARMUP, PAPERS_HALF_LIFE = 1_000, 6_931  # updates, at any batch: EMA 0.9999 halves in 6,931
+MUCH = 0.2  # of the averaged weights; the paper's shortest stage, 18,000 updates, leaves 0.17 of them at the start's
 LOG_SAMPLES, LOG_UPDATES = 640, 10  # a run is logged after so many samples or updates, whichever come first
 SAVE_SECONDS = 15 * 60  # a state is never older than that when a run is logged
+LEAST_SCALE = 2**-10  # of fp16's losses; a gradient that is not finite below it is so for other reasons
 BYTES_PER_PARAMETER = 16  # of a saved state: weights, EMA and two moments in fp32
 
 
@@ -116,7 +119,9 @@ def add_training_options(parser: argparse.ArgumentParser, batch_size: ByModel, l
                        help=f"samples until a weight counts half; for SD {PAPERS_HALF_LIFE:,} times the batch")  # fmt: skip
     group.add_argument("--ema-ramp", type=not_below_zero, default=ByModel(0.0, 0.05), help="the half-life is at most this "
                        "share of the samples seen: short runs forget their start; 0, the paper's: no limit")  # fmt: skip
-    group.add_argument("--save-every", type=positive, default=500, help="iterations between saved states, 15 minutes at most")
+    group.add_argument(
+        "--save-every", type=positive, default=500, help="iterations between saved states; about 15 minutes at most"
+    )
     group.add_argument(
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=ByModel(True, False),
         help="recompute activations in the backward pass: less memory, a third more time",
@@ -138,7 +143,7 @@ def options_from(
     warmup = PAPERS_WARMUP * batch_size if args.warmup_samples is None else args.warmup_samples
     half_life = args.ema_half_life or PAPERS_HALF_LIFE * batch_size
     left = 0.5 ** (iterations * batch_size / half_life)
-    if left > 0.1 and iterations and not args.ema_ramp:
+    if left > MUCH and iterations and not args.ema_ramp:
         note(f"after {iterations:,} iterations {left:.0%} of the averaged weights are still the start's, by --ema-half-life "
              f"{half_life:,}; --ema-ramp 0.05 forgets it sooner")  # fmt: skip
     return TrainingOptions(
@@ -289,15 +294,19 @@ def saved_step(folder: str | Path) -> int:
 
 
 def decisive(options: TrainingOptions, settings: dict, dtype: torch.dtype) -> dict:
-    """What decides a run's result. Its length is left out: a finished run may be continued."""
-    return settings | {k: v for k, v in asdict(options).items() if k not in PRACTICAL} | {"dtype": dtype_name(dtype)}
+    """What decides a run's result. Its length is left out: a finished run may be continued, unless its rate fell to 0."""
+    result = settings | {k: v for k, v in asdict(options).items() if k not in PRACTICAL} | {"dtype": dtype_name(dtype)}
+    return result | {"iterations": options.iterations} if options.cooldown else result
 
 
 def compare_settings(folder: str | Path, settings: dict) -> None:
     """BadInput that names the differences, where the folder holds a run with other settings."""
     path = Path(folder) / "settings.json"
     if path.exists():
-        changed = differences(json.loads(path.read_text()), settings)
+        try:
+            changed = differences(dict(json.loads(path.read_text())), settings)
+        except (ValueError, TypeError):
+            raise BadInput(f"{path}: damaged; give another --out or delete {folder}") from None
         if changed:
             raise BadInput(f"{folder}: holds another run ({changed}); give another --out or delete it")
 
@@ -309,8 +318,11 @@ def write_settings(folder: str | Path, settings: dict) -> None:
 def check_stage(folder: str | Path, options: TrainingOptions, settings: dict, dtype: torch.dtype) -> bool:
     """Is this very run finished? To be asked for every stage of a command before any work.
 
-    BadInput where the folder holds another run, or this run beyond the iterations that are asked for.
+    BadInput where the folder holds another run, or this run beyond the iterations that are asked for, and where there are
+    more processes than samples in a batch.
     """
+    if options.batch_size < world_size():
+        raise BadInput(f"--batch-size {options.batch_size}: smaller than the number of processes, {world_size()}")
     step = saved_step(folder)
     if not step:  # settings alone are of a run that was killed before its first state
         return False
@@ -426,20 +438,13 @@ def train(
     check_output(state, needed=(1 if state.exists() else 2) * BYTES_PER_PARAMETER * count)
     keep_others_out(folder)
     check_stage(folder, options, settings, dtype)
-    if options.batch_size < world_size():
-        raise BadInput(f"--batch-size {options.batch_size}: smaller than the number of processes, {world_size()}")
     wait_for_all()
-
-    optimizer = adamw(weights, options)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    ema_device = options.ema_device or device
-    ema = {key: weight.detach().to(ema_device, copy=True) for key, weight in weights.items()}
-    first = load_state(folder, weights, ema, optimizer, scaler)
+    first = saved_step(folder)
     if len(set(from_all_processes([first]))) > 1:
         raise BadInput(f"{folder}: the processes find states of different steps in it; name an --out that all nodes share")
     metrics = folder / "metrics.jsonl"
-    kept = [row for row in read_metrics(folder) if row["step"] <= first]
-    write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    rows = [row for row in read_metrics(folder) if row["step"] <= first]
+    write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     network.train()
@@ -448,7 +453,13 @@ def train(
     part = math.ceil(options.batch_size / options.accumulate)
     bar = tqdm(total=options.iterations, initial=first, desc=name, unit="it", dynamic_ncols=True, disable=rank() > 0)
     losses, times, started, saved, saved_at = [], [], time.monotonic(), first, time.monotonic()
+    kept = lambda: f"the state of step {saved} is kept in {folder}" if saved else "no state is saved yet"
     try:
+        optimizer = adamw(weights, options)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        ema_device = options.ema_device or device
+        ema = {key: weight.detach().to(ema_device, copy=True) for key, weight in weights.items()}
+        load_state(folder, weights, ema, optimizer, scaler)
         for step in range(first, options.iterations):
             seen = step * options.batch_size
             samples = torch.arange(seen, seen + options.batch_size)
@@ -469,18 +480,18 @@ def train(
                     times.append(t.detach().float().cpu())
                 if not torch.isfinite(losses[-1]).all():
                     raise BadInput(
-                        f"{name}: the loss is not finite at step {step}, samples {seen + start} to {seen + end - 1}; the state "
-                        f"of step {saved} is kept in {folder}; try a lower --learning-rate or --dtype fp32"
+                        f"{name}: the loss is not finite at step {step}, samples {seen + start} to {seen + end - 1}; {kept()}; "
+                        "try another run, with another --out, at a lower learning rate or in --dtype fp32"
                     )
 
             sum_over_processes([weight.grad for weight in weights.values()])
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(weights.values(), options.clip_norm).item()
             # Under fp16 the scaler passes over such an update and lowers its scale, which is how it finds the right one.
-            if not math.isfinite(norm) and not scaler.is_enabled():
+            if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < LEAST_SCALE):
                 raise BadInput(
-                    f"{name}: the gradient is not finite at step {step}, though the loss is; the state of step {saved} is kept "
-                    f"in {folder}; try a lower --learning-rate or --dtype fp32"
+                    f"{name}: the gradient is not finite at step {step}, though the loss is; {kept()}; try another run, with "
+                    "another --out, at a lower learning rate or in --dtype fp32"
                 )
             scaler.step(optimizer)
             scaler.update()
@@ -515,11 +526,11 @@ def train(
                 wait_for_all()  # for the first, which may write for minutes
                 saved, saved_at = done, time.monotonic()
     except KeyboardInterrupt:
-        raise BadInput(f"{name}: interrupted; the state of step {saved} is kept, run the same command to go on there") from None
+        raise BadInput(f"{name}: interrupted; {kept()}, run the same command again to continue") from None
     except torch.OutOfMemoryError:
         raise BadInput(
-            f"{name}: out of GPU memory; the state of step {saved} is kept, and the run goes on with what needs less: parts of "
-            f"a batch, now {options.accumulate} (--accumulate), --gradient-checkpointing, --ema-device cpu"
+            f"{name}: out of GPU memory; {kept()}, and the run goes on with what needs less: more parts of a batch than "
+            f"{options.accumulate} (--accumulate, in LPIPS --lpips-accumulate), --gradient-checkpointing, --ema-device cpu"
         ) from None
     finally:
         bar.close()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from command import DTYPES, HERE, Parser, add_machine_options, machine_name, positive, write_text
+from command import HERE, Parser, add_machine_options, dtype_name, machine_name, positive, write_text
 from evaluate import markdown_table
 
 TOKENS = 77  # of a prompt
@@ -93,7 +93,7 @@ def peak_memory(device: torch.device) -> float | None:
 
 def report(name: str, device: torch.device, dtype: torch.dtype, rows: list[dict], **about) -> None:
     """Print the rows as a table and write them to benchmarks/results/<name>-<dtype>-<device>.json."""
-    short = next(name for name, each in DTYPES.items() if each == dtype)
+    short = dtype_name(dtype)
     about = {"command": " ".join(["python", *sys.argv]), "device": machine_name(device), "torch": torch.__version__,
              "dtype": short} | about  # fmt: skip
     path = HERE / "benchmarks" / "results" / f"{name}-{short}-{device.type}.json"

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import unet_to_diffusers
-from command import pick_device, pick_dtype, positive, run
+from command import pick_device, pick_dtype, run, solver_steps
 from make_checkpoint import make_model
 from pairs import GUIDANCE
 from rectified_flow import distill_loss, flow_velocity, one_step, reflow_loss, sample_path
@@ -72,7 +72,7 @@ def untrained_vgg() -> torch.nn.Module:
 def main():
     parser = timing_parser("Time the stages of training.", rounds=3)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--teacher-steps", type=positive, default=25)
+    parser.add_argument("--teacher-steps", type=solver_steps, default=25)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     args = parser.parse_args()
     device = pick_device(args.device)

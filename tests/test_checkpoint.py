@@ -344,6 +344,8 @@ def test_metadata_names_no_file(model, tmp_path, name):
         {"config": {"unet": {"block_out_channels": "wide"}, "vae": {}, "text_encoder": {}}},
         {"config": {"unet": {"norm_num_groups": 0}, "vae": {}, "text_encoder": {}}},
         {"config": {"unet": {"block_out_channels": []}, "vae": {}, "text_encoder": {}}},
+        {"config": {"unet": {"sample_size": "64"}, "vae": {}, "text_encoder": {}}},
+        {"config": {"unet": {}, "vae": {"scaling_factor": None}, "text_encoder": {}}},
         {"tokenizer": [1]}, {"tokenizer": {"vocabulary": 3, "merges": []}},
     ],
     ids=str,

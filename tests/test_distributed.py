@@ -152,6 +152,17 @@ def test_evaluation_under_two_processes(tmp_path):
         )
 
 
+def test_two_runs_at_once_are_one_line_in_every_process(tmp_path):
+    command.keep_others_out(tmp_path / "a/runs/2rf.safetensors.state")
+    try:
+        assert start(tmp_path / "a", 2, "reflow", REFLOW).wait(timeout=300) != 0
+    finally:
+        command.let_others_in()
+    log = (tmp_path / "a/log").read_text()
+    assert "2rf.safetensors.state: another run works in this folder" in log
+    assert 'runner.py", line' not in log  # no traceback of ours beside torchrun's
+
+
 def test_nodes_that_share_no_disk(tmp_path):
     for rank in "01":
         (tmp_path / rank).mkdir()
@@ -171,4 +182,5 @@ def test_bad_input_under_torchrun(tmp_path):
     assert process.wait(timeout=300) != 0
     log = (tmp_path / "a/log").read_text()
     assert "error: --batch-size 1: smaller than the number of processes, 2 (process 0 of 2)" in log
-    assert "runner.py FAILED" in log and json.loads((tmp_path / "a/runs/pairs/pairs.json").read_text())["count"] == 40
+    assert "runner.py FAILED" in log and 'runner.py", line' not in log
+    assert not (tmp_path / "a/runs/pairs/pairs.json").exists()  # said before any work

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import evaluate
 import pairs
 import study
 from command import TINY_TEACHER
-from rectified_flow import NoiseSchedule
+from rectified_flow import HUBER, NoiseSchedule
 
 
 @pytest.fixture(autouse=True)
@@ -73,16 +74,16 @@ def test_repeats_and_guidances(call):
 
 FEW = ["--iterations", 4, "--batch-size", 4, "--num-pairs", 20, "--held-out", 8,
          "--num-samples", 12, "--teacher-steps", 4]  # fmt: skip
-STUDY = [*FEW, "--lpips-iterations", 2]
+STUDY = [*FEW, "--lpips-iterations", 2, "--steps", 4, 1]
 
 
 def test_the_study(call, tmp_path):
     code, out, err = call(study.main, *STUDY, "--num-seeds", 2)
     assert code == 0, err
     rows = json.loads(Path("runs/study/study.json").read_text())
-    names = ["drawn"] + ["teacher"] * 5 + ["2-RF"] * 5 + ["2-RF + distill"] * 3 + ["2-RF + distill + LPIPS"]
+    names = ["drawn"] + ["teacher"] * 2 + ["2-RF"] * 2 + ["2-RF + distill"] * 3 + ["2-RF + distill + LPIPS"]
     names += ["teacher + distill"] * 5 + ["teacher + distill + LPIPS"]
-    names += ["3-RF"] * 5 + ["3-RF + distill", *study.STACKED]
+    names += ["3-RF"] * 2 + ["3-RF + distill", *study.STACKED]
     for seed in (0, 1):
         mine = [row for row in rows if row["seed"] == seed]
         assert sorted(row["row"] for row in mine) == sorted(names)
@@ -128,6 +129,20 @@ def test_u_shaped_times_have_their_density():
     for x in (0.1, 0.3, 0.5, 0.8):
         share = (math.sinh(2) + math.sinh(4 * (x - 0.5))) / (2 * math.sinh(2))
         assert (t < x).double().mean().item() == pytest.approx(share, abs=0.005)
+
+
+def test_the_perceptual_loss_weighs_as_its_authors_do():
+    """The Huber term is a mean over the latent's numbers and weighs nothing at noise, t = 0; LPIPS weighs 1 throughout."""
+    x0, x1, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.25, 1.0])
+    model = SimpleNamespace(vae=SimpleNamespace(decode=lambda latents: latents))
+    velocity = lambda x, t, context: x1 - x0 - 0.5  # wrong by ½ in each of 256 numbers
+    loss = beyond.perceptual_loss(model, lambda a, b: torch.full((3,), 7.0), velocity, x0, x1, t, None)
+    c = HUBER * 256
+    huber = ((256 / 4 + c**2) ** 0.5 - c) / 256
+    assert loss.tolist() == pytest.approx([7, 7 + huber / 4, 7 + huber])
+    landing = lambda a, b: (a - b).abs().flatten(1).mean(1)  # where v points to: off by (1 - t) / 2
+    loss = beyond.perceptual_loss(model, landing, velocity, x0, x1, t, None)
+    assert loss.tolist() == pytest.approx([0.5, 0.375 + huber / 4, huber], rel=1e-4)
 
 
 def test_beyond(call):

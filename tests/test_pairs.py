@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import checkpoint
+import command
 import pairs
 from command import BadInput
 from make_checkpoint import make_model, write_single_file
@@ -93,6 +94,11 @@ def test_other_settings_are_refused_by_name(model, tmp_path, change, words):
         make(model, tmp_path, **change)
 
 
+def test_others_may_read_pairs_that_are_made(model, tmp_path):
+    make(model, tmp_path)
+    assert tmp_path.resolve() not in command.LOCKED
+
+
 def test_pairs_of_another_dtype_are_refused(model, tmp_path):
     make(model, tmp_path)
     rough = checkpoint.load(model.path, dtype=torch.bfloat16)
@@ -129,8 +135,6 @@ def test_a_teacher_that_diverges_is_named(model, tmp_path, monkeypatch):
 
 
 def test_prompt_files(tmp_path, capsys):
-    import command
-
     command.note.cache_clear()
     text = tmp_path / "p.txt"
     text.write_text("a cat\n\n  a dog \n\n")
@@ -150,10 +154,13 @@ def test_quotes_and_strange_line_ends_in_prompts(tmp_path):
     """LAION's captions have both: quotes that are never closed, and U+2028 and U+0085 in the middle."""
     table = tmp_path / "p.tsv"
     strange = "a line\u2028break and\x85another"
-    table.write_text(f'Prompt\tNote\n"a sign that says\tx\na dog\ty\n"a ""quoted"" cat"\tz\n{strange}\tz\nshort\n')
-    assert read_prompts(table) == ['"a sign that says', "a dog", 'a "quoted" cat', strange, "short"]
+    wars = '"Star Wars" vs "Star Trek"'
+    table.write_text(
+        f'Prompt\tNote\n"a sign that says\tx\na dog\ty\n"a ""quoted"" cat"\tz\n{strange}\tz\n{wars}\tx\na\rb\n', newline=""
+    )
+    assert read_prompts(table) == ['"a sign that says', "a dog", 'a "quoted" cat', strange, wars, "a b"]
     text = tmp_path / "p.txt"
-    text.write_text(f"{strange}\r\na cat")
+    text.write_text(f"{strange}\r\na cat", newline="")
     assert read_prompts(text) == [strange, "a cat"]
     table = tmp_path / "p.csv"
     table.write_text(f'id,caption\n1,"a cat,\nasleep"\n2,{strange}\n')

@@ -139,5 +139,6 @@ def test_the_last_hundredth_of_a_list_is_never_trained_on():
     training, measuring = parts_of(prompts)
     assert measuring == prompts[-10:] and training == [p for p in prompts[:991] if p != "prompt 3"]
     assert parts_of(["a", "b"]) == (["a", "b"], [])
+    assert parts_of(["one prompt"] * 200) == (["one prompt"] * 200, [])
     training, measuring = parts_of(built_in_prompts())
     assert (len(training), len(measuring)) == (6083, 61) and not set(training) & set(measuring)

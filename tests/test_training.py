@@ -123,7 +123,9 @@ def test_an_interruption_names_the_state_that_is_kept(tmp_path):
         return 1.0
 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(BadInput, match="interrupted; the state of step 5 is kept, run the same command to go on there"):
+    with pytest.raises(
+        BadInput, match="interrupted; the state of step 5 is kept in .*, run the same command again to continue"
+    ):
         run(tmp_path / "a", spoil=interrupt)
     assert handlers[0] == before
     assert torch.equal(weights(run(tmp_path / "a")), weights(run(tmp_path / "b")))
@@ -279,6 +281,12 @@ def test_average_and_warm_up_are_counted_in_samples(tmp_path):
     assert rates[:5] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2]) and rates[9] == 1e-2
 
 
+def test_the_length_of_a_run_whose_rate_falls_is_part_of_it(tmp_path):
+    run(tmp_path, iterations=10, cooldown=0.5)
+    with pytest.raises(BadInput, match="iterations was 10, now 20"):
+        run(tmp_path, iterations=20, cooldown=0.5)
+
+
 def test_cooldown_ends_at_zero(tmp_path):
     run(tmp_path, iterations=20, warmup_samples=0, cooldown=0.5, log_every=1)
     rates = [row["learning_rate"] for row in rows(tmp_path)]
@@ -328,6 +336,15 @@ def test_fp16_may_pass_over_every_update_before_the_first_state(tmp_path):
     network = train_in_fp16(tmp_path, 2, 1e4)
     assert training.saved_progress(tmp_path)["updates"] == 0 and torch.equal(weights(network), weights(make_network()))
     assert not torch.equal(weights(train_in_fp16(tmp_path, 40, 1e4)), weights(make_network()))
+
+
+def test_fp16_does_not_pass_over_updates_for_ever(tmp_path):
+    with pytest.raises(BadInput, match="the gradient is not finite at step 27, though the loss is; no state is saved yet"):
+        network = make_network()
+        draw = lambda samples, generator: (torch.randn(len(samples), 2, generator=generator),)
+        loss = lambda x: (torch.sqrt(0 * network(x).float()).sum(1), None)  # finite, its slope is not, at any scale
+        # From 2**16 on the scale is halved at every step; at the 27th it is below 2**-10.
+        train(network, draw, loss, TrainingOptions(100, 8), tmp_path, {}, "fp16", torch.float16)
 
 
 def test_what_makes_a_run_is_compared_with_its_dtype(tmp_path):

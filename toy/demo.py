@@ -212,7 +212,7 @@ class Method:
     def train_options(self, iterations: int, cooldown: float) -> TrainingOptions:
         batch = self.args.batch_size
         return TrainingOptions(
-            iterations, batch, learning_rate=LEARNING_RATE, cooldown=cooldown, ema_half_life=EMA_UPDATES * batch,
+            iterations, batch, learning_rate=LEARNING_RATE, cooldown=cooldown, ema_half_life=EMA_UPDATES * batch, ema_ramp=0.05,
             log_every=100, seed=self.seed,
         )  # fmt: skip
 

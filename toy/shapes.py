@@ -312,7 +312,7 @@ def load_reader(path: str | Path = READER) -> Reader:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What evaluate.py asks of a judge: right_share, features, and real pictures
+# What evaluate.py asks of a judge beside measuring_captions, drawn and load_reader
 
 
 def right(reader: Reader, images: Tensor, captions: list[Caption]) -> list[bool]:

@@ -64,6 +64,7 @@ from command import (
     positive,
     run,
     seeds_in,
+    solver_steps,
     write_text,
     write_whole,
 )  # fmt: skip
@@ -329,12 +330,12 @@ def study_parser(description: str) -> Parser:
     parser.add_argument("--iterations", type=positive, default=256, help="updates of each reflow and distillation, the unit")
     parser.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
     parser.add_argument("--num-pairs", type=positive, default=10_000, help="of each teacher")
-    parser.add_argument("--teacher-steps", type=positive, default=8, help="of the pairs")
+    parser.add_argument("--teacher-steps", type=solver_steps, default=8, help="of the pairs")
     parser.add_argument("--captions", choices=CAPTIONS, default="open",
                         help="much left out of two objects, nothing; one object; as in training")  # fmt: skip
     parser.add_argument("--held-out", type=positive, default=500, help="pairs that nothing is trained on")
     parser.add_argument("--num-samples", type=positive, default=1000, help="pictures for each row and seed")
-    parser.add_argument("--steps", type=positive, nargs="+", default=[25, 8, 4, 2, 1], help="at which paths are measured")
+    parser.add_argument("--steps", type=solver_steps, nargs="+", default=[25, 8, 4, 2, 1], help="at which paths are measured")
     parser.add_argument("--out", default="runs/study", help="folder of table, figures and everything made on the way")
     add_machine_options(parser)
     return parser

@@ -291,7 +291,7 @@ def minutes_of(folder: Path, steps: int | None = None) -> float:
 
 
 def measure(model: StableDiffusion, reader: shapes.Reader, seed: int) -> dict:
-    """Shares of right pictures and Fréchet distances, on captions and pictures that training never saw."""
+    """Shares of right pictures and Fréchet distances, on noises and pictures that training never saw."""
     share = lambda pictures, captions: sum(shapes.right(reader, pictures, captions)) / len(captions)  # noqa: E731
     seeds = list(seeds_in("evaluation", seed, MEASURED))
     guidance = default_guidance(model)

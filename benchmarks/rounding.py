@@ -1,0 +1,64 @@
+"""What bf16 does to the latents of a diffusion teacher's pairs, and what of it guidance makes.
+
+    python benchmarks/rounding.py            the tiny teacher, 25 steps at guidance 2.5 and 6, a few minutes
+
+The network answers in bf16. Guidance takes the difference of two of its answers and multiplies it; the solver's
+(x - σ ε̂) / α multiplies what comes out by up to 1 / α = 15 at the noisiest timestep. Combined in bf16, the sum is
+rounded once more before that. Both ways are set against the same noises and captions drawn in fp32.
+Writes benchmarks/results/rounding-bf16-<device>.json.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "toy"))
+
+import checkpoint
+import shapes
+from command import TINY_TEACHER, Parser, add_machine_options, pick_device, positive, run, seeds_in, solver_steps
+from rectified_flow import NoiseSchedule, dpm_solver, guided, noise_from_seeds
+from timing import report
+
+GUIDANCES = (2.5, 6.0)  # the tiny teacher's and the paper's
+
+
+@torch.inference_mode()
+def latents_of(model, prompts: list[str], seeds: list[int], steps: int, guidance: float, combine: torch.dtype) -> torch.Tensor:
+    """Latents (N, 4, h, w) in fp32, guidance combined in that dtype."""
+    null_context = model.encode_prompts([""])
+    # `guided` combines in the dtype of x, which reaches the network in its own anyway.
+    guide = guided(model.unet, null_context, guidance)
+    predict_noise = lambda x, s, context: guide(x.to(combine), s, context)
+    noise, context = noise_from_seeds(seeds, model.latent_shape()).to(model.device), model.encode_prompts(prompts)
+    *_, latents = dpm_solver(predict_noise, noise, steps, NoiseSchedule(), context)
+    return latents
+
+
+def main():
+    parser = Parser("What rounding does to pairs that are drawn in bf16.")
+    parser.add_argument("--num-pairs", type=positive, default=256)
+    parser.add_argument("--steps", type=solver_steps, default=25)
+    add_machine_options(parser)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    exact, rough = (checkpoint.load(TINY_TEACHER, device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    seeds = list(seeds_in("evaluation", args.seed, args.num_pairs))
+    prompts = [str(caption) for caption in shapes.measuring_captions(args.num_pairs, seeds[0])]
+    rows = []
+    for guidance in GUIDANCES:
+        reference = latents_of(exact, prompts, seeds, args.steps, guidance, torch.float32)
+        for name, combine in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            error = latents_of(rough, prompts, seeds, args.steps, guidance, combine) - reference
+            each = error.square().flatten(1).mean(1).sqrt()  # (N,)
+            rows.append({
+                "guidance": guidance, "combined in": name, "error, median": each.median().item(),
+                "error, mean": each.mean().item(), "latents' deviation": reference.std().item(),
+            })  # fmt: skip
+    report("rounding", device, torch.bfloat16, rows, pairs=args.num_pairs, steps=args.steps, seed=args.seed)
+
+
+if __name__ == "__main__":
+    run(main)
