@@ -252,7 +252,7 @@ def save_curves(path: str, rows: list[dict]) -> None:
         axes[name].set(xscale="log", xlabel="steps", title=name.replace("_", " "), xticks=steps, xticklabels=steps)
         axes[name].minorticks_off()
     axes["frechet"].set_yscale("log")
-    axes["profile"].set(xlabel="t  (0 noise, 1 data)", yscale="log", title="bend of the paths / squared length")
+    axes["profile"].set(xlabel="t  (0 noise, 1 data)", yscale="log", title="bend / squared length")
     for axis in axes.values():
         if axis.has_data():
             axis.legend(fontsize=6)
