@@ -322,7 +322,14 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def differences(before: dict, now: dict) -> str:
     """What `now` holds that `before` does not, for an error message; empty where nothing differs."""
-    return "; ".join(f"{key} was {before.get(key)!r}, now {value!r}" for key, value in now.items() if before.get(key) != value)
+    found = []
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            found.append(differences(old, value))
+        elif old != value:
+            found.append(f"{key} was {old!r}, now {value!r}")
+    return "; ".join(filter(None, found))
 
 
 LOCKED = {}  # folder -> its open lock file, until the work in it is done, `run` returns or this process ends

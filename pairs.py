@@ -296,7 +296,7 @@ def add_pairs_options(parser: argparse.ArgumentParser, teacher: str, folder: str
 def pairs_asked(model, args: argparse.Namespace, world: str, tiny_count: int) -> tuple[list[str], dict]:
     """The prompts and the description of the pairs that a command's settled arguments ask for, made of nothing yet.
 
-    BadInput: more pairs than the built-in grammar is good for.
+    BadInput: more pairs than the built-in grammar is good for, or a folder with other pairs.
     """
     prompts, prompts_name = prompts_for(model.captions, args.prompts, args.prompt_column)
     prompts, _ = parts_of(prompts)
@@ -314,7 +314,9 @@ def pairs_asked(model, args: argparse.Namespace, world: str, tiny_count: int) ->
         count = tiny_count if model.captions is not None else PAPERS_PAIRS
     guidance = default_guidance(model) if args.teacher_guidance is None else args.teacher_guidance
     first_seed = seeds_in(world, args.seed, count)[0]
-    return prompts, describe_pairs(model, prompts, prompts_name, count, args.teacher_steps, guidance, first_seed, args.solver)
+    description = describe_pairs(model, prompts, prompts_name, count, args.teacher_steps, guidance, first_seed, args.solver)
+    check_description(Path(args.pairs), description)
+    return prompts, description
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -361,7 +361,7 @@ def test_two_runs_at_once(call, tmp_path):
     while not (tmp_path / "runs/pairs/pairs.json").exists():
         time.sleep(0.05)
     for out, folder in (("runs/2rf.safetensors", "runs/2rf.safetensors.state"), ("other.safetensors", "runs/pairs")):
-        code, _, err = call(reflow.main, *REFLOW, "--out", out)
+        code, _, err = call(reflow.main, *REFLOW, "--teacher-steps", 900, "--out", out)
         assert code == 2 and err == f"error: {folder}: another run works in this folder; wait for it, or name another one"
     assert first.poll() is None
     first.kill()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import command
+import evaluate
 from command import TINY_TEACHER
 from conftest import ROOT, relative_error
 from training import read_metrics, saved_step
@@ -138,14 +139,12 @@ def test_processes_on_the_cpu_of_a_machine_with_gpus_use_gloo(monkeypatch):
     assert backends == ["gloo"]
 
 
-def test_evaluation_under_two_processes(tmp_path):
-    """The rows are those of one process, and one of them writes."""
-    rows = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        out = run(folder, processes, "evaluate", ["--model", TINY_TEACHER, "--num-samples", 24, "--steps", "2,1"])
-        assert out.count("comparison picture") == 1
-        rows.append(json.loads((folder / "runs/evaluate.json").read_text()))
+def test_evaluation_under_two_processes(tmp_path, call):
+    """The rows are those of one process, and one of the two writes."""
+    arguments = ["--model", TINY_TEACHER, "--num-samples", 24, "--steps", "1"]
+    out = run(tmp_path / "two", 2, "evaluate", arguments)
+    assert out.count("comparison picture") == 1 and call(evaluate.main, *arguments)[0] == 0
+    rows = [json.loads((folder / "runs/evaluate.json").read_text()) for folder in (tmp_path, tmp_path / "two")]
     for one, two in zip(*rows, strict=True):
         assert (
             one["caption_accuracy"] == two["caption_accuracy"] and abs(one["frechet"] - two["frechet"]) < 1e-2 * one["frechet"]

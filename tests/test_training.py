@@ -220,9 +220,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
-    run(tmp_path, settings={"pairs": "one"})
+    run(tmp_path, settings={"pairs": "one", "about": {"a": 1, "b": 2}})
     with pytest.raises(BadInput, match="pairs was 'one', now 'two'"):
         run(tmp_path, settings={"pairs": "two"})
+    with pytest.raises(BadInput, match=r"\(b was 2, now 3\)"):
+        run(tmp_path, settings={"pairs": "one", "about": {"a": 1, "b": 3}})
     with pytest.raises(BadInput, match="learning_rate was 0.01, now 0.1"):
         run(tmp_path, settings={"pairs": "one"}, learning_rate=0.1)
 
