@@ -13,8 +13,8 @@ teacher's own weights, regresses the direction of the line:
     min_v  E ‖(X1 - X0) - v(X_t, t | T)‖²      X_t = (1-t) X0 + t X1,  t ~ U[0, 1]
 
 The paper starts from the teacher's weights as they are (--init teacher). They predict noise, which is the opposite of
-half the velocity; changing the sign of the last convolution (--init negated) removes most of the work of the tiny model, and
-there --loss pseudo-huber makes one step better by 4 to 29 % in Fréchet distance (README.md, "Fewer samples").
+half the velocity; changing the sign of the last convolution (--init negated) removes most of the work of the tiny model.
+--loss pseudo-huber counts large errors less (README.md, "Fewer samples").
 A tenth of the prompts T is dropped, so that guidance works on the result. The result is 2-Rectified Flow, of kind
 "flow"; given as --teacher itself, it makes 3-Rectified Flow (a fourth flow wants another --seed). InstaFlow (2309.06380).
 """
