@@ -115,6 +115,14 @@ def blur(images: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
 
 
+def classifier_options(iterations: int, seed: int) -> TrainingOptions:
+    """How the reader and the text transformer are trained, which both learn to name what a scene holds."""
+    return TrainingOptions(
+        iterations, 128, learning_rate=1e-3, warmup_samples=12_800, ema_half_life=50_000, ema_ramp=EMA_RAMP, save_every=500,
+        seed=seed,
+    )  # fmt: skip
+
+
 def train_reader(iterations: int, folder: Path, seed: int) -> shapes.Reader:
     torch.manual_seed(seed_of(seed, 1))
     reader = shapes.Reader()
@@ -132,17 +140,7 @@ def train_reader(iterations: int, folder: Path, seed: int) -> shapes.Reader:
         pairs = zip(reader(images), labels.T)
         return sum(F.cross_entropy(logits, label, reduction="none") for logits, label in pairs), None
 
-    options = TrainingOptions(
-        iterations,
-        128,
-        learning_rate=1e-3,
-        warmup_samples=12_800,
-        ema_half_life=50_000,
-        ema_ramp=EMA_RAMP,
-        save_every=500,
-        seed=seed,
-    )
-    train(reader, draw, loss, options, folder / "reader", {}, "1 reader")
+    train(reader, draw, loss, classifier_options(iterations, seed), folder / "reader", {}, "1 reader")
     return reader
 
 
@@ -231,17 +229,7 @@ def train_text(iterations: int, folder: Path, seed: int, tokenize, config: TextE
             total = total + (each * after_end).sum(1) / after_end.sum(1)
         return total, None
 
-    options = TrainingOptions(
-        iterations,
-        128,
-        learning_rate=1e-3,
-        warmup_samples=12_800,
-        ema_half_life=50_000,
-        ema_ramp=EMA_RAMP,
-        save_every=500,
-        seed=seed,
-    )
-    train(model, draw, loss, options, folder / "text", {}, "3 text")
+    train(model, draw, loss, classifier_options(iterations, seed), folder / "text", {}, "3 text")
     return model.text_encoder
 
 
