@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 import command
 import evaluate
+import pairs
+import reflow
 from command import TINY_TEACHER
 from conftest import ROOT, relative_error
 from training import read_metrics, saved_step
@@ -33,21 +36,39 @@ command.run(__import__(name).main)
 """
 
 
-def start(folder: Path, processes: int, name: str, arguments: list, log: str = "log") -> subprocess.Popen:
-    """A command under torchrun, in a folder, one thread a process."""
+def start(folder: Path, name: str, arguments: list) -> subprocess.Popen:
+    """A command in two processes under torchrun, in a folder, one thread a process."""
     folder.mkdir(exist_ok=True)
     (folder / "runner.py").write_text(RUNNER)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    line = [*torchrun, "runner.py", name, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(folder / log, "w") as output:
-        return subprocess.Popen(line, cwd=folder, stdout=output, stderr=output, env=environment)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with open(folder / "log", "w") as output:
+        return subprocess.Popen(
+            [*torchrun, "runner.py", name, *map(str, arguments)], cwd=folder, stdout=output, stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
 
 
-def run(folder: Path, processes: int, name: str, arguments: list, log: str = "log") -> str:
-    process = start(folder, processes, name, arguments, log)
-    assert process.wait(timeout=300) == 0, (folder / log).read_text()
-    return (folder / log).read_text()
+def run(folder: Path, name: str, arguments: list) -> str:
+    process = start(folder, name, arguments)
+    assert process.wait(timeout=300) == 0, (folder / "log").read_text()
+    return (folder / "log").read_text()
+
+
+@pytest.fixture
+def run_alone(call, monkeypatch):
+    """The same in this process alone, with one thread too: run_alone(folder, main, arguments)."""
+    monkeypatch.setattr(pairs, "PAIRS_PER_SHARD", 16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(folder: Path, main, arguments: list) -> None:
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        code, _, err = call(main, *arguments)
+        assert code == 0, err
+
+    yield run
+    torch.set_num_threads(threads)
 
 
 def assert_same_training(a: Path, b: Path) -> None:
@@ -66,10 +87,10 @@ def assert_same_training(a: Path, b: Path) -> None:
     assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+def test_two_processes_do_what_one_does(tmp_path, run_alone):
     one, two = tmp_path / "one", tmp_path / "two"
-    run(one, 1, "reflow", REFLOW)
-    out = run(two, 2, "reflow", REFLOW)
+    run_alone(one, reflow.main, REFLOW)
+    out = run(two, "reflow", REFLOW)
     assert out.count("a rectified flow") == 1  # only the first process speaks
     names = sorted(path.name for path in (one / "runs/pairs").glob("shard-*"))
     assert len(names) == 3
@@ -79,16 +100,16 @@ def test_two_processes_do_what_one_does(tmp_path):
 
     # Distillation of that flow, both stages.
     arguments = ["--num-pairs", 20, "--teacher-steps", 2, "--l2-iterations", 2, "--lpips-iterations", 2, "--batch-size", 3]
-    assert "a one-step model" in run(two, 2, "distill", arguments)
+    assert "a one-step model" in run(two, "distill", arguments)
     assert (two / "runs/instaflow.safetensors").exists()
 
 
-def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path):
+def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, run_alone):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = [*REFLOW[:4], "--iterations", 30, *REFLOW[6:]]
-    run(whole, 1, "reflow", arguments)
+    run_alone(whole, reflow.main, arguments)
     # The killed run keeps half of the moments in each process; who goes on alone keeps all.
-    process, state = start(killed, 2, "reflow", [*arguments, "--shard-optimizer"]), killed / "runs/2rf.safetensors.state"
+    process, state = start(killed, "reflow", [*arguments, "--shard-optimizer"]), killed / "runs/2rf.safetensors.state"
     while not saved_step(state):
         assert process.poll() is None, (killed / "log").read_text()
         time.sleep(0.05)
@@ -97,13 +118,9 @@ def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path):
     assert process.wait(timeout=120) != 0
     assert "SIGKILL" in (killed / "log").read_text()
     assert 0 < saved_step(state) < 30
-    run(
-        killed,
-        2,
-        "reflow",
-        [*arguments[:4], "--iterations", min(29, saved_step(state) + 5), *arguments[6:], "--shard-optimizer"],
-    )
-    run(killed, 1, "reflow", arguments, log="again")
+    further = min(29, saved_step(state) + 5)
+    run(killed, "reflow", [*arguments[:4], "--iterations", further, *arguments[6:], "--shard-optimizer"])
+    run_alone(killed, reflow.main, arguments)
     assert_same_training(whole, killed)
 
 
@@ -142,7 +159,7 @@ def test_processes_on_the_cpu_of_a_machine_with_gpus_use_gloo(monkeypatch):
 def test_evaluation_under_two_processes(tmp_path, call):
     """The rows are those of one process, and one of the two writes."""
     arguments = ["--model", TINY_TEACHER, "--num-samples", 24, "--steps", "1"]
-    out = run(tmp_path / "two", 2, "evaluate", arguments)
+    out = run(tmp_path / "two", "evaluate", arguments)
     assert out.count("comparison picture") == 1 and call(evaluate.main, *arguments)[0] == 0
     rows = [json.loads((folder / "runs/evaluate.json").read_text()) for folder in (tmp_path, tmp_path / "two")]
     for one, two in zip(*rows, strict=True):
@@ -154,7 +171,7 @@ def test_evaluation_under_two_processes(tmp_path, call):
 def test_two_runs_at_once_are_one_line_in_every_process(tmp_path):
     command.keep_others_out(tmp_path / "a/runs/2rf.safetensors.state")
     try:
-        assert start(tmp_path / "a", 2, "reflow", REFLOW).wait(timeout=300) != 0
+        assert start(tmp_path / "a", "reflow", REFLOW).wait(timeout=300) != 0
     finally:
         command.let_others_in()
     log = (tmp_path / "a/log").read_text()
@@ -162,22 +179,22 @@ def test_two_runs_at_once_are_one_line_in_every_process(tmp_path):
     assert 'runner.py", line' not in log  # no traceback of ours beside torchrun's
 
 
-def test_nodes_that_share_no_disk(tmp_path):
+def test_nodes_that_share_no_disk(tmp_path, run_alone):
     for rank in "01":
         (tmp_path / rank).mkdir()
 
     def refused() -> str:
-        assert start(tmp_path, 2, "apart", ["reflow", *REFLOW]).wait(timeout=300) != 0
+        assert start(tmp_path, "apart", ["reflow", *REFLOW]).wait(timeout=300) != 0
         return (tmp_path / "log").read_text()
 
     assert ".safetensors: made by another process and not here; name a --pairs that all nodes share" in refused()
-    run(tmp_path / "0", 1, "reflow", [*REFLOW[:4], "--iterations", 3, *REFLOW[6:]])
+    run_alone(tmp_path / "0", reflow.main, [*REFLOW[:4], "--iterations", 3, *REFLOW[6:]])
     shutil.copytree(tmp_path / "0/runs/pairs", tmp_path / "1/runs/pairs", dirs_exist_ok=True)
     assert "the processes find states of different steps in it; name an --out that all nodes share" in refused()
 
 
 def test_bad_input_under_torchrun(tmp_path):
-    process = start(tmp_path / "a", 2, "reflow", [*REFLOW[:6], "--batch-size", 1])
+    process = start(tmp_path / "a", "reflow", [*REFLOW[:6], "--batch-size", 1])
     assert process.wait(timeout=300) != 0
     log = (tmp_path / "a/log").read_text()
     assert "error: --batch-size 1: smaller than the number of processes, 2 (process 0 of 2)" in log
