@@ -23,7 +23,7 @@ straightness       S of rectified_flow.py along the model's own path at 25 steps
 A figure ± an interval is a mean with its 95 % confidence interval, over --repeats sets of captions and noises (for
 straightness over samples). In evaluate.json it is called <figure>_interval.
 
-fid, clip_score    against real images, with --coco or --images: coco.py
+fid, clip_score    against real images, with --coco or --images: evaluation/real_images.py
 
 Captions, drawn pictures and the reader come from a judge, a Python file such as toy/shapes.py. Models without one
 (Stable Diffusion) get straightness, seconds and pictures, and with real images to compare with, the paper's two figures:
@@ -50,7 +50,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-import coco
 from command import (
     HERE,
     TINY_TEACHER,
@@ -69,6 +68,7 @@ from command import (
     write_text,
     write_whole,
 )  # fmt: skip
+from evaluation.real_images import Gallery, caption_score, feature_distance, read_coco, read_images
 from pairs import (
     NUMBERS_PER_BATCH,
     built_in_prompts,
@@ -302,7 +302,7 @@ def judged(judge, captions: list, seeds: range, seed: int) -> Questions:
 
 
 def evaluate(
-    model, questions: list[Questions], steps: list[int], guidance: float, gallery: coco.Gallery | None = None
+    model, questions: list[Questions], steps: list[int], guidance: float, gallery: Gallery | None = None
 ) -> Iterator[tuple[dict, Tensor]]:
     """A row and the first questions' pictures for each number of steps; a one-step model takes one.
 
@@ -368,7 +368,7 @@ def guidance_list(text: str) -> list[float]:
     return [not_below_zero(part) for part in text.split(",")]
 
 
-def gallery_of(args, device: torch.device) -> coco.Gallery | None:
+def gallery_of(args, device: torch.device) -> Gallery | None:
     """The real images that a command's arguments name, if they do."""
     if not args.coco and not args.images:
         return None
@@ -379,12 +379,12 @@ def gallery_of(args, device: torch.device) -> coco.Gallery | None:
     if args.repeats > 1:
         raise BadInput("--repeats: FID is measured once; leave it away with --coco and --images")
     if args.coco:
-        prompts, images, side = coco.read_coco(args.coco, args.num_samples)
+        prompts, images, side = read_coco(args.coco, args.num_samples)
     else:
         prompts = read_prompts(args.prompts, args.prompt_column)[: args.num_samples]
-        images, side = coco.read_images(args.images), 512
-    fid, clip = coco.feature_distance(args.feature_extractor, device), coco.caption_score(args.clip, device)
-    return coco.Gallery(prompts, images, args.image_size or side, Path(args.out.removesuffix(".json") + "-pictures"), fid, clip)
+        images, side = read_images(args.images), 512
+    fid, clip = feature_distance(args.feature_extractor, device), caption_score(args.clip, device)
+    return Gallery(prompts, images, args.image_size or side, Path(args.out.removesuffix(".json") + "-pictures"), fid, clip)
 
 
 def main():

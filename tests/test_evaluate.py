@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-import beyond
 import checkpoint
 import evaluate
+import fewer_samples
 import pairs
-import study
+import paper_table
 from command import TINY_TEACHER
 from rectified_flow import HUBER, NoiseSchedule
 
@@ -78,12 +78,12 @@ STUDY = [*FEW, "--lpips-iterations", 2, "--steps", 4, 1]
 
 
 def test_the_study(call, tmp_path):
-    code, out, err = call(study.main, *STUDY, "--num-seeds", 1)
+    code, out, err = call(paper_table.main, *STUDY, "--num-seeds", 1)
     assert code == 0, err
     rows = json.loads(Path("runs/study/study.json").read_text())
     names = ["drawn"] + ["teacher"] * 2 + ["2-RF"] * 2 + ["2-RF + distill"] * 3 + ["2-RF + distill + LPIPS"]
     names += ["teacher + distill"] * 5 + ["teacher + distill + LPIPS"]
-    names += ["3-RF"] * 2 + ["3-RF + distill", *study.STACKED]
+    names += ["3-RF"] * 2 + ["3-RF + distill", *paper_table.STACKED]
     assert sorted(row["row"] for row in rows) == sorted(names) and {row["seed"] for row in rows} == {0}
     at = lambda name, updates: next(row for row in rows if (row["row"], row["updates"]) == (name, updates))
     assert at("teacher + distill", 8)["samples"] == at("2-RF + distill", 4)["samples"] == 8 * 4
@@ -95,13 +95,13 @@ def test_the_study(call, tmp_path):
 
     # Killed before some rows were written, then asked for a part of another seed: what is there is kept as it is.
     without_minutes = lambda rows: sorted(json.dumps({**row, "minutes": 0}, sort_keys=True) for row in rows)
-    kept = [row for row in rows if row["row"] not in ("2-RF", *study.STACKED)]
+    kept = [row for row in rows if row["row"] not in ("2-RF", *paper_table.STACKED)]
     Path("runs/study/study.json").write_text(json.dumps(kept))
     Path("runs/study/seed-0/2-RF+distill,stacked-4.safetensors").unlink()
-    assert call(study.main, *STUDY, "--num-seeds", 1)[0] == 0
+    assert call(paper_table.main, *STUDY, "--num-seeds", 1)[0] == 0
     again = json.loads(Path("runs/study/study.json").read_text())
     assert without_minutes(again) == without_minutes(rows)
-    assert call(study.main, *STUDY, "--num-seeds", 2, "--parts", "teacher")[0] == 0
+    assert call(paper_table.main, *STUDY, "--num-seeds", 2, "--parts", "teacher")[0] == 0
     more = json.loads(Path("runs/study/study.json").read_text())
     assert [row["row"] for row in more if row["seed"] == 1] == ["drawn", "teacher", "teacher"]
     assert more[: len(again)] == again and more[-1]["frechet"] != at("teacher", 0)["frechet"]
@@ -119,14 +119,14 @@ def test_times_are_matched_in_the_embedding():
     t = torch.tensor([0.1, 0.25, 0.4, 0.6, 0.75, 0.9])
     with torch.no_grad():
         meant, unmatched = unet(x, schedule.timestep(t).float(), context), unet(x, 1000 * (1 - t), context)
-        beyond.match_times(unet, schedule)
+        fewer_samples.match_times(unet, schedule)
         matched = unet(x, 1000 * (1 - t), context)
     error = lambda found: (found - meant).flatten(1).norm(dim=1) / meant.flatten(1).norm(dim=1)
     assert error(matched).max() < 0.1 and error(matched).mean() < error(unmatched).mean() / 5
 
 
 def test_u_shaped_times_have_their_density():
-    t = beyond.u_shaped_times(200_000, torch.Generator().manual_seed(0))
+    t = fewer_samples.u_shaped_times(200_000, torch.Generator().manual_seed(0))
     assert 0 <= t.min() and t.max() <= 1 and abs(t.mean() - 0.5) < 0.005
     # The share below x of a density ∝ cosh(4 (t - 1/2)) is (sinh(2) + sinh(4 (x - 1/2))) / (2 sinh(2)).
     for x in (0.1, 0.3, 0.5, 0.8):
@@ -139,26 +139,26 @@ def test_the_perceptual_loss_weighs_as_its_authors_do():
     x0, x1, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.25, 1.0])
     model = SimpleNamespace(vae=SimpleNamespace(decode=lambda latents: latents))
     velocity = lambda x, t, context: x1 - x0 - 0.5  # wrong by ½ in each of 256 numbers
-    loss = beyond.perceptual_loss(model, lambda a, b: torch.full((3,), 7.0), velocity, x0, x1, t, None)
+    loss = fewer_samples.perceptual_loss(model, lambda a, b: torch.full((3,), 7.0), velocity, x0, x1, t, None)
     c = HUBER * 256
     huber = ((256 / 4 + c**2) ** 0.5 - c) / 256
     assert loss.tolist() == pytest.approx([7, 7 + huber / 4, 7 + huber])
     landing = lambda a, b: (a - b).abs().flatten(1).mean(1)  # where v points to: off by (1 - t) / 2
-    loss = beyond.perceptual_loss(model, landing, velocity, x0, x1, t, None)
+    loss = fewer_samples.perceptual_loss(model, landing, velocity, x0, x1, t, None)
     assert loss.tolist() == pytest.approx([0.5, 0.375 + huber / 4, huber], rel=1e-4)
 
 
 def test_beyond(call):
     few = [*FEW, "--num-seeds", 1, "--steps", 2, 1]
-    code, out, err = call(beyond.main, *few)
+    code, out, err = call(fewer_samples.main, *few)
     assert code == 0, err
     rows = json.loads(Path("runs/study/beyond.json").read_text())
-    assert {row["row"] for row in rows} == set(beyond.WAYS)
-    for way in beyond.WAYS:
+    assert {row["row"] for row in rows} == set(fewer_samples.WAYS)
+    for way in fewer_samples.WAYS:
         updates = [row["updates"] for row in rows if row["row"] == way and row["steps"] == 1]
         assert updates == ([1, 2, 4, 8, 16] if way == "paper" else [1, 2, 4])
     last = [row["frechet"] for row in rows if row["updates"] == 4 and row["steps"] == 1]
-    assert len(set(last)) == len(beyond.WAYS)  # every way does something else
+    assert len(set(last)) == len(fewer_samples.WAYS)  # every way does something else
     assert np.asarray(Image.open("runs/study/beyond.png").convert("L")).std() > 3
     assert Path("runs/study/beyond.md").read_text() in out
-    assert call(beyond.main, *few)[0] == 0 and json.loads(Path("runs/study/beyond.json").read_text()) == rows
+    assert call(fewer_samples.main, *few)[0] == 0 and json.loads(Path("runs/study/beyond.json").read_text()) == rows

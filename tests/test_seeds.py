@@ -11,9 +11,9 @@ import command
 import demo
 import distill
 import evaluate
+import paper_table
 import reflow
 import sample
-import study
 from command import TINY_TEACHER, BadInput, seeds_in
 from conftest import ROOT
 from pairs import built_in_prompts, parts_of
@@ -46,7 +46,7 @@ def asked(monkeypatch, tmp_path):
         found.append((seeds, []))
         raise Enough
 
-    for module in (reflow, distill, study):
+    for module in (reflow, distill, paper_table):
         monkeypatch.setattr(module, "make_pairs", make_pairs)
     monkeypatch.setattr(evaluate, "evaluate", measure)
     monkeypatch.setattr(sample, "draw_latents", draw)
@@ -89,7 +89,7 @@ def test_the_study_measures_on_what_nothing_was_trained_on(asked):
     )
     worlds = {}
     for seed in (0, 1):
-        each = study.study_of(seed, args, torch.device("cpu"), [], None)
+        each = paper_table.study_of(seed, args, torch.device("cpu"), [], None)
         models = {"teacher": checkpoint.load(TINY_TEACHER)}
         for stem in ("2rf", "3rf"):
             checkpoint.save(checkpoint.load(TINY_TEACHER, kind="flow"), f"runs/{stem}.safetensors")

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-import coco
 import evaluate
 from checkpoint import load
 from command import TINY_TEACHER, BadInput
+from evaluation import real_images
 
 CAPTIONS = [f"picture {k} of a cat" for k in range(6)]
 
@@ -92,20 +92,20 @@ def test_the_whole_protocol(call, networks, coco_folder):
 
 
 def test_captions_of_the_protocols(coco_folder):
-    captions, images, side = coco.read_coco(coco_folder, None)
+    captions, images, side = real_images.read_coco(coco_folder, None)
     assert (captions, side) == (CAPTIONS, 512) and [path.name[-5] for path in images] == list("012345")
-    assert coco.read_coco(coco_folder, 2)[0] == CAPTIONS[:2]
+    assert real_images.read_coco(coco_folder, 2)[0] == CAPTIONS[:2]
     (coco_folder / "val2017").rename(coco_folder / "val2014")
     annotations = coco_folder / "annotations"
     (annotations / "captions_val2017.json").rename(annotations / "captions_val2014.json")
-    captions, _, side = coco.read_coco(coco_folder, None)
+    captions, _, side = real_images.read_coco(coco_folder, None)
     assert side == 256 and sorted(captions) == sorted(CAPTIONS + ["another"] * 6)
-    assert coco.read_coco(coco_folder, None)[0] == captions  # the same draw every time
+    assert real_images.read_coco(coco_folder, None)[0] == captions  # the same draw every time
 
 
 def test_distance_of_known_gaussians(networks, tmp_path):
     """Images of one colour, so that the features are the colours: FID is ‖m1 - m2‖² where the covariances are equal."""
-    fid = coco.feature_distance(str(networks / "mean.pt"), torch.device("cpu"))
+    fid = real_images.feature_distance(str(networks / "mean.pt"), torch.device("cpu"))
     colours = torch.from_numpy(np.random.default_rng(0).integers(20, 200, (400, 3), dtype=np.uint8))
     as_images = lambda c: c[:, :, None, None].expand(-1, -1, 4, 4).contiguous()  # noqa: E731
     fid.update(as_images(colours), real=True)
@@ -117,10 +117,10 @@ def test_images_become_squares(tmp_path):
     pixels = np.zeros((10, 30, 3), dtype=np.uint8)
     pixels[:, 10:20] = 200  # the middle square
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert (coco.squared(tmp_path / "a.png", 10) == 200).all()
+    assert (real_images.squared(tmp_path / "a.png", 10) == 200).all()
     (tmp_path / "b.png").write_text("no image")
     with pytest.raises(BadInput, match="b.png: not a readable image"):
-        coco.squared(tmp_path / "b.png", 10)
+        real_images.squared(tmp_path / "b.png", 10)
 
 
 def test_bad_input(call, networks, coco_folder, tmp_path):

@@ -1,7 +1,7 @@
 """The paper's table on the tiny model: is distilling the teacher directly worse, and what does reflow buy?
 
-    python toy/study.py                                 seeds 0, 1 and 2; hours on 2 CPU cores; stopped, it goes on there
-    python toy/study.py --num-seeds 1 --parts direct    some rows of the first; those already in the table are kept
+    python experiments/paper_table.py                          seeds 0, 1 and 2; hours on 2 CPU cores; stopped, it goes on there
+    python experiments/paper_table.py --num-seeds 1 --parts direct    some rows of the first; others are kept
 
 For each seed, on captions that leave much open ("a shape and a red square"), where a prompt has many right pictures:
 
@@ -47,6 +47,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 
 import checkpoint
 import shapes
@@ -378,7 +379,7 @@ def main():
         save_pictures(folder / f"study-pictures-{seed}.png", study)
 
     summary = summary_of(rows)
-    table = markdown_table(summary) + footer("python toy/study.py", args, device, rows)
+    table = markdown_table(summary) + footer("python experiments/paper_table.py", args, device, rows)
     write_text(folder / "study.md", table)
     save_curves(folder / "study.png", summary)
     print(table + f"{folder}: study.json, study.md, study.png and pictures")

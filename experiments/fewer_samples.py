@@ -1,7 +1,7 @@
 """Beyond the paper: what makes reflow need fewer samples?
 
-    python toy/beyond.py                   seeds 0, 1 and 2, in the folder of toy/study.py, whose pairs are used again
-    python toy/beyond.py --num-seeds 1
+    python experiments/fewer_samples.py                   seeds 0, 1 and 2, on the pairs of paper_table.py
+    python experiments/fewer_samples.py --num-seeds 1
 
 InstaFlow's reflow begins with weights that answer another question (which noise, at a time of another signal-to-noise
 ratio) and takes 4.5 million samples. Each way below changes one thing, on the same pairs and from the same seeds:
@@ -34,14 +34,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 
 from command import TINY_TEACHER, pick_device, run, write_text, write_whole
 from distill import perceptual_distance
 from evaluate import grouped, in_steps, markdown_table, with_interval
 from pairs import default_guidance
+from paper_table import Study, footer, open_table, study_of, study_parser
 from rectified_flow import NoiseSchedule, like, pseudo_huber, pseudo_huber_loss, reflow_error, reflow_loss
 from reflow import reflow, uniform_times
-from study import Study, footer, open_table, study_of, study_parser
 from training import autocast_dtype
 from unet import UNet, timestep_embedding
 
@@ -156,7 +157,7 @@ def main():
     for seed in range(args.seed, args.seed + args.num_seeds):
         run_seed(study_of(seed, args, device, rows, write), distance)
     summary = summary_of(rows)
-    table = markdown_table(summary) + footer("python toy/beyond.py", args, device, rows)
+    table = markdown_table(summary) + footer("python experiments/fewer_samples.py", args, device, rows)
     write_text(Path(args.out) / "beyond.md", table)
     save_curves(Path(args.out) / "beyond.png", summary)
     print(table + f"{args.out}: beyond.json, beyond.md and beyond.png")
