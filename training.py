@@ -10,7 +10,7 @@ bit for bit on a CPU, what it would have computed without stopping.
 Under torchrun every process computes its share of each batch, gradients are summed once an update, and the first process
 writes. The same batch at any number of processes gives the same run up to rounding, so the number may change between stops.
 What a GPU holds beside activations is, for each parameter, 4 bytes of weights, 4 of gradients, 8 of moments and 4 of EMA:
---shard-optimizer shares the moments out between the processes, --ema-device cpu moves the EMA into main memory.
+--ema-device cpu moves the EMA into main memory.
 
 The state (weights, EMA, both AdamW moments, under fp16 the loss's scale) is one safetensors file that appears whole or not
 at all, in a folder beside the output: `<out>.state/state.safetensors`, with `settings.json` and `metrics.jsonl`, which
@@ -84,11 +84,10 @@ class TrainingOptions:
     save_every: int = 1000  # iterations
     log_every: int = 10  # iterations
     ema_device: str | None = None  # where the averaged weights lie; None: beside the weights
-    shard_optimizer: bool = False  # each process keeps the moments of a part of the weights
 
 
 # A run may go on with others of these.
-PRACTICAL = ("iterations", "accumulate", "save_every", "log_every", "ema_device", "shard_optimizer")
+PRACTICAL = ("iterations", "accumulate", "save_every", "log_every", "ema_device")
 AUTOCAST_FROM = 50_000_000  # parameters; below, casting costs more time on a CPU than bf16 products save
 
 
@@ -128,8 +127,6 @@ def add_training_options(parser: argparse.ArgumentParser, batch_size: ByModel, l
     )  # fmt: skip
     group.add_argument("--ema-device", choices=["cpu"], help="keep the averaged weights in main memory: 4 bytes a parameter "
                        "less on the GPU, and the weights are copied over in every update")  # fmt: skip
-    group.add_argument("--shard-optimizer", action="store_true", help="share the optimizer's moments out between torchrun's "
-                       "processes (ZeRO-1, 1910.02054): 8 bytes a parameter become 8 / their number")  # fmt: skip
     return group
 
 
@@ -150,7 +147,6 @@ def options_from(
         iterations, batch_size, learning_rate, warmup_samples=warmup, ema_half_life=half_life, ema_ramp=args.ema_ramp,
         seed=args.seed, accumulate=accumulate or math.ceil(batch_size / (fits or batch_size)), save_every=args.save_every,
         log_every=max(1, min(LOG_UPDATES, LOG_SAMPLES // batch_size)), ema_device=args.ema_device,
-        shard_optimizer=args.shard_optimizer,
     )  # fmt: skip
 
 
@@ -206,36 +202,24 @@ def channels_second(tensor: Tensor) -> Tensor:
 
 
 def adamw(weights: dict, options: TrainingOptions) -> torch.optim.Optimizer:
-    """AdamW on these weights; if asked, each process keeps the moments of its part and sends the others its new weights."""
+    """AdamW on these weights."""
     fused = next(iter(weights.values())).device.type in ("cpu", "cuda")  # one kernel, without copies of all moments
     settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay, "fused": fused}
-    if options.shard_optimizer and world_size() > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # here, since importing it takes most of a second
-
-        return ZeroRedundancyOptimizer(weights.values(), torch.optim.AdamW, **settings)
     return torch.optim.AdamW(weights.values(), **settings)
-
-
-def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
-    """Of the two that `adamw` makes, is it the one that keeps its own AdamW in .optim, on a part of the weights?"""
-    return not isinstance(optimizer, torch.optim.AdamW)
 
 
 def save_state(
     folder: Path, step: int, weights: dict, ema: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
-    """Write the state of a run; every process must call this."""
-    sharded = is_sharded(optimizer)
-    if sharded:
-        optimizer.consolidate_state_dict(to=0)
+    """Write the state of a run."""
     if rank():  # before the copies that only the first process would write
         return
-    gathered = optimizer.state_dict()["state"] if sharded else None  # by the weights' numbers
     tensors, updates = {}, 0
-    for number, (name, weight) in enumerate(weights.items()):
+    for name, weight in weights.items():
         # Under fp16 every update so far may have been passed over; then there are no moments, which is as if they were 0.
-        moments = gathered.get(number) if sharded else optimizer.state.get(weight)
-        moments = moments or {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")} | {"step": 0}
+        moments = optimizer.state.get(weight) or {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")} | {
+            "step": 0
+        }
         kept = {
             "weights": weight.detach(),
             "ema": ema[name],
@@ -255,17 +239,14 @@ def load_state(folder: Path, weights: dict, ema: dict, optimizer: torch.optim.Op
     if not progress["step"]:
         return 0
     kinds = ("weights", "ema", "exp_avg", "exp_avg_sq")
-    mine = optimizer.optim if is_sharded(optimizer) else optimizer
-    stepped = {id(weight) for group in mine.param_groups for weight in group["params"]}
     try:
         for name, weight in weights.items():
             with safe_open(path, "pt") as file:  # opened for each, since what is read stays mapped until it is closed
                 saved = {kind: channels_second(file.get_tensor(f"{kind}.{name}")) for kind in kinds}
                 weight.data.copy_(saved["weights"])
                 ema[name].copy_(saved["ema"])
-                if id(weight) in stepped:
-                    moments = {kind: torch.empty_like(weight).copy_(saved[kind]) for kind in kinds[2:]}
-                    mine.state[weight] = moments | {"step": torch.tensor(float(progress["updates"]), device=weight.device)}
+                moments = {kind: torch.empty_like(weight).copy_(saved[kind]) for kind in kinds[2:]}
+                optimizer.state[weight] = moments | {"step": torch.tensor(float(progress["updates"]), device=weight.device)}
     except (SafetensorError, RuntimeError) as problem:
         raise BadInput(f"{path}: damaged or of another model ({problem}); delete {folder} to start again") from None
     if scaler.is_enabled():

@@ -47,7 +47,7 @@ class UNetConfig:
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
     sample_size: int = 64  # height and width of the latent the model was trained at
-    stacked: str = ""  # two in series, joined by "features" or "latents": StackedUNet
+    stacked: bool = False  # two in series: StackedUNet
 
 
 def timestep_embedding(timestep: Tensor, channels: int) -> Tensor:
@@ -329,18 +329,17 @@ class UNet(nn.Module):
 class StackedUNet(nn.Module):
     """Two U-Nets in series that share no weights: the student of InstaFlow-1.7B. Called like a UNet.
 
-    config.stacked "features": the joint is thinned. The first's output block (norm, SiLU, convolution to 4 channels) and
+    The joint is thinned. The first's output block (norm, SiLU, convolution to 4 channels) and
     the second's input block (convolution from 4 channels) are left out, and what the first has computed passes on in all
     its channels. At Stable Diffusion's sizes 1,719,017,924 parameters. InstaFlow (arXiv 2309.06380) thins the joint too;
-    accounts of it do not agree on how much. "latents": nothing is left out, for comparison (toy/study.py).
+    accounts of it do not agree on how much.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         self.first, self.second = UNet(config), UNet(config)
-        if config.stacked == "features":
-            del self.first.conv_norm_out, self.first.conv_out, self.second.conv_in
+        del self.first.conv_norm_out, self.first.conv_out, self.second.conv_in
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -351,8 +350,6 @@ class StackedUNet(nn.Module):
         self.first.gradient_checkpointing = self.second.gradient_checkpointing = value
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        if self.config.stacked == "latents":
-            return self.second(self.first(x, timestep, context), timestep, context)
         features = self.first.body(self.first.read_in(x), timestep, context)
         return self.second.read_out(self.second.body(features, timestep, context))
 
@@ -361,10 +358,10 @@ def build_unet(config: UNetConfig) -> UNet | StackedUNet:
     return StackedUNet(config) if config.stacked else UNet(config)
 
 
-def stack(unet: UNet, joint: str = "features") -> StackedUNet:
+def stack(unet: UNet) -> StackedUNet:
     """A stacked U-Net, both halves with this U-Net's weights."""
     with torch.device("meta"):
-        stacked = StackedUNet(replace(unet.config, stacked=joint))
+        stacked = StackedUNet(replace(unet.config, stacked=True))
     weights = unet.state_dict()
     for half in (stacked.first, stacked.second):
         half.load_state_dict({name: weights[name].clone() for name in half.state_dict()}, assign=True)

@@ -1,7 +1,7 @@
 """How much GPU memory training takes at Stable Diffusion's size, derived by counting tensors. Needs no GPU and little memory.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --processes 8 --shard-optimizer --ema-device cpu
+    python benchmarks/memory.py --ema-device cpu
 
 The networks are built without their numbers (torch's FakeTensorMode): every tensor has its shape and dtype and no data. One
 forward pass under --dtype then shows what is kept for the backward pass, each storage counted once. With gradient
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import DTYPES, HERE, Parser, positive, run, write_text
+from command import DTYPES, HERE, Parser, run, write_text
 from evaluate import markdown_table
 from make_checkpoint import make_model
 from rectified_flow import flow_velocity, one_step, reflow_loss
@@ -112,8 +112,6 @@ def kept_by(stage: str, stacked: bool, dtype: torch.dtype, batch: int) -> tuple[
 
 def main():
     parser = Parser("Derive the memory of training at full size.")
-    parser.add_argument("--processes", type=positive, default=1)
-    parser.add_argument("--shard-optimizer", action="store_true", help="as in training.py, over --processes")
     parser.add_argument("--ema-device", choices=["cpu"], help="as in training.py")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="as in training.py; bf16 is autocast")
     args = parser.parse_args()
@@ -123,8 +121,7 @@ def main():
             kept = {}
             for batch in BATCHES:
                 kept[batch], trained, frozen = kept_by(stage, student == "stacked", DTYPES[args.dtype], batch)
-            moments = 8 / args.processes if args.shard_optimizer else 8
-            fixed = (8 + moments + 4 * (args.ema_device is None)) * trained + frozen
+            fixed = (16 + 4 * (args.ema_device is None)) * trained + frozen
             for checkpointing in (False, True):
                 name = "reflow and distillation, L2" if stage == "L2" else "distillation, LPIPS"
                 row = {"student": student, "stage": name, "checkpointing": "yes" if checkpointing else "no"}

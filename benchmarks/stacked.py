@@ -30,7 +30,7 @@ def main():
     torch.manual_seed(args.seed)
     config = UNetConfig()
     make = lambda network: network.to(device, dtype, memory_format=torch.channels_last).eval()
-    one, stacked = make(UNet(config)), make(StackedUNet(replace(config, stacked="features")))
+    one, stacked = make(UNet(config)), make(StackedUNet(replace(config, stacked=True)))
     x = torch.randn(args.batch_size, 4, args.latent_size, args.latent_size, device=device)
     timestep, context = (
         torch.full((args.batch_size,), 1000.0, device=device),

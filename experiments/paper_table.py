@@ -15,7 +15,6 @@ For each seed, on captions that leave much open ("a shape and a red square"), wh
                teacher + distill + LPIPS     `--lpips-iterations` more, from 1 time
     third      3-RF, 3-RF + distill          a second reflow, and one step from it
     stacked    2-RF + distill, stacked       two U-Nets in series, joined as distill.py --student stacked joins them
-               2-RF + distill, two whole     the same with nothing left out where they join
 
 Every student starts from its teacher's weights; where that is the diffusion, with the sign of its output changed, as reflow
 does (unet.started_from). The teacher's pairs are the same for every seed. They are drawn in 8 steps, as those of the flows:
@@ -101,7 +100,6 @@ LPIPS_LEARNING_RATE = 1e-4  # at 5e-4, as in L2, the LPIPS of the training pairs
 CAPTIONS_DRAWN = 1000  # different ones, among the pairs
 # Of the noises of their pairs, so that no model is sampled where it was trained. Those of the teacher serve all seeds.
 WORLDS = {"tiny_sd": "reflow", "2rf": "second reflow", "3rf": "distillation"}
-STACKED = {"2-RF + distill, stacked": "features", "2-RF + distill, two whole": "latents"}
 KEYS = ("row", "updates", "steps")
 FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
 COSTS = ("samples", "own_samples", "minutes")
@@ -222,17 +220,22 @@ def run_seed(study: Study, distance: Callable) -> None:
         return study.made(name, model, train)
 
     def student_of(
-        source: StableDiffusion, row: str, before: dict[str, int], budgets: list[int], finish: bool = False, joint: str = ""
+        source: StableDiffusion,
+        row: str,
+        before: dict[str, int],
+        budgets: list[int],
+        finish: bool = False,
+        stacked: bool = False,
     ):
         """Distil `source`, recorded at each of the budgets.
 
-        before: stages that led to the source; finish: after n updates also in LPIPS; joint: of a stacked student.
+        before: stages that led to the source; finish: after n updates also in LPIPS; stacked: the student.
         """
         name = row.replace(" ", "")
 
         def train(new: StableDiffusion, updates: int) -> None:
-            if joint:
-                new.unet = stack(new.unet, joint)
+            if stacked:
+                new.unet = stack(new.unet)
             distill_l2(new, study.pairs_of(source), study.options(updates), study.folder / name, {}, dtype)
 
         for updates in budgets:
@@ -267,8 +270,7 @@ def run_seed(study: Study, distance: Callable) -> None:
         study.record("3-RF", flow3, 2 * n, **costs({"2rf": n}, {"3rf": n}))
         student_of(flow3, "3-RF + distill", {"2rf": n, "3rf": n}, [n])
     if "stacked" in parts:
-        for row, joint in STACKED.items():
-            student_of(flow2, row, {"2rf": n}, [n], joint=joint)
+        student_of(flow2, "2-RF + distill, stacked", {"2rf": n}, [n], stacked=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------

