@@ -1,11 +1,12 @@
-# make demo    the whole method on the tiny model, from nothing but python, make and a network to the package index
-# make test    lint and tests, in an environment of their own
-# Both build .venv when it is missing or older than the requirements, and both may be run again at any time.
+# make demo        the whole method on the tiny model, from nothing but python, make and a network
+# make test        lint and tests, in an environment of their own
+# make quick       what a commit needs, in a minute;  make test-slow    fifty kills, a quarter of an hour
+# All build .venv when it is missing or older than the requirements, and may be run again at any time.
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick test-slow lint clean
 
 demo: .venv/installed
 	$(BIN)/python reflow.py
@@ -18,9 +19,15 @@ demo: .venv/installed
 test: .venv/installed-dev lint
 	$(BIN)/python -m pytest tests
 
+quick: .venv/installed-dev lint
+	$(BIN)/python -m pytest -q tests/test_method.py tests/test_rectified_flow.py tests/test_models.py \
+		tests/test_training.py tests/test_pairs.py
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow tests
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

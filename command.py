@@ -1,16 +1,15 @@
-"""What the commands share and the method does not need: options, one-line errors, files written whole.
+"""What the commands share and the method does not need: one-line errors, whole files, processes.
 
-`run(main)` turns every foreseeable failure into one line on stderr and exit code 2. `write_whole` makes a file
-appear complete or not at all, so that a run killed at any moment leaves nothing half written behind.
+`run(main)` turns every foreseeable failure into one line on stderr and exit code 2. `write_whole`
+makes a file appear complete or not at all, so that a run killed at any moment leaves nothing half
+written behind. `refuse_other` keeps two different things out of one folder.
 """
 
 import argparse
 import errno
 import functools
-import math
+import json
 import os
-import platform
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -28,11 +27,14 @@ except ImportError:  # Windows has no such locks; there nobody is kept out
     fcntl = None
 
 HERE = Path(__file__).resolve().parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what --dtype calls them
-KINDS = ("diffusion", "flow", "one-step")  # what a checkpoint's U-Net predicts; see checkpoint.py
-STARTS = ("teacher", "negated", "random")  # what --init knows beside checkpoints; see unet.started_from
-KNOWN_CAPTIONS = {"toy/captions.txt": HERE / "toy" / "captions.txt"}  # what a checkpoint's metadata may call its captions
-TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")  # what every command uses when no model is named
+# What every command uses when no model is named, and the one-step model that is made of it.
+TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")
+TINY_ONE_STEP = str(HERE / "toy" / "tiny_instaflow.safetensors")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --dtype
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors and arguments
 
 
 class BadInput(Exception):
@@ -44,6 +46,10 @@ def note(message: str) -> None:
     """Tell the user something once, on stderr."""
     if rank() == 0:
         print(f"note: {message}", file=sys.stderr)
+
+
+def first_line(problem: Exception) -> str:
+    return (str(problem).strip() or repr(problem)).splitlines()[0]
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -64,25 +70,28 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def positive(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
-    if not text.lstrip("-").isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
+def at_least(least: int | float, below: float = float("inf"), why: str = "") -> Callable:
+    """argparse type: a number of the type of `least`, from there to `below`."""
+    number = type(least)
+
+    def parse(text: str):
+        try:
+            value = number(text)
+        except ValueError:
+            value = below
+        if not least <= value < below:
+            whole = "whole " if number is int else ""
+            limit = f" and below {below:,}{why}" if below < float("inf") else ""
+            raise argparse.ArgumentTypeError(
+                f"must be a {whole}number of at least {least:g}{limit}, got {text!r}"
+            )
+        return value
+
+    return parse
 
 
-def solver_steps(text: str) -> int:
-    """argparse type: a number of solver steps; Stable Diffusion's noise schedule has no more than 1000 to take."""
-    if positive(text) > 1000:
-        raise argparse.ArgumentTypeError(f"must be at most 1000, the timesteps of the noise schedule, got {text!r}")
-    return int(text)
-
-
-def not_negative(text: str) -> int:
-    """argparse type: a whole number of at least 0."""
-    if not text.lstrip("-").isdigit() or int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)
+positive, not_negative, not_below_zero = at_least(1), at_least(0), at_least(0.0)
+solver_steps = at_least(1, below=1001, why=", the steps of Stable Diffusion's noise schedule")
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,8 @@ class ByModel:
     tiny: object
 
     def __str__(self) -> str:
-        return f"{self.full}, tiny model {self.tiny}" if self.full is not None else f"tiny model {self.tiny}"
+        full = "" if self.full is None else f"{self.full}, "
+        return f"{full}tiny model {self.tiny}"
 
 
 def settle(args: argparse.Namespace, tiny: bool) -> None:
@@ -103,131 +113,86 @@ def settle(args: argparse.Namespace, tiny: bool) -> None:
             setattr(args, name, value.tiny if tiny else value.full)
 
 
-def not_below_zero(text: str) -> float:
-    """argparse type: a number of at least 0."""
+def run(main: Callable[[], object]) -> None:
+    """Run a command's main; failures a user can mend become one line on stderr and exit code 2."""
+    # Numbers near zero that no longer fit the float format make CPU arithmetic 50 times slower.
+    torch.set_flush_denormal(True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
-    return value
+        main()
+    except BadInput as problem:
+        message = str(problem)
+    except KeyboardInterrupt:
+        message = "interrupted; run the same command again to continue"
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory; draw fewer at once (--batch-size, --teacher-batch-size)"
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES,
+                                 errno.EROFS):
+            raise
+        message = (f"{problem.filename or 'output'}: {problem.strerror}; what was whole is kept, "
+                   "make room and run again")
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    finally:
+        let_others_in()
+    where = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
+    print(f"error: {message}{where}", file=sys.stderr)
+    sys.exit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Seeds
+# --------------------------------------------------------------------------------------------------
+# The machine and its processes, as torchrun starts them: each computes its share, the first writes
 
 
-WORLDS = {"reflow": 1, "distillation": 2, "validation": 3, "evaluation": 4, "second reflow": 5}
-WORLD, RUN = 2**48, 2**24  # seeds in a world, and in what one --seed has of it
-
-
-def seeds_in(world: str, seed: int, count: int, start: int = 0) -> range:
-    """Seeds of noises number `start` to `start + count` for this --seed: those of no other world and no other --seed.
-
-    A model is measured on noises that nothing was trained on, and a teacher is never sampled where it was trained; so
-    pairs for reflow (from a diffusion; "second reflow" from a flow), pairs for distillation, validation and evaluation
-    each have a world. Below the first world lie the seeds that users ask for. A third flow's own pairs share the world
-    "second reflow" with those it was made from: give another --seed for a fourth. BadInput: more noises than a --seed has.
-    """
-    if seed >= RUN:
-        raise BadInput(f"--seed {seed}: there are {RUN:,}; take a smaller one")
-    if start + count > RUN:
-        raise BadInput(f"{start + count:,} noises: one --seed has {RUN:,}; ask for fewer, or give the rest another --seed")
-    first = WORLDS[world] * WORLD + seed * RUN + start
-    return range(first, first + count)
-
-
-def run_seed(text: str) -> int:
-    """argparse type: the --seed of a run."""
-    if not_negative(text) >= RUN:
-        raise argparse.ArgumentTypeError(f"must be below {RUN:,}, got {text!r}")
-    return int(text)
-
-
-def noise_seed(text: str) -> int:
-    """argparse type: the seed of a noise, as a user may ask for it."""
-    if not_negative(text) >= WORLD - RUN:
-        raise argparse.ArgumentTypeError(f"must be below {WORLD - RUN:,}, got {text!r}")
-    return int(text)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The machine
-
-
-def add_machine_options(parser: argparse.ArgumentParser, seed: Callable = run_seed) -> None:
+def add_machine_options(parser: argparse.ArgumentParser, seed: Callable) -> None:
     """--device, --dtype and --seed, the same for every command. seed: its argparse type."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES],
-        help="of the networks; auto: bf16 where the hardware multiplies it natively, else fp32",
-    )  # fmt: skip
+        help="of the networks; auto: bf16 where the hardware multiplies it, else fp32"
+    )
     group.add_argument("--seed", type=seed, default=0, help="the run is a function of it")
 
 
-def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """How to read a checkpoint, where the file itself does not say, and whether to compile it. several: checkpoints."""
-    group = parser.add_argument_group("reading the checkpoint")
-    group.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, for checkpoints without their own")
-    if several:
-        group.add_argument("--kind", choices=["auto", *KINDS], nargs="+", help="what the U-Net of each --model predicts, in "
-                           "their order; auto: as its file says")  # fmt: skip
-    else:
-        group.add_argument("--kind", choices=KINDS, help="what the U-Net predicts; default: as the file says")
-    group.add_argument("--use-ema", action="store_true", help="read the averaged U-Net of a full training checkpoint")
-    group.add_argument("--compile", action="store_true", help="torch.compile: minutes at each new size, faster after them")
-
-
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is cuda, else mps, else cpu. BadInput where it does not exist.
+    """The device of that name; "auto" is cuda, else mps, else cpu. BadInput where there is none.
 
     Under torchrun each process takes a GPU of its own, and finds the others.
     """
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise BadInput(f"--device {name}: not usable on this machine ({reason}); try --device cpu") from None
+        raise BadInput(
+            f"--device {name}: not usable on this machine ({first_line(problem)}); try --device cpu"
+        ) from None
     join_processes(torch.device(name))
     return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bf16 where the hardware multiplies it natively, else fp32."""
+    """The dtype of that name; "auto" is bf16 where the hardware multiplies it, else fp32."""
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere: the first with bf16 tensor cores
+    if device.type == "cuda":  # Ampere is the first with tensor cores for it
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        native = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        native = device.type == "cpu" and cpu
     return torch.bfloat16 if native else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """What --dtype calls it."""
     return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-def machine_name(device: torch.device) -> str:
-    """What a measured figure is said to be measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    name = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Many processes, as torchrun starts them: each computes its share, the first writes
 
 
 def rank() -> int:
@@ -241,7 +206,7 @@ def world_size() -> int:
 
 @functools.cache
 def patient_group() -> dist.ProcessGroup:
-    """All processes, for waiting: one with a shard more to draw may be hours late, and NCCL gives up after ten minutes."""
+    """All processes, for waiting: one may be hours late, and NCCL gives up after ten minutes."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
@@ -251,8 +216,17 @@ def wait_for_all() -> None:
         dist.barrier(group=patient_group())
 
 
+def from_all_processes(items: list) -> list:
+    """The items of every process, in the order of their ranks."""
+    if world_size() == 1:
+        return items
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, items, group=patient_group())
+    return [item for part in gathered for item in part]
+
+
 def join_processes(device: torch.device) -> None:
-    """Find the other processes by torchrun's environment; only the first one speaks on stdout and shows bars."""
+    """Find the others by torchrun's environment; only the first speaks on stdout and shows bars."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -262,11 +236,11 @@ def join_processes(device: torch.device) -> None:
             sys.stdout = open(os.devnull, "w")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[str], object], every_rank: bool = False) -> None:
+def write_whole(path: str | os.PathLike, write: Callable[[str], object], every_rank=False) -> None:
     """Call write(temporary name beside path), flush it to the disk, then rename it to path.
 
     Of many processes only the first writes, unless each has a file of its own.
@@ -275,23 +249,20 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], object], every_r
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # one name, so that killed runs leave one file at most
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # killed runs leave one at most
     try:
-        try:
-            write(str(temporary))
-        except SafetensorError as problem:  # it wraps the error of the system, as "... (os error 28)"
-            number = re.search(r"(?:os error |code: )(\d+)", str(problem))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        write(str(temporary))
         settle_file(temporary)
         os.replace(temporary, path)
+    except SafetensorError as problem:  # it wraps the system's error
+        raise BadInput(f"{path}: could not be written ({first_line(problem)}); what was whole is "
+                       "kept, make room and run again") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def settle_file(path: Path) -> None:
-    """Give a written file the mode that the user's umask wants, which safetensors does not, and flush it to the disk."""
+    """Give a file the mode of the umask, as safetensors does not, and flush it to the disk."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -300,7 +271,7 @@ def settle_file(path: Path) -> None:
 
 
 def write_folder_whole(folder: str | os.PathLike, write: Callable[[Path], object]) -> None:
-    """Call write(temporary folder beside folder), flush its files to the disk, then rename it. The folder must be new."""
+    """Call write(temporary folder), flush its files, then rename it. The folder must be new."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
@@ -320,8 +291,29 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
+def write_json(path: str | os.PathLike, content) -> None:
+    """Write a JSON file whole, to be read by people too."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def refuse_other(path: str | os.PathLike, now: dict, what: str, remedy: str) -> None:
+    """BadInput where the JSON file at `path`, which says what made a folder, says other than `now`.
+
+    Whoever makes the folder writes it with `write_json`. what, remedy: for the line of the error.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    try:
+        changed = differences(dict(json.loads(path.read_text())), now)
+    except (ValueError, TypeError):
+        raise BadInput(f"{path}: damaged; {remedy}") from None
+    if changed:
+        raise BadInput(f"{path.parent}: holds {what} ({changed}); {remedy}")
+
+
 def differences(before: dict, now: dict) -> str:
-    """What `now` holds that `before` does not, for an error message; empty where nothing differs."""
+    """What `now` holds that `before` does not, for an error message; empty if nothing differs."""
     found = []
     for key, value in now.items():
         old = before.get(key)
@@ -332,13 +324,14 @@ def differences(before: dict, now: dict) -> str:
     return "; ".join(filter(None, found))
 
 
-LOCKED = {}  # folder -> its open lock file, until the work in it is done, `run` returns or this process ends
+LOCKED = {}  # folder -> its open lock file, until its work is done, `run` returns or we are killed
 
 
 def keep_others_out(folder: str | os.PathLike) -> None:
-    """Make the folder, and be the only run that works in it. BadInput, in every process, where another one does.
+    """Make the folder, and be the only run that works in it. BadInput where another one does.
 
-    The lock is the system's own and ends with its process, however that ends. Of many processes the first takes it.
+    The lock is the system's own and ends with its process, however that ends. Of many processes the
+    first takes it, and all are refused.
     """
     key, refused = Path(folder).resolve(), None
     if key in LOCKED or fcntl is None:
@@ -350,16 +343,16 @@ def keep_others_out(folder: str | os.PathLike) -> None:
             LOCKED[key] = open(key / ".lock", "w")
             fcntl.flock(LOCKED[key], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            refused = f"{folder}: another run works in this folder; wait for it, or name another one"
+            refused = (
+                f"{folder}: another run works in this folder; wait for it, or name another one"
+            )
         except OSError as problem:
             if LOCKED[key] is None:
                 refused = f"{folder}: cannot be written ({problem.strerror}); choose another place"
             else:
-                note(f"{folder}: its disk has no locks ({problem.strerror}); see to it that one run works there at a time")
-    if world_size() > 1:
-        answer = [refused]
-        dist.broadcast_object_list(answer, src=0, group=patient_group())
-        refused = answer[0]
+                note(f"{folder}: its disk has no locks ({problem.strerror}); see to it that one "
+                     "run works there at a time")
+    refused = from_all_processes([refused])[0]
     if refused:
         let_others_in(folder)
         raise BadInput(refused)
@@ -374,7 +367,7 @@ def let_others_in(folder: str | os.PathLike | None = None) -> None:
 
 
 def check_output(path: str | os.PathLike, needed: int = 0) -> None:
-    """Find out before the work whether `needed` bytes can be written beside path. BadInput where not."""
+    """Find out before the work whether `needed` bytes can be written beside path, else BadInput."""
     folder = Path(path).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -384,34 +377,9 @@ def check_output(path: str | os.PathLike, needed: int = 0) -> None:
         write_text(probe, "yes")
         probe.unlink(missing_ok=True)
     except OSError as problem:
-        raise BadInput(f"{path}: cannot be written ({problem.strerror}); choose another place") from None
+        why = problem.strerror
+        raise BadInput(f"{path}: cannot be written ({why}); choose another place") from None
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise BadInput(f"{path}: needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; make room first")
-
-
-def run(main: Callable[[], object]) -> None:
-    """Run a command's main; failures a user can mend become one line on stderr and exit code 2."""
-    # Numbers near zero that no longer fit the float format make CPU arithmetic up to 50 times slower.
-    torch.set_flush_denormal(True)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        main()
-    except BadInput as problem:
-        message = str(problem)
-    except KeyboardInterrupt:
-        message = "interrupted; run the same command again to continue"
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory; draw fewer at once (--batch-size of sample.py, --teacher-batch-size of pairs)"
-    except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        message = f"{problem.filename or 'output'}: {problem.strerror}; what was whole is kept, make room and run again"
-    else:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
-    finally:
-        let_others_in()
-    print(f"error: {message}" + f" (process {rank()} of {world_size()})" * (world_size() > 1), file=sys.stderr)
-    sys.exit(2)
+        raise BadInput(f"{path}: needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are "
+                       "free; make room first")

@@ -3,25 +3,26 @@
     python distill.py                                   the tiny model, minutes on a laptop
     python distill.py --teacher runs/2rf.safetensors --lpips-net vgg
 
-    min E D(X1, X0 + v(X0, 0 | T))     (X0, X1, T) pairs of the teacher, guidance 1.5
+    min E D(X0 + v(X0, 0 | T), X1)     (X0, X1, T) pairs of the teacher, guidance 1.5
 
-After L2 the model is written too, as OUT with -l2 before its suffix. Each stage has its own batch, parts of a batch and
-learning rate. The paper's batch is 1024 in both; the parts are what one GPU of 80 GB holds.
+t stays at 0 and the student makes a single conditional pass, so that guidance is learned into it. D
+is the squared L2 distance of latents first, then a perceptual distance (LPIPS) of the decoded
+pictures: L2 gets the student close, but where it is unsure L2 is content with a blur, and LPIPS is
+not. After L2 the model is written too, as OUT with -l2 before its suffix. Each stage has its own
+batch, parts of a batch and learning rate. InstaFlow (arXiv 2309.06380).
 
-t stays at 0 and the student makes a single conditional pass, so that guidance is learned into it. D is the squared
-L2 distance of latents first, then a perceptual distance (LPIPS) of the decoded pictures: L2 gets the student close,
-but where it is unsure L2 is content with a blur, and LPIPS is not. InstaFlow (arXiv 2309.06380).
+A diffusion as --teacher is distilled directly; the paper reports that this fails and that reflow
+first helps. --student stacked puts two U-Nets in series, both started from the teacher's weights:
+InstaFlow-1.7B.
 
-A diffusion model as --teacher is distilled directly; the paper reports that this fails and that reflow first helps.
---student stacked puts two U-Nets in series, both started from the teacher's weights: InstaFlow-1.7B.
-
-The perceptual distance is that of the lpips package (Zhang et al. 2018, 1801.03924) with a trained backbone, which
-it downloads when first used. "random" needs no download: the same distance on a SqueezeNet with random weights, of
-which Zhang et al. show that it already orders distortions better than L2. It is what the tiny model uses.
+The perceptual distance is that of the lpips package (Zhang et al. 2018, 1801.03924) with a trained
+backbone, which it downloads when first used. "random" needs no download: the same distance on a
+SqueezeNet with random weights, of which Zhang et al. show that it already orders distortions better
+than L2. It is what the tiny model uses.
 """
 
+import argparse
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,44 +30,63 @@ from torch import Tensor
 
 import checkpoint
 from command import (
-    BadInput,
-    ByModel,
-    Parser,
-    add_machine_options,
-    add_model_options,
-    check_output,
-    keep_others_out,
-    not_below_zero,
-    not_negative,
-    pick_device,
-    positive,
-    run,
-    settle,
-)  # fmt: skip
-from pairs import Pairs, add_pairs_options, make_pairs, pairs_asked
-from rectified_flow import distill_loss, flow_velocity, one_step
-from training import (
-    TrainingOptions,
-    add_training_options,
-    autocast_dtype,
-    check_stage,
-    options_from,
-    plot_loss,
-    shuffled,
-    train,
+    BadInput, ByModel, Parser, add_machine_options, check_output, keep_others_out, not_below_zero,
+    not_negative, pick_device, pick_dtype, positive, run, settle, solver_steps,
 )
-from unet import stack
+from pairs import Pairs, check_pairs, count_for, describe_pairs, make_pairs, prompts_for
+from rectified_flow import Distance, distill_loss, flow_velocity, squared
+from sample import run_seed
+from stable_diffusion import KINDS
+from training import (
+    PAPERS_HALF_LIFE, PAPERS_WARMUP, TrainingOptions, autocast_dtype, check_stage, plot_loss,
+    tell_what_is_kept, train,
+)
+from unet import stack, started_from
 
 RANDOM_NET_SEED = 1
 
 
-def perceptual_distance(net: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """distance(images, images) -> (B,), for images (B, 3, H, W) in [-1, 1]; always computed in fp32, frozen.
+def distill(
+    model, pairs: Pairs, distance: Distance, options: TrainingOptions, folder: Path, settings: dict,
+    name: str, dtype: torch.dtype = torch.float32, seen: int = 0,
+) -> None:
+    """Train model.unet, in place, until one step lands near X1; model becomes one-step.
 
-    net: "vgg", "alex" or "squeeze" for lpips with its trained backbone, or "random".
-    BadInput where the backbone's weights are neither cached nor to be had.
+    distance(landing, X1) of latents. seen: samples of an earlier stage, behind which the order of
+    the pairs goes on.
     """
-    import lpips
+
+    def draw(samples: Tensor, share: slice, generator: torch.Generator) -> tuple:
+        return pairs.batch(samples[share] + seen, options.seed)
+
+    def loss(unet, x0: Tensor, x1: Tensor, prompts: list[str]) -> tuple[Tensor, None]:
+        context = model.encode_prompts(prompts)
+        return distill_loss(flow_velocity(unet), x0, x1, context, distance), None
+
+    train(model.unet, draw, loss, options, folder, settings, f"distill, {name}", dtype)
+    model.kind = "one-step"
+
+
+def perceptual(vae, lpips: Distance) -> Distance:
+    """The distance of latents whose pictures look alike; the decoder is frozen and runs in fp32."""
+    vae.requires_grad_(False)
+
+    def distance(latents: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            with torch.no_grad():
+                wanted = vae.decode(targets)
+            return lpips(vae.decode(latents.float()), wanted)
+
+    return distance
+
+
+def perceptual_distance(net: str, device: torch.device) -> Distance:
+    """LPIPS of images (B, 3, H, W) in [-1, 1]: (B,); always in fp32, frozen.
+
+    net: "vgg", "alex" or "squeeze" for lpips with its trained backbone, or "random". BadInput where
+    the backbone's weights are neither cached nor to be had.
+    """
+    import lpips  # here, since it takes seconds and most commands do without
 
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
@@ -78,10 +98,8 @@ def perceptual_distance(net: str, device: torch.device) -> Callable[[Tensor, Ten
             else:
                 network = lpips.LPIPS(net=net, verbose=False)
     except OSError as problem:
-        raise BadInput(
-            f"--lpips-net {net}: its backbone could not be downloaded ({problem}); put the file into torch's hub cache, "
-            "or take --lpips-net random"
-        ) from None
+        raise BadInput(f"--lpips-net {net}: its backbone could not be downloaded ({problem}); put "
+                       "the file into torch's hub cache, or take --lpips-net random") from None
     network.requires_grad_(False).eval().to(device)
 
     def distance(images: Tensor, targets: Tensor) -> Tensor:
@@ -91,121 +109,169 @@ def perceptual_distance(net: str, device: torch.device) -> Callable[[Tensor, Ten
     return distance
 
 
-def distill_l2(model, pairs: Pairs, options: TrainingOptions, folder: Path, settings: dict, dtype: torch.dtype) -> None:
-    """Stage 1, in place: latents close in L2."""
-    velocity = flow_velocity(model.unet)
-
-    def loss(x0, x1, prompts):
-        return distill_loss(velocity, x0.to(model.device), x1.to(model.device), model.encode_prompts(prompts)), None
-
-    train(model.unet, draw_from(pairs, options.seed), loss, options, folder, settings, "distill, L2", dtype)
-    model.kind = "one-step"
-
-
-def distill_perceptual(
-    model, pairs: Pairs, distance: Callable, options: TrainingOptions, folder: Path, settings: dict, dtype: torch.dtype,
-    seen: int = 0,
-) -> None:  # fmt: skip
-    """Stage 2, in place: decoded pictures close to the eye. The decoder is frozen and runs in fp32.
-
-    seen: samples of stage 1; the order of the pairs goes on behind them, and does not begin anew.
-    """
-    velocity, decode = flow_velocity(model.unet), model.vae.requires_grad_(False).decode
-
-    def loss(x0, x1, prompts):
-        latents = one_step(velocity, x0.to(model.device), model.encode_prompts(prompts))
-        with torch.autocast(model.device.type, enabled=False):
-            with torch.no_grad():
-                target = decode(x1.to(model.device))
-            return distance(decode(latents.float()), target), None
-
-    train(model.unet, draw_from(pairs, options.seed, seen), loss, options, folder, settings, "distill, LPIPS", dtype)
-    model.kind = "one-step"
-
-
-def draw_from(pairs: Pairs, seed: int, seen: int = 0) -> Callable:
-    return lambda samples, generator: pairs.batch(shuffled(samples + seen, len(pairs), seed))
-
+# --------------------------------------------------------------------------------------------------
+# The command
 
 TINY_PAIRS = 10_000
-# Samples at 512 px that a GPU of 80 GB holds, by the table of benchmarks/README.md: 40 and 51 GB, stacked 59 and 68 GB.
+# Samples at 512 px that 80 GB hold, by benchmarks/README.md: 40 and 51 GB, stacked 59 and 68.
 FITS, FITS_LPIPS = 64, 8
-LPIPS_SLOWER = 5  # times: at L2's rate the LPIPS of the tiny model's training pairs rose from the first updates on
+# Times slower: at L2's rate the LPIPS of the tiny model's training pairs rose from the first on.
+LPIPS_SLOWER = 5
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser("Distill a flow (or a diffusion) into a one-step model.")
+    add = parser.add_argument_group("pairs").add_argument
+    add("--teacher", default="runs/2rf.safetensors",
+        help="a flow or a diffusion: .safetensors or folder")
+    add("--kind", choices=KINDS, help="what its U-Net predicts; default: as the file says")
+    add("--tokenizer", help="folder with vocab.json and merges.txt, for a teacher without its own")
+    add("--prompts",
+        help="text file with a prompt a line, or .tsv/.csv; default: the tiny model's captions, "
+             "for SD a built-in grammar")
+    add("--prompt-column", default="Prompt", help="column of a .tsv or .csv that holds the prompts")
+    add("--pairs", default="runs/pairs-2rf",
+        help="folder of the pairs; whole shards in it are kept")
+    add("--num-pairs", type=positive,
+        help="default: 1,600,000 with --prompts (the paper's), 50,000 of the built-in grammar, "
+             f"tiny model {TINY_PAIRS:,}")
+    # Four steps of the tiny 2-RF lead where 25 do (README.md, the table of the four commands).
+    add("--teacher-steps", type=solver_steps, default=ByModel(25, 4))
+    add("--teacher-guidance", type=not_below_zero,
+        help="1 is off; default: 1.5 for a flow (the paper's), 6 for SD itself, 2.5 for its tiny "
+             "model")
+    add("--solver", choices=["dpm", "ddim"], default="dpm", help="for a diffusion; flows use Euler")
+    add("--teacher-batch-size", type=positive, help="pairs drawn at once; default: 16 at 512 px")
+    add("--repair", action="store_true", help="make damaged shards again")
+
+    add = parser.add_argument_group("training").add_argument
+    # InstaFlow-0.9B: 21,500 updates of 1024 in L2, then 18,000 in LPIPS. Its learning rate is
+    # published nowhere that we could read; that of its reflow stands in.
+    add("--student", choices=["unet", "stacked"], default="unet",
+        help="stacked: two in series, InstaFlow-1.7B")
+    add("--l2-iterations", type=not_negative, default=ByModel(21_500, 500),
+        help="updates of the first stage")
+    add("--lpips-iterations", type=not_negative, default=ByModel(18_000, 150), help="of the second")
+    add("--lpips-net", choices=["vgg", "alex", "squeeze", "random"],
+        default=ByModel("vgg", "random"))
+    add("--batch-size", type=positive, default=ByModel(1024, 64), help="samples of one update")
+    add("--lpips-batch-size", type=positive, help="of the second stage; default: --batch-size")
+    add("--init", type=checkpoint.initial_weights, default=ByModel("teacher", "negated"),
+        metavar="{teacher,negated,random,CHECKPOINT}",
+        help="weights to start from; negated: a diffusion's with the sign of its output changed")
+    add("--learning-rate", type=not_below_zero, default=ByModel(1e-6, 5e-4),
+        help="the paper does not say its own")
+    add("--lpips-learning-rate", type=not_below_zero,
+        help=f"default: --learning-rate / {LPIPS_SLOWER}")
+    add("--cooldown", type=not_below_zero, default=ByModel(0.0, 0.6),
+        help="share of each stage, at its end, over which the rate falls to 0")
+    add("--warmup-samples", type=not_negative, default=ByModel(None, 6_400),
+        help="samples until the full learning rate; for SD 1,000 times the batch")
+    add("--ema-half-life", type=positive, default=ByModel(None, 10_000),
+        help="samples until a weight counts half; for SD 6,931 times the batch")
+    add("--ema-ramp", type=not_below_zero, default=ByModel(0.0, 0.05),
+        help="the half-life is at most this share of the samples seen; 0: no limit, as in the "
+             "paper")
+    add("--accumulate", type=positive,
+        help="parts that a batch passes in, over all processes; more need less memory and change "
+             "rounding alone; default: as a GPU of 80 GB needs them for SD")
+    add("--lpips-accumulate", type=positive, help="the same of the second stage")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        default=ByModel(True, False),
+        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--ema-device", choices=["cpu"], help="keep the averaged weights in main memory")
+    add("--compile", action="store_true", help="torch.compile: minutes at first, faster after them")
+    add("--save-every", type=positive, default=500,
+        help="updates between saved states; 15 minutes at most")
+    add("--out", default="runs/instaflow.safetensors",
+        help="the one-step model; its state lies in OUT.state")
+    add_machine_options(parser, run_seed)
+    return parser.parse_args()
 
 
 def main():
-    parser = Parser("Distill a flow (or a diffusion) into a one-step model.")
-    add_pairs_options(parser, teacher="runs/2rf.safetensors", folder="runs/pairs-2rf", tiny_count=TINY_PAIRS)
-    # InstaFlow-0.9B: 21,500 updates of 1024 in L2, then 18,000 in LPIPS. Its learning rate is published nowhere that we
-    # could read; that of its reflow stands in.
-    group = add_training_options(parser, ByModel(1024, 64), "1e-06 (the paper does not say), tiny model 0.0005")
-    group.add_argument("--student", choices=["unet", "stacked"], default="unet", help="stacked: two in series, InstaFlow-1.7B")
-    group.add_argument("--l2-iterations", type=not_negative, default=ByModel(21_500, 700))
-    group.add_argument("--lpips-iterations", type=not_negative, default=ByModel(18_000, 150))
-    group.add_argument("--lpips-batch-size", type=positive, help="of the second stage; default: --batch-size")
-    group.add_argument("--lpips-accumulate", type=positive, help="as --accumulate, of the second stage")
-    group.add_argument("--lpips-learning-rate", type=not_below_zero, help=f"default: --learning-rate / {LPIPS_SLOWER}")
-    group.add_argument("--lpips-net", choices=["vgg", "alex", "squeeze", "random"], default=ByModel("vgg", "random"))
-    group.add_argument("--out", default="runs/instaflow.safetensors", help="the one-step model; its state lies in OUT.state")
-    add_model_options(parser)
-    add_machine_options(parser)
-    args = parser.parse_args()
-
+    args = arguments()
     device = pick_device(args.device)
-    teacher = checkpoint.load_as_asked(args.teacher, args, device, args.kind)
-    tiny = teacher.captions is not None
-    settle(args, tiny)
-    if args.learning_rate is None:
-        args.learning_rate = 5e-4 if tiny else 1e-6
-    if args.lpips_learning_rate is None:
-        args.lpips_learning_rate = args.learning_rate / LPIPS_SLOWER
-    args.lpips_batch_size = args.lpips_batch_size or args.batch_size
+    teacher = checkpoint.load(args.teacher, device, torch.float32, args.kind, args.tokenizer)
+    settle(args, teacher.is_tiny)
     if teacher.kind == "one-step":
-        raise BadInput(f"{args.teacher}: a one-step model is distilled already; give a flow or a diffusion as --teacher")
+        raise BadInput(f"{args.teacher}: a one-step model is distilled already; give a flow or a "
+                       "diffusion as --teacher")
     if not args.l2_iterations + args.lpips_iterations:
         raise BadInput("--l2-iterations and --lpips-iterations are both 0: nothing to do")
     check_output(args.out)
     state = Path(args.out + ".state")
     keep_others_out(state)
-    distance = perceptual_distance(args.lpips_net, device) if args.lpips_iterations else None  # before hours of work
+    start, start_name = checkpoint.load_start(args.init, teacher)
+    lpips = perceptual_distance(args.lpips_net, device) if args.lpips_iterations else None
 
-    prompts, description = pairs_asked(teacher, args, "distillation", TINY_PAIRS)
-    dtype = autocast_dtype(args.dtype, device, teacher.unet)
-    fits, lpips_fits = (None, None) if tiny else (FITS, FITS_LPIPS)
-    l2 = options_from(args, args.l2_iterations, args.batch_size, args.accumulate, fits, args.learning_rate)
-    lpips = options_from(
-        args, args.lpips_iterations, args.lpips_batch_size, args.lpips_accumulate, lpips_fits, args.lpips_learning_rate
+    prompts, source = prompts_for(teacher, args.prompts, args.prompt_column)
+    count = count_for(teacher, args.num_pairs, args.prompts is not None, TINY_PAIRS)
+    pairs_dtype = pick_dtype(args.dtype, device)
+    description = describe_pairs(
+        teacher, prompts, source, count, args.teacher_steps, args.teacher_guidance, args.solver,
+        pairs_dtype, "distillation", args.seed,
     )
-    seen = l2.iterations * l2.batch_size
-    l2_settings = {"pairs": description, "init": checkpoint.start_of(args), "student": args.student}
-    lpips_settings = l2_settings | {"seen": seen, "net": args.lpips_net}
-    stages = [(state / "l2", l2, l2_settings, dtype), (state / "lpips", lpips, lpips_settings, dtype)]
-    stages = [stage for stage in stages if stage[1].iterations]
-    finished = [check_stage(*stage) for stage in stages]
-    if Path(args.out).exists() and all(finished):
-        print(f"{args.out}: finished already, {args.l2_iterations} + {args.lpips_iterations} iterations")
-        return
-    checkpoint.check_start(args, teacher)
-    pairs = make_pairs(teacher, prompts, description, args.pairs, args.teacher_batch_size, args.repair)
-    print(f"distill: {len(pairs)} pairs, {args.l2_iterations} L2 iterations of {args.batch_size}, "
-          f"{args.lpips_iterations} LPIPS ({args.lpips_net}) of {args.lpips_batch_size}")  # fmt: skip
+    check_pairs(args.pairs, description)
 
-    del teacher
-    model = checkpoint.load_student(args, device)
-    if args.student == "stacked":
-        model.unet = stack(model.unet)
-    model.unet.gradient_checkpointing = model.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
+    def stage(iterations: int, batch: int, accumulate: int | None, fits: int, rate: float):
+        warmup, half_life = args.warmup_samples, args.ema_half_life
+        return TrainingOptions(
+            iterations, batch, rate, cooldown=args.cooldown,
+            warmup_samples=PAPERS_WARMUP * batch if warmup is None else warmup,
+            ema_half_life=half_life or PAPERS_HALF_LIFE * batch, ema_ramp=args.ema_ramp,
+            accumulate=accumulate or (1 if teacher.is_tiny else -(-batch // fits)),
+            seed=args.seed, save_every=args.save_every, ema_device=args.ema_device,
+        )
+
+    slower = args.lpips_learning_rate
+    slower = args.learning_rate / LPIPS_SLOWER if slower is None else slower
+    lpips_batch = args.lpips_batch_size or args.batch_size
+    first = stage(args.l2_iterations, args.batch_size, args.accumulate, FITS, args.learning_rate)
+    second = stage(args.lpips_iterations, lpips_batch, args.lpips_accumulate, FITS_LPIPS, slower)
+    dtype = autocast_dtype(args.dtype, device, teacher.unet)
+    seen = first.iterations * first.batch_size
+    first_settings = {"pairs": description, "init": start_name, "student": args.student}
+    second_settings = first_settings | {"seen": seen, "net": args.lpips_net}
+    stages = [("l2", first, first_settings), ("lpips", second, second_settings)]
+    stages = [stage for stage in stages if stage[1].iterations]
+    finished = [check_stage(state / part, *of_stage, dtype) for part, *of_stage in stages]
+    if Path(args.out).exists() and all(finished):
+        print(f"{args.out}: finished already, {args.l2_iterations} + {args.lpips_iterations} "
+              "iterations")
+        return
+    for _, options, _ in stages:
+        tell_what_is_kept(options)
+
+    drawer = teacher.in_dtype(pairs_dtype)
     if args.compile:
-        model.compile()
-    if args.l2_iterations:
-        distill_l2(model, pairs, l2, state / "l2", l2_settings, dtype)
+        drawer.compile()
+    at_once = args.teacher_batch_size
+    pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
+    del drawer
+    print(f"distill: {len(pairs)} pairs, {first.iterations} L2 iterations of {first.batch_size}, "
+          f"{second.iterations} LPIPS ({args.lpips_net}) of {second.batch_size}")
+
+    student = teacher
+    student.found_tokenizer()  # to be saved along
+    student.unet = started_from(teacher.unet, start, teacher.kind, args.seed)
+    if args.student == "stacked":
+        student.unet = stack(student.unet)
+    for network in (student.unet, student.vae.decoder):
+        network.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        student.compile()
+    if first.iterations:
+        distill(student, pairs, squared, first, state / "l2", first_settings, "L2", dtype)
         plot_loss(state / "l2")
-    if args.l2_iterations and args.lpips_iterations:
-        checkpoint.save(model, args.out.removesuffix(".safetensors") + "-l2.safetensors")
-    if args.lpips_iterations:
-        distill_perceptual(model, pairs, distance, lpips, state / "lpips", lpips_settings, dtype, seen)
+        if second.iterations:
+            checkpoint.save(student, args.out.removesuffix(".safetensors") + "-l2.safetensors")
+    if second.iterations:
+        distance = perceptual(student.vae, lpips)
+        folder = state / "lpips"
+        distill(student, pairs, distance, second, folder, second_settings, "LPIPS", dtype, seen)
         plot_loss(state / "lpips")
-    checkpoint.save(model, args.out)
+    checkpoint.save(student, args.out)
     print(f"{args.out}: a one-step model; its losses are in {state}")
 
 

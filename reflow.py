@@ -1,25 +1,28 @@
 """Reflow: teach a velocity the straight lines between the teacher's noises and its latents.
 
     python reflow.py                                    the tiny model, minutes on a laptop
-    python reflow.py --teacher sd14.safetensors         Stable Diffusion: the paper's 70,000 x 64 samples, 11.2 A100-days,
-                                                        on 50,000 pairs of a small grammar; with --prompts FILE
-                                                        on the paper's 1.6 million, 52 GB
-    python reflow.py --teacher sd14.safetensors --init runs/2rf.safetensors --batch-size 1024 --iterations 25000 \\
-                     --out runs/2rf-1024.safetensors    InstaFlow's second stage: 64 A100-days more, on the same pairs
+    python reflow.py --teacher sd14.safetensors
+        Stable Diffusion: the paper's 70,000 x 64 samples, 11.2 A100-days, on 50,000 pairs of a
+        small grammar; with --prompts FILE on the paper's 1.6 million, 52 GB
+    python reflow.py --teacher sd14.safetensors --init runs/2rf.safetensors --batch-size 1024 \\
+                     --iterations 25000 --out runs/2rf-1024.safetensors
+        InstaFlow's second stage: 64 A100-days more, on the same pairs
 
-The teacher's ODE pairs every noise X0 with a latent X1 (pairs.py). On those pairs the U-Net, started from the
-teacher's own weights, regresses the direction of the line:
+The teacher's ODE pairs every noise X0 with a latent X1 (pairs.py). On those pairs the U-Net,
+started from the teacher's own weights, regresses the direction of the line:
 
     min_v  E ‖(X1 - X0) - v(X_t, t | T)‖²      X_t = (1-t) X0 + t X1,  t ~ U[0, 1]
 
-The paper starts from the teacher's weights as they are (--init teacher). They predict noise, which is the opposite of
-half the velocity; changing the sign of the last convolution (--init negated) removes most of the work of the tiny model.
---loss pseudo-huber counts large errors less (README.md, "Fewer samples").
-A tenth of the prompts T is dropped, so that guidance works on the result. The result is 2-Rectified Flow, of kind
-"flow"; given as --teacher itself, it makes 3-Rectified Flow (a fourth flow wants another --seed). InstaFlow (2309.06380).
+The paper starts from the teacher's weights as they are (--init teacher). They predict noise, which
+is the opposite of half the velocity; changing the sign of the last convolution (--init negated)
+removes most of the work of the tiny model. --loss pseudo-huber counts large errors less. A tenth of
+the prompts T is dropped, so that guidance works on the result. The result is 2-Rectified Flow, of
+kind "flow"; given as --teacher itself, it makes 3-Rectified Flow. InstaFlow (arXiv 2309.06380).
 """
 
+import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,33 +30,20 @@ from torch import Tensor
 
 import checkpoint
 from command import (
-    TINY_TEACHER,
-    BadInput,
-    ByModel,
-    Parser,
-    add_machine_options,
-    add_model_options,
-    check_output,
-    keep_others_out,
-    pick_device,
-    positive,
-    run,
-    settle,
-)  # fmt: skip
-from pairs import Pairs, add_pairs_options, make_pairs, pairs_asked
-from rectified_flow import flow_velocity, pseudo_huber_loss, reflow_loss
-from training import (
-    TrainingOptions,
-    add_training_options,
-    autocast_dtype,
-    check_stage,
-    options_from,
-    plot_loss,
-    shuffled,
-    train,
+    TINY_TEACHER, BadInput, ByModel, Parser, add_machine_options, check_output, keep_others_out,
+    not_below_zero, not_negative, pick_device, pick_dtype, positive, run, settle, solver_steps,
 )
+from pairs import Pairs, check_pairs, count_for, describe_pairs, make_pairs, prompts_for
+from rectified_flow import flow_velocity, pseudo_huber, reflow_loss
+from sample import run_seed
+from stable_diffusion import KINDS
+from training import (
+    PAPERS_HALF_LIFE, PAPERS_WARMUP, TrainingOptions, autocast_dtype, check_stage, plot_loss,
+    tell_what_is_kept, train,
+)
+from unet import started_from
 
-LOSSES = {"l2": reflow_loss, "pseudo-huber": pseudo_huber_loss}
+LOSSES = {"l2": reflow_loss, "pseudo-huber": partial(reflow_loss, distance=pseudo_huber)}
 CAPTION_DROPOUT = 0.1  # share of prompts replaced by the empty one (Ho & Salimans 2022, 2207.12598)
 
 
@@ -62,78 +52,155 @@ def uniform_times(count: int, generator: torch.Generator) -> Tensor:
 
 
 def reflow(
-    model, pairs: Pairs, options: TrainingOptions, folder: Path, settings: dict, dtype: torch.dtype,
-    times: Callable[[int, torch.Generator], Tensor] = uniform_times, loss_of: Callable = reflow_loss,
-) -> None:  # fmt: skip
+    model, pairs: Pairs, options: TrainingOptions, folder: Path, settings: dict,
+    dtype: torch.dtype = torch.float32, loss_of: Callable = reflow_loss,
+    times: Callable = uniform_times,
+) -> None:
     """Train model.unet on the pairs, in place; model becomes a flow.
 
-    times(count, generator) draws t; loss_of(velocity, x0, x1, t, context) is the loss of each sample.
+    loss_of(velocity, x0, x1, t, context): the loss of each sample; times(count, generator) draws t.
     """
-    device, velocity = model.device, flow_velocity(model.unet)
 
-    def draw(samples, generator):
-        x0, x1, prompts = pairs.batch(shuffled(samples, len(pairs), options.seed))
-        t = times(len(samples), generator)
-        kept = torch.rand(len(samples), generator=generator) >= CAPTION_DROPOUT
-        return x0, x1, t, [prompt if keep else "" for prompt, keep in zip(prompts, kept.tolist())]
+    def draw(samples: Tensor, share: slice, generator: torch.Generator) -> tuple:
+        t = times(len(samples), generator)[share]
+        kept = torch.rand(len(samples), generator=generator)[share] >= CAPTION_DROPOUT
+        x0, x1, prompts = pairs.batch(samples[share], options.seed)
+        return x0, x1, t, [prompt if keep else "" for prompt, keep in zip(prompts, kept)]
 
-    def loss(x0, x1, t, prompts):
+    def loss(unet, x0: Tensor, x1: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         context = model.encode_prompts(prompts)
-        return loss_of(velocity, x0.to(device), x1.to(device), t.to(device), context), t
+        return loss_of(flow_velocity(unet), x0, x1, t, context), t
 
     train(model.unet, draw, loss, options, folder, settings, "reflow", dtype)
     model.kind = "flow"
 
 
-TINY_PAIRS = 15_000
-FITS = 64  # samples at 512 px that a GPU of 80 GB holds with ease, by the table of benchmarks/README.md: 40 GB
+# --------------------------------------------------------------------------------------------------
+# The command
+
+TINY_PAIRS = 10_000
+# Samples at 512 px that 80 GB hold with ease, by the table of benchmarks/README.md: 40 GB.
+FITS = 64
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser("Make a 2-Rectified Flow from a diffusion, or a 3-Rectified Flow from that.")
+    add = parser.add_argument_group("pairs").add_argument
+    add("--teacher", default=TINY_TEACHER,
+        help="an SD 1.x .safetensors, one of ours, or a diffusers folder")
+    add("--kind", choices=KINDS, help="what its U-Net predicts; default: as the file says")
+    add("--tokenizer", help="folder with vocab.json and merges.txt, for a teacher without its own")
+    add("--prompts",
+        help="text file with a prompt a line, or .tsv/.csv; default: the tiny model's captions, "
+             "for SD a built-in grammar")
+    add("--prompt-column", default="Prompt", help="column of a .tsv or .csv that holds the prompts")
+    add("--pairs", default="runs/pairs", help="folder of the pairs; whole shards in it are kept")
+    add("--num-pairs", type=positive,
+        help="default: 1,600,000 with --prompts (the paper's), 50,000 of the built-in grammar, "
+             f"tiny model {TINY_PAIRS:,}")
+    add("--teacher-steps", type=solver_steps, default=ByModel(25, 8))
+    add("--teacher-guidance", type=not_below_zero,
+        help="1 is off; default: 6 for SD (the paper's for SD 1.4; for SD 1.5 it takes 5), 2.5 for "
+             "its tiny model, 1.5 for a flow")
+    add("--solver", choices=["dpm", "ddim"], default="dpm", help="for a diffusion; flows use Euler")
+    add("--teacher-batch-size", type=positive, help="pairs drawn at once; default: 16 at 512 px")
+    add("--repair", action="store_true", help="make damaged shards again")
+
+    add = parser.add_argument_group("training").add_argument
+    # InstaFlow: 70,000 updates of 64, and a tenth of the learning rate for a third flow.
+    add("--iterations", type=positive, default=ByModel(70_000, 600), help="updates")
+    add("--batch-size", type=positive, default=64, help="samples of one update")
+    add("--init", type=checkpoint.initial_weights, default=ByModel("teacher", "negated"),
+        metavar="{teacher,negated,random,CHECKPOINT}",
+        help="weights to start from; negated: a diffusion's with the sign of its output changed")
+    add("--loss", choices=LOSSES, default="l2",
+        help="pseudo-huber counts large errors less (2405.20320)")
+    add("--learning-rate", type=not_below_zero,
+        help="default: 1e-06 from a diffusion, 1e-07 from a flow, tiny model 0.0005")
+    add("--cooldown", type=not_below_zero, default=ByModel(0.0, 0.6),
+        help="share of the run, at its end, over which the rate falls to 0; the paper's is "
+             "constant")
+    add("--warmup-samples", type=not_negative, default=ByModel(None, 6_400),
+        help="samples until the full learning rate; for SD 1,000 times the batch")
+    add("--ema-half-life", type=positive, default=ByModel(None, 10_000),
+        help="samples until a weight counts half; for SD 6,931 times the batch")
+    add("--ema-ramp", type=not_below_zero, default=ByModel(0.0, 0.05),
+        help="the half-life is at most this share of the samples seen; 0: no limit, as in the "
+             "paper")
+    add("--accumulate", type=positive,
+        help="parts that a batch passes in, over all processes; more need less memory and change "
+             "rounding alone; default: as a GPU of 80 GB needs them for SD")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        default=ByModel(True, False),
+        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--ema-device", choices=["cpu"], help="keep the averaged weights in main memory")
+    add("--compile", action="store_true", help="torch.compile: minutes at first, faster after them")
+    add("--save-every", type=positive, default=500,
+        help="updates between saved states; 15 minutes at most")
+    add("--out", default="runs/2rf.safetensors",
+        help="the flow; its training state lies in OUT.state")
+    add_machine_options(parser, run_seed)
+    return parser.parse_args()
 
 
 def main():
-    parser = Parser("Make a 2-Rectified Flow from a diffusion teacher (or a 3-Rectified Flow from a 2-Rectified Flow).")
-    add_pairs_options(parser, teacher=TINY_TEACHER, folder="runs/pairs", tiny_count=TINY_PAIRS)
-    # InstaFlow: 70,000 updates of 64, and a tenth of the learning rate for a third flow.
-    group = add_training_options(parser, ByModel(64, 64), "1e-06 from a diffusion, 1e-07 from a flow, tiny model 0.0005")
-    group.add_argument("--iterations", type=positive, default=ByModel(70_000, 700))
-    group.add_argument("--loss", choices=LOSSES, default="l2", help="pseudo-huber counts large errors less (2405.20320)")
-    group.add_argument("--out", default="runs/2rf.safetensors", help="the flow; its training state lies in OUT.state")
-    add_model_options(parser)
-    add_machine_options(parser)
-    args = parser.parse_args()
-
+    args = arguments()
     device = pick_device(args.device)
-    teacher = checkpoint.load_as_asked(args.teacher, args, device, args.kind)
-    tiny = teacher.captions is not None
-    settle(args, tiny)
-    if args.learning_rate is None:
-        args.learning_rate = 5e-4 if tiny else 1e-6 if teacher.kind == "diffusion" else 1e-7
+    teacher = checkpoint.load(args.teacher, device, torch.float32, args.kind, args.tokenizer)
+    settle(args, teacher.is_tiny)
     if teacher.kind == "one-step":
-        raise BadInput(f"{args.teacher}: a one-step model has no path to straighten; give a diffusion or a flow as --teacher")
+        raise BadInput(f"{args.teacher}: a one-step model has no path to straighten; give a "
+                       "diffusion or a flow as --teacher")
     check_output(args.out)
     folder = Path(args.out + ".state")
     keep_others_out(folder)
+    start, start_name = checkpoint.load_start(args.init, teacher)
 
+    prompts, source = prompts_for(teacher, args.prompts, args.prompt_column)
+    count = count_for(teacher, args.num_pairs, args.prompts is not None, TINY_PAIRS)
+    pairs_dtype = pick_dtype(args.dtype, device)
     world = "reflow" if teacher.kind == "diffusion" else "second reflow"
-    prompts, description = pairs_asked(teacher, args, world, TINY_PAIRS)
-    fits = None if tiny else FITS
-    options = options_from(args, args.iterations, args.batch_size, args.accumulate, fits, args.learning_rate)
+    description = describe_pairs(
+        teacher, prompts, source, count, args.teacher_steps, args.teacher_guidance, args.solver,
+        pairs_dtype, world, args.seed,
+    )
+    check_pairs(args.pairs, description)
+
+    rate, warmup, half_life = args.learning_rate, args.warmup_samples, args.ema_half_life
+    if rate is None:
+        rate = 5e-4 if teacher.is_tiny else 1e-6 if teacher.kind == "diffusion" else 1e-7
+    options = TrainingOptions(
+        args.iterations, args.batch_size, rate, cooldown=args.cooldown,
+        warmup_samples=PAPERS_WARMUP * args.batch_size if warmup is None else warmup,
+        ema_half_life=half_life or PAPERS_HALF_LIFE * args.batch_size, ema_ramp=args.ema_ramp,
+        accumulate=args.accumulate or (1 if teacher.is_tiny else -(-args.batch_size // FITS)),
+        seed=args.seed, save_every=args.save_every, ema_device=args.ema_device,
+    )
+    tell_what_is_kept(options)
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
-    settings = {"pairs": description, "init": checkpoint.start_of(args), "loss": args.loss}
+    settings = {"pairs": description, "init": start_name, "loss": args.loss}
     if check_stage(folder, options, settings, dtype) and Path(args.out).exists():
         print(f"{args.out}: finished already, {args.iterations} iterations")
         return
-    checkpoint.check_start(args, teacher)
-    pairs = make_pairs(teacher, prompts, description, args.pairs, args.teacher_batch_size, args.repair)
-    seen = args.iterations * args.batch_size
-    print(f"reflow: {len(pairs)} pairs, each seen {seen / len(pairs):.1f} times in {args.iterations} x {args.batch_size}")
 
-    del teacher
-    model = checkpoint.load_student(args, device)
-    model.unet.gradient_checkpointing = args.gradient_checkpointing
+    drawer = teacher.in_dtype(pairs_dtype)
     if args.compile:
-        model.compile()
-    reflow(model, pairs, options, folder, settings, dtype, loss_of=LOSSES[args.loss])
-    checkpoint.save(model, args.out)
+        drawer.compile()
+    at_once = args.teacher_batch_size
+    pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
+    del drawer
+    seen = args.iterations * args.batch_size / len(pairs)
+    print(f"reflow: {len(pairs)} pairs, each seen {seen:.1f} times in {args.iterations} x "
+          f"{args.batch_size}")
+
+    student = teacher
+    student.found_tokenizer()  # to be saved along
+    student.unet = started_from(teacher.unet, start, teacher.kind, args.seed)
+    student.unet.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        student.compile()
+    reflow(student, pairs, options, folder, settings, dtype, LOSSES[args.loss])
+    checkpoint.save(student, args.out)
     plot_loss(folder)
     print(f"{args.out}: a rectified flow; its loss is in {folder / 'loss.png'}")
 

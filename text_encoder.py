@@ -1,23 +1,36 @@
-"""CLIP's text transformer (ViT-L/14): token ids to the context that the U-Net's attention reads.
+"""CLIP's text transformer (ViT-L/14): prompts to the context that the U-Net's attention reads.
 
-    token_ids (B, 77)  ->  embeddings + positions  ->  12 causal transformer layers  ->  layer norm  ->  (B, 77, 768)
+    prompts            ->  tokenize            start token, words in parts, end tokens  ->  (B, 77)
+    token_ids (B, 77)  ->  embeddings + positions  ->  12 causal transformer layers  ->  layer norm
+                                                                                ->  (B, 77, 768)
 
-Causal: a token sees only those before it, so the end token alone has read the whole prompt. Stable Diffusion
-uses every token's final state, those of the padding behind the end token included, and no attention mask.
+Causal: a token sees only those before it, so the end token alone has read the whole prompt. Stable
+Diffusion uses every token's final state, those of the padding behind the end token included, and no
+attention mask. The tokenizer is transformers'; the transformer is ours, with its names.
 
-Source: Radford et al. 2021 (arXiv 2103.00020). Attributes carry transformers' names.
+Source: Radford et al. 2021 (arXiv 2103.00020).
 """
 
+import json
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from command import BadInput, first_line, note
+
+# The one that Stable Diffusion 1.x was trained with.
+HUB_TOKENIZER = "openai/clip-vit-large-patch14"
 
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Sizes of the text transformer; the defaults are CLIP ViT-L/14, which Stable Diffusion 1.x uses."""
+    """Sizes of the text transformer; the defaults are CLIP ViT-L/14, Stable Diffusion 1.x's."""
 
     vocab_size: int = 49408
     max_position_embeddings: int = 77  # tokens of a prompt, start and end token included
@@ -28,9 +41,11 @@ class TextEncoderConfig:
 
 
 def lookup_table(rows: int, channels: int) -> nn.Embedding:
-    """nn.Embedding with its usual random start; none on the meta device, where it would cost two seconds of imports."""
+    """nn.Embedding with its random start; none on the meta device, for two seconds' imports."""
     weight = torch.empty(rows, channels)
-    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
+    return nn.Embedding.from_pretrained(
+        weight if weight.is_meta else weight.normal_(), freeze=False
+    )
 
 
 class Embeddings(nn.Module):
@@ -40,7 +55,8 @@ class Embeddings(nn.Module):
         self.position_embedding = lookup_table(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        return self.token_embedding(token_ids) + self.position_embedding.weight[: token_ids.shape[1]]
+        positions = self.position_embedding.weight[: token_ids.shape[1]]
+        return self.token_embedding(token_ids) + positions
 
 
 class CausalSelfAttention(nn.Module):
@@ -54,7 +70,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, C) -> (B, heads, L, C / heads)
+            # (B, L, C) -> (B, heads, L, C / heads)
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -108,12 +125,72 @@ class TextTransformer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """text_encoder(token_ids): (B, L) int64 with L <= max_position_embeddings -> (B, L, hidden_size)."""
+    """text_encoder(token_ids (B, L) int64, L <= max_position_embeddings) -> (B, L, hidden_size)."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.config = config
-        self.text_model = TextTransformer(config)  # the level that every published checkpoint's names have
+        # A level that all published checkpoints' names have.
+        self.text_model = TextTransformer(config)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return self.text_model(token_ids)
+
+
+# --------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str], length: int) -> Tensor:
+    """(B, length) int64, padded with the end token. Longer prompts are cut; the end token stays."""
+    rows = []
+    for ids in tokenizer(list(prompts))["input_ids"]:
+        if len(ids) > length:
+            ids = ids[: length - 1] + [tokenizer.eos_token_id]
+            note(f"prompts are cut to {length} tokens; a longer one's end is not seen")
+        rows.append(ids + [tokenizer.pad_token_id] * (length - len(ids)))
+    return torch.tensor(rows)
+
+
+def tokenizer_from(vocabulary: dict[str, int], merges: Iterable[str]) -> CLIPTokenizer:
+    """A tokenizer from its vocabulary and its merges, each "left right"."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        Path(folder, "merges.txt").write_text(merges_text(merges), encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def merges_text(merges: Iterable[str]) -> str:
+    return "".join(line + "\n" for line in ["#version: 0.2", *merges])
+
+
+def tokenizer_parts(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[str]]:
+    """The inverse: (vocabulary in the order of its numbers, merges)."""
+    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return vocabulary, [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+
+
+def tokenizer_in(folder: str | Path) -> CLIPTokenizer:
+    """The tokenizer in a folder with vocab.json and merges.txt, or tokenizer.json."""
+    if not any(Path(folder, name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise BadInput(f"{folder}: holds no tokenizer (vocab.json and merges.txt); give a folder "
+                       "that does with --tokenizer")
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as problem:  # the tokenizers library raises its own, without a class for them
+        why = first_line(problem)
+        raise BadInput(f"{folder}: not a CLIP tokenizer ({why}); get the folder again") from None
+
+
+def hub_tokenizer(vocab_size: int) -> CLIPTokenizer:
+    """Stable Diffusion's, from the hub or its cache."""
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(HUB_TOKENIZER)
+    except Exception:  # what is raised offline differs between causes
+        tokenizer = None
+    # Where it finds no file, transformers may also return a tokenizer without vocabulary.
+    if tokenizer is None or len(tokenizer.get_vocab()) != vocab_size:
+        raise BadInput(f"the checkpoint has no tokenizer and {HUB_TOKENIZER} could not be fetched; "
+                       "give --tokenizer DIR, a folder with vocab.json and merges.txt")
+    return tokenizer

@@ -1,68 +1,53 @@
-"""The one training loop: the teacher, reflow, both distillation stages and the toys are all trained by `train`.
+"""The one training loop: the teacher, reflow, both stages of distillation and the toys use `train`.
 
-In order: draw a batch, warm up the learning rate, forward, backward, clip, AdamW, average the weights (EMA), log,
-save. Progress, warm-up and EMA half-life are counted in samples.
+In order: fetch a batch, set the learning rate, forward, backward, clip, AdamW, average the weights
+(EMA), log, save. Progress, warm-up and EMA half-life are counted in samples.
 
-Everything random in a step is drawn from a generator seeded by (seed, step), and samples are numbered from 0 over
-the whole run. So the position in the run is one number, and a run that was killed and started again computes,
-bit for bit on a CPU, what it would have computed without stopping.
+Everything random in a step is drawn from a generator seeded by (seed, step), and samples are
+numbered from 0 over the whole run. So the position in the run is one number, and a run that was
+killed and started again computes, bit for bit on a CPU, what it would have without stopping.
 
-Under torchrun every process computes its share of each batch, gradients are summed once an update, and the first process
-writes. The same batch at any number of processes gives the same run up to rounding, so the number may change between stops.
-What a GPU holds beside activations is, for each parameter, 4 bytes of weights, 4 of gradients, 8 of moments and 4 of EMA:
---ema-device cpu moves the EMA into main memory.
+Under torchrun every process computes its share of each batch, DistributedDataParallel averages the
+gradients while the backward pass still runs, and the first process writes. The same batch at any
+number of processes gives the same run up to rounding, so the number may change between stops. A GPU
+holds, beside activations, 4 bytes a parameter of weights, 4 of gradients, 8 of moments and 4 of
+EMA, which ema_device moves into main memory.
 
-The state (weights, EMA, both AdamW moments, under fp16 the loss's scale) is one safetensors file that appears whole or not
-at all, in a folder beside the output: `<out>.state/state.safetensors`, with `settings.json` and `metrics.jsonl`, which
-`plot_loss` draws. It is written every --save-every iterations, and whenever a run is logged 15 minutes after the last time; a
-run that was killed, however, goes on there.
+The state is one file that appears whole or not at all, `<out>.state/state.safetensors`, beside
+`settings.json` and `metrics.jsonl`, which `plot_loss` draws. It is written every `save_every`
+iterations, and whenever a run is logged 15 minutes after the last time.
 """
 
-import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from command import (
-    STARTS,
-    BadInput,
-    ByModel,
-    check_output,
-    differences,
-    dtype_name,
-    keep_others_out,
-    not_below_zero,
-    not_negative,
-    note,
-    pick_dtype,
-    positive,
-    rank,
-    wait_for_all,
-    world_size,
-    write_text,
-    write_whole,
+    BadInput, check_output, dtype_name, from_all_processes, keep_others_out, note, pick_dtype, rank,
+    refuse_other, wait_for_all, world_size, write_json, write_text, write_whole,
 )
 
-TIME_BINS = 10  # the loss is also reported for each tenth of [0, 1]
-PAPERS_WARMUP, PAPERS_HALF_LIFE = 1_000, 6_931  # updates, at any batch: EMA 0.9999 halves in 6,931
-MUCH = 0.2  # of the averaged weights; the paper's shortest stage, 18,000 updates, leaves 0.17 of them at the start's
-LOG_SAMPLES, LOG_UPDATES = 640, 10  # a run is logged after so many samples or updates, whichever come first
+PAPERS_WARMUP, PAPERS_HALF_LIFE = 1_000, 6_931  # updates: EMA 0.9999 halves in 6,931
+LOG_SAMPLES, LOG_UPDATES = 640, 10
 SAVE_SECONDS = 15 * 60  # a state is never older than that when a run is logged
-LEAST_SCALE = 2**-10  # of fp16's losses; a gradient that is not finite below it is so for other reasons
+LEAST_SCALE = 2**-10  # of fp16's losses; below it a gradient is not finite for other reasons
 BYTES_PER_PARAMETER = 16  # of a saved state: weights, EMA and two moments in fp32
+TIME_BINS = 10  # the loss is also reported for each tenth of [0, 1]
 
 
 @dataclass
@@ -70,98 +55,177 @@ class TrainingOptions:
     """How to train. Counts are samples unless the name says iterations."""
 
     iterations: int
-    batch_size: int = 64  # samples of one update, over all accumulation steps
+    batch_size: int = 64  # samples of one update, over all parts and processes
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     warmup_samples: int = 0
-    cooldown: float = 0.0  # share of the run, at its end, over which the learning rate falls to 0
+    cooldown: float = 0.0  # share of the run, at its end, over which the rate falls to 0
     ema_half_life: int = 500_000
-    ema_ramp: float = 0.0  # the half-life is at most this share of the samples seen; 0: it is the same throughout
+    ema_ramp: float = 0.0  # the half-life is at most this share of the samples seen; 0: no limit
     clip_norm: float = 1.0
     seed: int = 0
-    # What does not change the result, but for rounding:
-    accumulate: int = 1  # parts of a batch that pass forward and backward by themselves, over all processes
+    # What does not change the result, but for rounding; a run may go on with others of these:
+    accumulate: int = 1  # parts of a batch that pass by themselves, over all processes
     save_every: int = 1000  # iterations
-    log_every: int = 10  # iterations
+    log_every: int | None = None  # iterations; None: 640 samples or 10 updates, what comes first
     ema_device: str | None = None  # where the averaged weights lie; None: beside the weights
 
-
-# A run may go on with others of these.
-PRACTICAL = ("iterations", "accumulate", "save_every", "log_every", "ema_device")
-AUTOCAST_FROM = 50_000_000  # parameters; below, casting costs more time on a CPU than bf16 products save
-
-
-def initial_weights(text: str) -> str:
-    """argparse type: one of STARTS, or a checkpoint."""
-    if text not in STARTS and not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"must be {', '.join(STARTS)} or a checkpoint that exists, got {text!r}")
-    return text
+    def __post_init__(self):
+        if self.log_every is None:
+            self.log_every = max(1, min(LOG_UPDATES, LOG_SAMPLES // self.batch_size))
 
 
-def add_training_options(parser: argparse.ArgumentParser, batch_size: ByModel, learning_rate: str):
-    """The options that `options_from` reads, with the defaults of one command. Returns their group.
+# --------------------------------------------------------------------------------------------------
+# The loop
 
-    learning_rate: what its default is, in words; the command sets it.
+
+def train(
+    network: nn.Module, draw: Callable, loss: Callable, options: TrainingOptions,
+    folder: str | Path, settings: dict, name: str = "training", dtype: torch.dtype = torch.float32,
+) -> None:
+    """Train the network in place, resuming from `folder`; it ends with its averaged (EMA) weights.
+
+    draw(samples, share, generator): this process's share of a batch, a tuple of tensors and lists
+        with an entry a sample. samples (B,) int64 are the numbers of the whole batch's samples and
+        share a slice of them; what is random is drawn for the whole batch and then sliced, so that
+        any number of processes sees the same.
+    loss(network, *batch): the loss of each sample (B,), and their t in [0, 1] (B,) or None. It
+        calls the network that it is given, once, and gets a part of a batch at a time.
+    settings: what else decides the result; a run in the same folder must have the same.
+    dtype: bf16 or fp16 runs the forward pass under autocast; weights, moments, EMA stay fp32.
+
+    BadInput: a loss or gradient that is not finite, no memory left, Ctrl-C (each names the state
+    that is kept); a damaged state, one of other settings or beyond the iterations asked for,
+    another run at work in the folder, no room for the state.
     """
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--init", type=initial_weights, default=ByModel("teacher", "negated"), metavar="{teacher,negated,random,CHECKPOINT}",
-        help="weights to start from; negated: those of a diffusion with the sign of its output changed",
-    )  # fmt: skip
-    group.add_argument("--batch-size", type=positive, default=batch_size, help="samples of one update")
-    group.add_argument("--accumulate", type=positive, help="parts that a batch is split into, over all processes; more "
-                       "need less memory and change rounding alone; default: as a GPU of 80 GB needs them for SD")  # fmt: skip
-    group.add_argument("--learning-rate", type=not_below_zero, help=f"default: {learning_rate}")
-    group.add_argument("--warmup-samples", type=not_negative, default=ByModel(None, 6_400),
-                       help=f"samples until the full learning rate; for SD {PAPERS_WARMUP:,} times the batch")  # fmt: skip
-    group.add_argument("--ema-half-life", type=positive, default=ByModel(None, 10_000),
-                       help=f"samples until a weight counts half; for SD {PAPERS_HALF_LIFE:,} times the batch")  # fmt: skip
-    group.add_argument("--ema-ramp", type=not_below_zero, default=ByModel(0.0, 0.05), help="the half-life is at most this "
-                       "share of the samples seen: short runs forget their start; 0, the paper's: no limit")  # fmt: skip
-    group.add_argument(
-        "--save-every", type=positive, default=500, help="iterations between saved states; about 15 minutes at most"
+    run = open_run(network, options, Path(folder), settings, name, dtype)
+    device = next(network.parameters()).device
+    share = slice(*(r * options.batch_size // world_size() for r in (rank(), rank() + 1)))
+    mine, part = share.stop - share.start, math.ceil(options.batch_size / options.accumulate)
+    scale = world_size() / options.batch_size  # the processes' gradients are averaged
+    shared = network
+    if world_size() > 1:
+        shared = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    half = dtype != torch.float32
+    autocast = torch.autocast(device.type, dtype, enabled=half, cache_enabled=False)
+
+    def fetch(step: int) -> tuple:
+        samples = torch.arange(step * options.batch_size, (step + 1) * options.batch_size)
+        return draw(samples, share, generator_for(options.seed, step))
+
+    network.train()
+    losses, times, last_log = [], [], time.monotonic()
+    with explained(run), ThreadPoolExecutor(1) as ahead, progress_bar(run) as bar:
+        coming = ahead.submit(fetch, run.step)
+        for step in range(run.step, options.iterations):
+            batch = to_device(coming.result(), device)
+            if step + 1 < options.iterations:  # fetched while this one is computed
+                coming = ahead.submit(fetch, step + 1)
+
+            rate = learning_rate_at(step, options)
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+
+            run.optimizer.zero_grad(set_to_none=True)
+            update_losses = []
+            for start in range(0, mine, part):
+                alone = world_size() > 1 and start + part < mine  # only the last part is averaged
+                with shared.no_sync() if alone else contextlib.nullcontext():
+                    with autocast:
+                        per_sample, t = loss(shared, *(c[start : start + part] for c in batch))
+                    run.scaler.scale(per_sample.sum() * scale).backward()
+                update_losses.append(per_sample.detach())
+                times.append(t)
+            losses += update_losses
+
+            run.scaler.unscale_(run.optimizer)
+            norm = nn.utils.clip_grad_norm_(run.weights.values(), options.clip_norm).item()
+            check_finite(run, norm, update_losses, step)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            average(run, step)
+
+            run.step = step + 1
+            last, overdue = run.step == options.iterations, False
+            if run.step % options.log_every == 0 or last:
+                seconds = (time.monotonic() - last_log) / options.log_every
+                mean, overdue = log(run, losses, times, norm, rate, seconds)
+                losses, times, last_log = [], [], time.monotonic()
+                bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
+            if run.step % options.save_every == 0 or last or overdue:
+                save_state(run)
+            bar.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    for key, weight in run.weights.items():
+        weight.data.copy_(run.ema[key])
+    network.eval()
+
+
+def learning_rate_at(step: int, options: TrainingOptions) -> float:
+    """Rising over the warm-up's samples, constant, falling to 0 over the cooldown's share."""
+    warm = (step + 1) * options.batch_size / max(options.warmup_samples, 1)
+    left = (1 - step / options.iterations) / options.cooldown if options.cooldown else 1.0
+    return options.learning_rate * min(1.0, warm, left)
+
+
+def to_device(batch: tuple, device: torch.device) -> tuple:
+    return tuple(c.to(device) if isinstance(c, Tensor) else c for c in batch)
+
+
+def average(run: "Run", step: int) -> None:
+    """Move the averaged weights towards the new ones: half the way in a half-life's samples."""
+    options, half_life = run.options, run.options.ema_half_life
+    if options.ema_ramp:
+        half_life = min(half_life, options.ema_ramp * step * options.batch_size)
+    kept = 0.5 ** (options.batch_size / max(1.0, half_life))
+    now = [weight.detach().to(run.ema_device) for weight in run.weights.values()]
+    torch._foreach_lerp_(list(run.ema.values()), now, 1 - kept)
+
+
+def check_finite(run: "Run", norm: float, losses: list[Tensor], step: int) -> None:
+    """BadInput where the gradient is not finite, before it reaches the weights.
+
+    Under fp16 the scaler passes over such an update and lowers its scale, until that is right.
+    """
+    if math.isfinite(norm):
+        return
+    finite = torch.isfinite(torch.cat(losses)).all()
+    if finite and run.scaler.is_enabled() and run.scaler.get_scale() >= LEAST_SCALE:
+        return
+    size = run.options.batch_size
+    what = "the loss is not finite"
+    if finite:
+        what = "the gradient is not finite, though the loss is,"
+    raise BadInput(
+        f"{run.name}: {what} at step {step}, samples {step * size} to {(step + 1) * size - 1}; "
+        f"{run.kept()}; try another run, with another --out, at a lower learning rate or in "
+        "--dtype fp32"
     )
-    group.add_argument(
-        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=ByModel(True, False),
-        help="recompute activations in the backward pass: less memory, a third more time",
-    )  # fmt: skip
-    group.add_argument("--ema-device", choices=["cpu"], help="keep the averaged weights in main memory: 4 bytes a parameter "
-                       "less on the GPU, and the weights are copied over in every update")  # fmt: skip
-    return group
 
 
-def options_from(
-    args: argparse.Namespace, iterations: int, batch_size: int, accumulate: int | None, fits: int | None, learning_rate: float
-) -> TrainingOptions:
-    """TrainingOptions of one stage, from settled arguments and what the stage has of its own.
-
-    fits: samples that pass at once where accumulate is not given; None: all.
-    """
-    warmup = PAPERS_WARMUP * batch_size if args.warmup_samples is None else args.warmup_samples
-    half_life = args.ema_half_life or PAPERS_HALF_LIFE * batch_size
-    left = 0.5 ** (iterations * batch_size / half_life)
-    if left > MUCH and iterations and not args.ema_ramp:
-        note(f"after {iterations:,} iterations {left:.0%} of the averaged weights are still the start's, by --ema-half-life "
-             f"{half_life:,}; --ema-ramp 0.05 forgets it sooner")  # fmt: skip
-    return TrainingOptions(
-        iterations, batch_size, learning_rate, warmup_samples=warmup, ema_half_life=half_life, ema_ramp=args.ema_ramp,
-        seed=args.seed, accumulate=accumulate or math.ceil(batch_size / (fits or batch_size)), save_every=args.save_every,
-        log_every=max(1, min(LOG_UPDATES, LOG_SAMPLES // batch_size)), ema_device=args.ema_device,
-    )  # fmt: skip
+@contextlib.contextmanager
+def explained(run: "Run"):
+    """One line for what stops a run from outside, which names what of it is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise BadInput(
+            f"{run.name}: interrupted; {run.kept()}, run the same command again to continue"
+        ) from None
+    except torch.OutOfMemoryError:
+        raise BadInput(
+            f"{run.name}: out of GPU memory; {run.kept()}, and the run goes on with what needs "
+            f"less: more parts of a batch than {run.options.accumulate} (--accumulate, in LPIPS "
+            "--lpips-accumulate), --gradient-checkpointing, --ema-device cpu"
+        ) from None
 
 
-def autocast_dtype(name: str, device: torch.device, network: nn.Module) -> torch.dtype:
-    """The dtype to train in: --dtype's; under "auto" a small network on a CPU stays in fp32."""
-    small = sum(p.numel() for p in network.parameters()) < AUTOCAST_FROM
-    return torch.float32 if name == "auto" and device.type == "cpu" and small else pick_dtype(name, device)
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Randomness that depends on the position in the run alone
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed from several integers, e.g. (seed, step): well mixed, the same on every machine."""
+    """A seed from integers, e.g. (seed, step): well mixed, the same on every machine."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1  # torch's generators take no more than 63 bits
 
@@ -176,7 +240,7 @@ def permutation(size: int, seed: int, epoch: int) -> Tensor:
 
 
 def shuffled(samples: Tensor, size: int, seed: int) -> Tensor:
-    """Sample numbers of the run -> indices into a data set of `size`, in a new order every epoch."""
+    """Sample numbers of the run -> indices into data of `size`, in a new order every epoch."""
     epochs, indices = samples // size, torch.empty_like(samples)
     for epoch in epochs.unique().tolist():
         mine = epochs == epoch
@@ -184,80 +248,153 @@ def shuffled(samples: Tensor, size: int, seed: int) -> Tensor:
     return indices
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The state on disk
+# --------------------------------------------------------------------------------------------------
+# A run and its state on disk
 
 
-def named_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+@dataclass
+class Run:
+    """What training changes, and where it lies on the disk."""
+
+    name: str
+    folder: Path
+    options: TrainingOptions
+    settings: dict  # what decides the result
+    weights: dict[str, nn.Parameter]
+    ema: dict[str, Tensor]
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    step: int = 0  # iterations done
+    saved: int = 0  # at the last state on the disk
+    saved_at: float = 0.0
+
+    @property
+    def ema_device(self) -> torch.device:
+        return next(iter(self.ema.values())).device
+
+    def kept(self) -> str:
+        at = f"the state of step {self.saved} is kept in {self.folder}"
+        return at if self.saved else "no state is saved yet"
 
 
-def channels_last(tensor: Tensor) -> Tensor:
-    """(O, I, H, W) -> (O, H, W, I): the order in memory of a large network, which so is written without a copy."""
-    return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
+def open_run(
+    network: nn.Module, options: TrainingOptions, folder: Path, settings: dict, name: str, dtype,
+) -> Run:
+    """The run in this folder, where it stands, or a new one. BadInput as in `train`."""
+    weights = {key: weight for key, weight in network.named_parameters() if weight.requires_grad}
+    device, count = next(iter(weights.values())).device, sum(w.numel() for w in weights.values())
+    state = folder / "state.safetensors"
+    # Room for two, because the old state is replaced only when the new one is whole.
+    check_output(state, needed=(1 if state.exists() else 2) * BYTES_PER_PARAMETER * count)
+    keep_others_out(folder)
+    check_stage(folder, options, settings, dtype)
+    wait_for_all()
+    fused = device.type in ("cpu", "cuda")  # one kernel, without copies of all moments
+    run = Run(
+        name, folder, options, decisive(options, settings, dtype), weights,
+        ema={key: w.detach().to(options.ema_device or device, copy=True)
+             for key, w in weights.items()},
+        optimizer=torch.optim.AdamW(weights.values(), options.learning_rate,
+                                    weight_decay=options.weight_decay, fused=fused),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        saved_at=time.monotonic(),
+    )
+    load_state(run)
+    if len(set(from_all_processes([run.step]))) > 1:
+        raise BadInput(f"{folder}: the processes find states of different steps in it; name an "
+                       "--out that all nodes share")
+    rows = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= run.step]
+    write_text(folder / "metrics.jsonl", "".join(rows))
+    return run
 
 
-def channels_second(tensor: Tensor) -> Tensor:
-    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+def check_stage(folder: str | Path, options: TrainingOptions, settings: dict, dtype) -> bool:
+    """Is this very run finished? To be asked for every stage of a command before any work.
+
+    BadInput where the folder holds another run, or this run beyond the iterations that are asked
+    for, and where there are more processes than samples in a batch.
+    """
+    if options.batch_size < world_size():
+        raise BadInput(
+            f"--batch-size {options.batch_size}: smaller than the number of processes, "
+            f"{world_size()}"
+        )
+    step = saved_progress(folder)["step"]
+    if not step:  # settings alone are of a run that was killed before its first state
+        return False
+    remedy = f"give another --out or delete {folder}"
+    refuse_other(
+        Path(folder, "settings.json"), decisive(options, settings, dtype), "another run", remedy
+    )
+    if step > options.iterations:
+        raise BadInput(f"{folder}: its run is at iteration {step}, beyond the {options.iterations} "
+                       "asked for; ask for at least as many, or give another --out")
+    return step == options.iterations
 
 
-def adamw(weights: dict, options: TrainingOptions) -> torch.optim.Optimizer:
-    """AdamW on these weights."""
-    fused = next(iter(weights.values())).device.type in ("cpu", "cuda")  # one kernel, without copies of all moments
-    settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay, "fused": fused}
-    return torch.optim.AdamW(weights.values(), **settings)
+def decisive(options: TrainingOptions, settings: dict, dtype: torch.dtype) -> dict:
+    """What decides a run's result. Its length does not, unless its rate is to fall to 0."""
+    practical = {"accumulate", "save_every", "log_every", "ema_device"}
+    practical |= set() if options.cooldown else {"iterations"}
+    chosen = {key: value for key, value in asdict(options).items() if key not in practical}
+    return settings | chosen | {"dtype": dtype_name(dtype)}
 
 
-def save_state(
-    folder: Path, step: int, weights: dict, ema: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> None:
-    """Write the state of a run."""
-    if rank():  # before the copies that only the first process would write
-        return
-    tensors, updates = {}, 0
-    for name, weight in weights.items():
-        # Under fp16 every update so far may have been passed over; then there are no moments, which is as if they were 0.
-        moments = optimizer.state.get(weight) or {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")} | {
-            "step": 0
-        }
-        kept = {
-            "weights": weight.detach(),
-            "ema": ema[name],
-            "exp_avg": moments["exp_avg"],
-            "exp_avg_sq": moments["exp_avg_sq"],
-        }
-        tensors |= {f"{kind}.{name}": channels_last(tensor) for kind, tensor in kept.items()}
-        updates = int(moments["step"])
-    # In one entry, since safetensors writes several in any order and runs would differ.
-    progress = json.dumps({"step": step, "updates": updates, "scaler": scaler.state_dict()})
-    write_whole(folder / "state.safetensors", lambda path: save_file(tensors, path, {"progress": progress}))
+def save_state(run: Run) -> None:
+    """Write the state, and with the first the settings; the others wait for the first process."""
+    if not run.saved:
+        write_json(run.folder / "settings.json", run.settings)
+    if rank() == 0:
+        tensors, updates = {}, 0
+        for name, weight in run.weights.items():
+            # Under fp16 every update so far may have been passed over: no moments are as zeros.
+            zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight),
+                     "step": 0}
+            moments = run.optimizer.state.get(weight) or zeros
+            updates = int(moments["step"])
+            for kind, tensor in (("weights", weight.detach()), ("ema", run.ema[name]),
+                                 ("exp_avg", moments["exp_avg"]),
+                                 ("exp_avg_sq", moments["exp_avg_sq"])):
+                tensors[f"{kind}.{name}"] = channels_last(tensor)
+        # In one entry, since safetensors writes several in any order and runs would differ.
+        progress = json.dumps(
+            {"step": run.step, "updates": updates, "scaler": run.scaler.state_dict()}
+        )
+        write_whole(run.folder / "state.safetensors",
+                    functools.partial(save_file, tensors, metadata={"progress": progress}))
+    wait_for_all()  # for the first, which may write for minutes
+    run.saved, run.saved_at = run.step, time.monotonic()
 
 
-def load_state(folder: Path, weights: dict, ema: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
-    """Copy a saved state into the given tensors; the step it was saved at, 0 where there is none."""
-    progress, path = saved_progress(folder), folder / "state.safetensors"
+def load_state(run: Run) -> None:
+    """Copy the saved state, if there is one, into the run."""
+    path, progress = run.folder / "state.safetensors", saved_progress(run.folder)
     if not progress["step"]:
-        return 0
-    kinds = ("weights", "ema", "exp_avg", "exp_avg_sq")
+        return
     try:
-        for name, weight in weights.items():
-            with safe_open(path, "pt") as file:  # opened for each, since what is read stays mapped until it is closed
-                saved = {kind: channels_second(file.get_tensor(f"{kind}.{name}")) for kind in kinds}
+        for name, weight in run.weights.items():
+            with safe_open(path, "pt") as file:  # what is read stays mapped until then
+                saved = {kind: channels_second(file.get_tensor(f"{kind}.{name}"))
+                         for kind in ("weights", "ema", "exp_avg", "exp_avg_sq")}
                 weight.data.copy_(saved["weights"])
-                ema[name].copy_(saved["ema"])
-                moments = {kind: torch.empty_like(weight).copy_(saved[kind]) for kind in kinds[2:]}
-                optimizer.state[weight] = moments | {"step": torch.tensor(float(progress["updates"]), device=weight.device)}
+                run.ema[name].copy_(saved["ema"])
+                moments = {kind: torch.empty_like(weight).copy_(saved[kind])
+                           for kind in ("exp_avg", "exp_avg_sq")}
+            step = torch.tensor(float(progress["updates"]), device=weight.device)
+            run.optimizer.state[weight] = moments | {"step": step}
     except (SafetensorError, RuntimeError) as problem:
-        raise BadInput(f"{path}: damaged or of another model ({problem}); delete {folder} to start again") from None
-    if scaler.is_enabled():
-        scaler.load_state_dict(progress["scaler"])
-    return progress["step"]
+        raise BadInput(
+            f"{path}: damaged or of another model ({problem}); delete {run.folder} to start again"
+        ) from None
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict(progress["scaler"])
+    run.step = run.saved = progress["step"]
 
 
 def saved_progress(folder: str | Path) -> dict:
-    """How far the run whose state lies in this folder is: {"step", "updates", "scaler"}; step 0 where there is none.
+    """How far the run in this folder is: {"step", "updates", "scaler"}; step 0 where there is none.
 
-    updates: those that the optimizer made, fewer than the steps where fp16's scale was too large for some.
+    updates: those that the optimizer made, fewer than the steps where fp16's scale was too large.
     """
     path = Path(folder) / "state.safetensors"
     if not path.exists():
@@ -269,55 +406,73 @@ def saved_progress(folder: str | Path) -> dict:
         raise BadInput(f"{path}: damaged, or not a state; delete {folder} to start again") from None
 
 
-def saved_step(folder: str | Path) -> int:
-    """The iteration at which the state in this folder was saved; 0 where there is none."""
-    return saved_progress(folder)["step"]
+def channels_last(tensor: Tensor) -> Tensor:
+    """(O, I, H, W) -> (O, H, W, I): a large network's order in memory, written without a copy."""
+    return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
 
 
-def decisive(options: TrainingOptions, settings: dict, dtype: torch.dtype) -> dict:
-    """What decides a run's result. Its length is left out: a finished run may be continued, unless its rate fell to 0."""
-    result = settings | {k: v for k, v in asdict(options).items() if k not in PRACTICAL} | {"dtype": dtype_name(dtype)}
-    return result | {"iterations": options.iterations} if options.cooldown else result
+def channels_second(tensor: Tensor) -> Tensor:
+    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
 
 
-def compare_settings(folder: str | Path, settings: dict) -> None:
-    """BadInput that names the differences, where the folder holds a run with other settings."""
-    path = Path(folder) / "settings.json"
-    if path.exists():
-        try:
-            changed = differences(dict(json.loads(path.read_text())), settings)
-        except (ValueError, TypeError):
-            raise BadInput(f"{path}: damaged; give another --out or delete {folder}") from None
-        if changed:
-            raise BadInput(f"{folder}: holds another run ({changed}); give another --out or delete it")
+def autocast_dtype(name: str, device: torch.device, network: nn.Module) -> torch.dtype:
+    """The dtype to train in: --dtype's; under "auto" a small network on a CPU stays in fp32.
 
-
-def write_settings(folder: str | Path, settings: dict) -> None:
-    write_text(Path(folder) / "settings.json", json.dumps(settings, indent=2) + "\n")
-
-
-def check_stage(folder: str | Path, options: TrainingOptions, settings: dict, dtype: torch.dtype) -> bool:
-    """Is this very run finished? To be asked for every stage of a command before any work.
-
-    BadInput where the folder holds another run, or this run beyond the iterations that are asked for, and where there are
-    more processes than samples in a batch.
+    There casting costs more time than products in bf16 save.
     """
-    if options.batch_size < world_size():
-        raise BadInput(f"--batch-size {options.batch_size}: smaller than the number of processes, {world_size()}")
-    step = saved_step(folder)
-    if not step:  # settings alone are of a run that was killed before its first state
-        return False
-    compare_settings(folder, decisive(options, settings, dtype))
-    if step > options.iterations:
-        raise BadInput(
-            f"{folder}: its run is at iteration {step}, beyond the {options.iterations} asked for; ask for at least as many, "
-            "or give another --out"
-        )
-    return step == options.iterations
+    small = sum(p.numel() for p in network.parameters()) < 50_000_000
+    fp32 = name == "auto" and device.type == "cpu" and small
+    return torch.float32 if fp32 else pick_dtype(name, device)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a run reports
+
+
+def progress_bar(run: Run) -> tqdm:
+    return tqdm(total=run.options.iterations, initial=run.step, desc=run.name, unit="it",
+                dynamic_ncols=True, disable=rank() > 0)
+
+
+def log(
+    run: Run, losses: list, times: list, norm: float, rate: float, seconds: float,
+) -> tuple[float, bool]:
+    """Add a row to metrics.jsonl; the mean loss, and if the first process finds a save overdue."""
+    late = time.monotonic() - run.saved_at >= SAVE_SECONDS
+    t = [] if times[0] is None else [torch.cat(times).float().cpu()]
+    everyone = from_all_processes([(torch.cat(losses).float().cpu(), t, late)])
+    losses = torch.cat([losses for losses, _, _ in everyone])
+    times = [t[0] for _, t, _ in everyone if t]
+    row = {
+        "step": run.step,
+        "samples": run.step * run.options.batch_size,
+        "loss": losses.mean().item(),
+        "gradient_norm": norm if math.isfinite(norm) else None,
+        "learning_rate": rate,
+        "seconds_per_step": seconds,
+        "loss_by_t": mean_by_time(losses, torch.cat(times)) if times else [],
+    }
+    if rank() == 0:
+        with open(run.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+    return row["loss"], everyone[0][2]
+
+
+def mean_by_time(losses: Tensor, times: Tensor) -> list[float | None]:
+    """The mean loss in each tenth of [0, 1]; None where no t fell."""
+    bins = (times * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+    return [losses[bins == k].mean().item() if (bins == k).any() else None
+            for k in range(TIME_BINS)]
+
+
+def tell_what_is_kept(options: TrainingOptions) -> None:
+    """Say it where a short run's averaged weights are still much its start's."""
+    left = 0.5 ** (options.iterations * options.batch_size / options.ema_half_life)
+    # The paper's shortest stage, 18,000 updates, leaves 0.17 of them.
+    if left > 0.2 and options.iterations and not options.ema_ramp:
+        note(f"after {options.iterations:,} iterations {left:.0%} of the averaged weights are "
+             f"still the start's, by --ema-half-life {options.ema_half_life:,}; --ema-ramp 0.05 "
+             "forgets it sooner")
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -334,188 +489,17 @@ def plot_loss(folder: str | Path) -> None:
         return
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    axes[0].plot([row["samples"] for row in rows], [row["loss"] for row in rows], linewidth=1, color="tab:blue")
-    positive_losses = all(row["loss"] > 0 for row in rows)
-    axes[0].set(xlabel="samples seen", ylabel="loss", yscale="log" if positive_losses else "linear", title="training loss")
+    axes[0].plot([row["samples"] for row in rows], [row["loss"] for row in rows], linewidth=1)
+    scale = "log" if all(row["loss"] > 0 for row in rows) else "linear"
+    axes[0].set(xlabel="samples seen", ylabel="loss", yscale=scale, title="training loss")
     late = [row["loss_by_t"] for row in rows[-max(1, len(rows) // 5) :] if row["loss_by_t"]]
     if late:
         means = [[by_t[k] for by_t in late if by_t[k] is not None] for k in range(TIME_BINS)]
         centres = [(k + 0.5) / TIME_BINS for k in range(TIME_BINS)]
-        axes[1].bar(centres, [sum(m) / len(m) if m else 0 for m in means], width=0.9 / TIME_BINS, color="tab:orange")
-        axes[1].set(xlabel="t  (0 noise, 1 data)", ylabel="loss", title="loss by t, last fifth of the run")
+        heights = [sum(m) / len(m) if m else 0 for m in means]
+        axes[1].bar(centres, heights, width=0.9 / TIME_BINS, color="tab:orange")
+        axes[1].set(xlabel="t  (0 noise, 1 data)", ylabel="loss",
+                    title="loss by t, last fifth of the run")
     else:
         axes[1].set_visible(False)
     write_whole(Path(folder) / "loss.png", lambda path: figure.savefig(path, dpi=120))
-
-
-def mean_by_time(losses: list[Tensor], times: list[Tensor]) -> list[float | None]:
-    """The mean loss in each tenth of [0, 1]; None where no t fell. Empty when the loss has no t."""
-    if not times:
-        return []
-    loss, bins = torch.cat(losses), (torch.cat(times) * TIME_BINS).long().clamp(0, TIME_BINS - 1)
-    return [loss[bins == k].mean().item() if (bins == k).any() else None for k in range(TIME_BINS)]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Between processes
-
-
-def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes. Once for each update, however many passes it is made of."""
-    if world_size() > 1:
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
-
-
-def from_all_processes(items: list) -> list:
-    """The items of every process, in the order of their ranks."""
-    if world_size() == 1:
-        return items
-    gathered = [None] * world_size()
-    dist.all_gather_object(gathered, items)
-    return [item for part in gathered for item in part]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-def learning_rate_at(step: int, options: TrainingOptions) -> float:
-    """Rising over the warm-up's samples, then constant, then falling to 0 over the cooldown's share of the run."""
-    warm = (step + 1) * options.batch_size / max(options.warmup_samples, 1)
-    left = (1 - step / options.iterations) / options.cooldown if options.cooldown else 1.0
-    return options.learning_rate * min(1.0, warm, left)
-
-
-def train(
-    network: nn.Module,
-    draw: Callable,
-    loss: Callable,
-    options: TrainingOptions,
-    folder: str | Path,
-    settings: dict,
-    name: str = "training",
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Train the network in place, resuming from `folder`; it ends with its averaged (EMA) weights.
-
-    draw(samples, generator): a batch, as a tuple of tensors and lists with one entry a sample. samples (B,) int64
-        are the global numbers of the samples; all randomness comes from the generator.
-    loss(*batch): the loss of each sample (B,), and their t in [0, 1] (B,) or None; called on parts of a batch
-        when gradients are accumulated.
-    settings: what else decides the result (data, teacher ...); a run in the same folder must have the same. They are
-        written with the first state: until then nothing is lost by changing them.
-    dtype: bf16 or fp16 runs the forward pass under autocast; weights, moments and EMA stay fp32.
-
-    BadInput: a loss or gradient that is not finite, no memory left, Ctrl-C (each names the state that is kept); a damaged
-    state, one of other settings or beyond the iterations asked for, another run at work in the folder, no room for the state.
-    """
-    folder = Path(folder)
-    weights = named_parameters(network)
-    device = next(iter(weights.values())).device
-    count = sum(weight.numel() for weight in weights.values())
-    # Room for two, because the old state is replaced only when the new one is whole.
-    state = folder / "state.safetensors"
-    check_output(state, needed=(1 if state.exists() else 2) * BYTES_PER_PARAMETER * count)
-    keep_others_out(folder)
-    check_stage(folder, options, settings, dtype)
-    wait_for_all()
-    first = saved_step(folder)
-    if len(set(from_all_processes([first]))) > 1:
-        raise BadInput(f"{folder}: the processes find states of different steps in it; name an --out that all nodes share")
-    metrics = folder / "metrics.jsonl"
-    rows = [row for row in read_metrics(folder) if row["step"] <= first]
-    write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
-
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-    network.train()
-    # Each process takes its share of the batch. All draw the whole of it, so that the same samples are seen by any number.
-    share = range(rank() * options.batch_size // world_size(), (rank() + 1) * options.batch_size // world_size())
-    part = math.ceil(options.batch_size / options.accumulate)
-    bar = tqdm(total=options.iterations, initial=first, desc=name, unit="it", dynamic_ncols=True, disable=rank() > 0)
-    losses, times, started, saved, saved_at = [], [], time.monotonic(), first, time.monotonic()
-    kept = lambda: f"the state of step {saved} is kept in {folder}" if saved else "no state is saved yet"
-    try:
-        optimizer = adamw(weights, options)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        ema_device = options.ema_device or device
-        ema = {key: weight.detach().to(ema_device, copy=True) for key, weight in weights.items()}
-        load_state(folder, weights, ema, optimizer, scaler)
-        for step in range(first, options.iterations):
-            seen = step * options.batch_size
-            samples = torch.arange(seen, seen + options.batch_size)
-            batch = draw(samples, generator_for(options.seed, step))
-
-            rate = learning_rate_at(step, options)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-            optimizer.zero_grad(set_to_none=True)
-            for start in range(share.start, share.stop, part):
-                end = min(start + part, share.stop)
-                with autocast:
-                    per_sample, t = loss(*(column[start:end] for column in batch))
-                scaler.scale(per_sample.sum() / options.batch_size).backward()
-                losses.append(per_sample.detach().float().cpu())
-                if t is not None:
-                    times.append(t.detach().float().cpu())
-                if not torch.isfinite(losses[-1]).all():
-                    raise BadInput(
-                        f"{name}: the loss is not finite at step {step}, samples {seen + start} to {seen + end - 1}; {kept()}; "
-                        "try another run, with another --out, at a lower learning rate or in --dtype fp32"
-                    )
-
-            sum_over_processes([weight.grad for weight in weights.values()])
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(weights.values(), options.clip_norm).item()
-            # Under fp16 the scaler passes over such an update and lowers its scale, which is how it finds the right one.
-            if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < LEAST_SCALE):
-                raise BadInput(
-                    f"{name}: the gradient is not finite at step {step}, though the loss is; {kept()}; try another run, with "
-                    "another --out, at a lower learning rate or in --dtype fp32"
-                )
-            scaler.step(optimizer)
-            scaler.update()
-
-            half_life = min(options.ema_half_life, options.ema_ramp * seen) if options.ema_ramp else options.ema_half_life
-            now = [weight.detach().to(ema_device) for weight in weights.values()]
-            torch._foreach_lerp_(list(ema.values()), now, 1 - 0.5 ** (options.batch_size / max(1.0, half_life)))
-
-            bar.update()
-            done, overdue = step + 1, False
-            if done % options.log_every == 0 or done == options.iterations:
-                losses, times = from_all_processes(losses), from_all_processes(times)
-                overdue = from_all_processes([time.monotonic() - saved_at >= SAVE_SECONDS])[0]  # as the first process finds
-                row = {
-                    "step": done,
-                    "samples": done * options.batch_size,
-                    "loss": torch.cat(losses).mean().item(),
-                    "gradient_norm": norm if math.isfinite(norm) else None,
-                    "learning_rate": rate,
-                    "seconds_per_step": (time.monotonic() - started) / options.log_every,
-                    "loss_by_t": mean_by_time(losses, times),
-                }
-                if rank() == 0:
-                    with open(metrics, "a") as file:
-                        file.write(json.dumps(row) + "\n")
-                bar.set_postfix(loss=f"{row['loss']:.4g}")
-                losses, times, started = [], [], time.monotonic()
-            if done % options.save_every == 0 or done == options.iterations or overdue:
-                if not saved:
-                    write_settings(folder, decisive(options, settings, dtype))
-                save_state(folder, done, weights, ema, optimizer, scaler)
-                wait_for_all()  # for the first, which may write for minutes
-                saved, saved_at = done, time.monotonic()
-    except KeyboardInterrupt:
-        raise BadInput(f"{name}: interrupted; {kept()}, run the same command again to continue") from None
-    except torch.OutOfMemoryError:
-        raise BadInput(
-            f"{name}: out of GPU memory; {kept()}, and the run goes on with what needs less: more parts of a batch than "
-            f"{options.accumulate} (--accumulate, in LPIPS --lpips-accumulate), --gradient-checkpointing, --ema-device cpu"
-        ) from None
-    finally:
-        bar.close()
-    optimizer.zero_grad(set_to_none=True)
-    for key, weight in weights.items():
-        weight.data.copy_(ema[key])
-    network.eval()

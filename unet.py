@@ -1,8 +1,9 @@
 """The U-Net of Stable Diffusion 1.x: the network that predicts noise, and after reflow, velocity.
 
-It sees a latent x (B, 4, H, W), a timestep (B,) and the text as context (B, L, 768), and answers with
-something of x's shape. A down path halves the resolution level by level and remembers every state; an
-up path takes those states back in reverse order. At Stable Diffusion's sizes, for a 64 x 64 latent:
+It sees a latent x (B, 4, H, W), a timestep (B,) and the text as context (B, L, 768), and answers
+with something of x's shape. A down path halves the resolution level by level and remembers every
+state; an up path takes those states back in reverse order. At Stable Diffusion's sizes, for a
+64 x 64 latent:
 
             channels       resolution   a layer is
     in         4 ->  320     64         3 x 3 convolution
@@ -17,16 +18,18 @@ up path takes those states back in reverse order. At Stable Diffusion's sizes, f
              640 ->  320     64         3 x (residual block, attention)
     out      320 ->    4     64         norm, SiLU, 3 x 3 convolution
 
-"Attention" is a transformer block: the pixels look at each other, then at the words of the prompt, then
-pass a gated feed-forward layer. Sizes come from `UNetConfig`, so the tiny model of `toy/` is the same
-class. Attributes carry the names of the diffusers layout: a diffusers folder loads without renaming.
+"Attention" is a transformer block: the pixels look at each other, then at the words of the prompt,
+then pass a gated feed-forward layer. Sizes come from `UNetConfig`, so the tiny model of `toy/` is
+the same class. Attributes carry the names of the diffusers layout: a diffusers folder loads without
+renaming.
 
-Sources: Rombach et al. 2022 (arXiv 2112.10752), U-Net and cross-attention; Ho et al. 2020 (2006.11239),
-residual blocks and timestep embedding.
+Sources: Rombach et al. 2022 (arXiv 2112.10752), U-Net and cross-attention; Ho et al. 2020
+(2006.11239), residual blocks and timestep embedding.
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +56,12 @@ class UNetConfig:
 def timestep_embedding(timestep: Tensor, channels: int) -> Tensor:
     """Cosines and sines of the timestep at `channels / 2` frequencies from 1 down to 1/10000.
 
-    timestep (B,) float -> (B, channels) float32. The Transformer's position code, with cosines first.
+    timestep (B,) float -> (B, channels) float32. The Transformer's position code, cosines first.
     """
     half = channels // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timestep.device, dtype=torch.float32) / half)
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(half, device=timestep.device, dtype=torch.float32) / half
+    )
     angles = timestep.float()[:, None] * frequencies  # (B, half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -81,14 +86,14 @@ class ResnetBlock(nn.Module):
         self.time_emb_proj = nn.Linear(time_channels, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return h + self.conv_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -105,7 +110,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = (
-            project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, tokens, C) -> (B, heads, tokens, C / heads)
+            # (B, tokens, C) -> (B, heads, tokens, C / heads)
+            project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
         h = F.scaled_dot_product_attention(q, k, v)
@@ -125,8 +131,10 @@ class GatedGELU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        # The middle entry is dropout in the original (rate 0); it stays so that the last is named net.2.
-        self.net = nn.Sequential(GatedGELU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        # The middle is dropout in the original (rate 0); it stays so that the last is named net.2.
+        self.net = nn.Sequential(
+            GatedGELU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -161,7 +169,8 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        h = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, C, H, W) -> (B, HW, C)
+        # (B, C, H, W) -> (B, HW, C)
+        h = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)
         h = self.transformer_blocks[0](h, context)
         h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (B, C, H, W)
         return x + self.proj_out(h)
@@ -177,7 +186,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to the size of the next skip (twice, or one less when it was odd)."""
+    """Nearest-neighbour enlargement to the next skip's size (twice, or one less if it was odd)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -187,33 +196,57 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
+class Row(NamedTuple):
+    """A row of the table above: a level's residual blocks, and what stands between them."""
+
+    inputs: list[int]  # channels into each residual block; on the way up with those of the skip
+    channels: int  # out of each
+    attentions: int  # transformers, one after each of the first residual blocks
+    resample: bool  # is the resolution changed at its end?
+
+
+def rows_of(config: UNetConfig) -> tuple[list[Row], Row, list[Row]]:
+    """The rows of the table at the top of this file, down, mid and up, for any config."""
+    widths, layers = config.block_out_channels, config.layers_per_block
+    last = len(widths) - 1
+    down, before, skips = [], widths[0], [widths[0]]  # skips: channels of every remembered state
+    for level, width in enumerate(widths):
+        attentions = layers * config.attention_levels[level]
+        down.append(Row([before] + [width] * (layers - 1), width, attentions, level < last))
+        skips += [width] * (layers + (level < last))  # the halved state is remembered too
+        before = width
+    mid = Row([before, before], before, 1, False)
+    up = []
+    for level, width in reversed(list(enumerate(widths))):
+        inputs = [channels + skips.pop() for channels in [before] + [width] * layers]
+        attentions = (layers + 1) * config.attention_levels[level]
+        up.append(Row(inputs, width, attentions, level > 0))
+        before = width
+    return down, mid, up
+
+
 class Level(nn.Module):
-    """One row of the table above: layers of a residual block and maybe attention. Base of the three paths.
+    """Residual blocks at one resolution, each maybe with a transformer. Base of the three paths."""
 
-    layers: (channels in, channels out) of every residual block.
-    attentions: how many transformers, after the first residual blocks; 0 for a level without.
-    """
-
-    def __init__(self, layers: list[tuple[int, int]], attentions: int, config: UNetConfig):
+    def __init__(self, row: Row, config: UNetConfig):
         super().__init__()
-        time_channels = 4 * config.block_out_channels[0]
-        out_channels = layers[-1][1]
-        self.resnets = nn.ModuleList(ResnetBlock(a, b, time_channels, config.norm_num_groups) for a, b in layers)
-        if attentions:
-            self.attentions = nn.ModuleList(SpatialTransformer(out_channels, config) for _ in range(attentions))
+        time_channels, groups = 4 * config.block_out_channels[0], config.norm_num_groups
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, row.channels, time_channels, groups) for channels in row.inputs
+        )
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(row.channels, config) for _ in range(row.attentions)
+        )
 
     def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[index](x, time)
-        if hasattr(self, "attentions") and index < len(self.attentions):
-            x = self.attentions[index](x, context)
-        return x
+        return self.attentions[index](x, context) if index < len(self.attentions) else x
 
 
 class DownLevel(Level):
-    def __init__(self, layers: list[tuple[int, int]], attentions: int, config: UNetConfig, downsample: bool):
-        super().__init__(layers, attentions, config)
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(layers[-1][1])])
+    def __init__(self, row: Row, config: UNetConfig):
+        super().__init__(row, config)
+        self.downsamplers = nn.ModuleList([Downsample(row.channels)] * row.resample)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
         """Every state on the way; the last is the level's output."""
@@ -221,9 +254,7 @@ class DownLevel(Level):
         for index in range(len(self.resnets)):
             x = self.layer(index, x, time, context)
             states.append(x)
-        if hasattr(self, "downsamplers"):
-            states.append(self.downsamplers[0](x))
-        return states
+        return states + [halve(x) for halve in self.downsamplers]
 
 
 class MidLevel(Level):
@@ -234,46 +265,28 @@ class MidLevel(Level):
 
 
 class UpLevel(Level):
-    def __init__(self, layers: list[tuple[int, int]], attentions: int, config: UNetConfig, upsample: bool):
-        super().__init__(layers, attentions, config)
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(layers[-1][1])])
+    def __init__(self, row: Row, config: UNetConfig):
+        super().__init__(row, config)
+        self.upsamplers = nn.ModuleList([Upsample(row.channels)] * row.resample)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor], size: torch.Size) -> Tensor:
-        """skips: a state of the down path for each layer, in the order they are used; size: of the next level."""
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor], size: torch.Size,
+    ) -> Tensor:
+        """skips: a state of the down path for each layer, as used; size: of the next level."""
         for index, skip in enumerate(skips):
             x = self.layer(index, torch.cat([x, skip], dim=1), time, context)
-        return self.upsamplers[0](x, size) if hasattr(self, "upsamplers") else x
-
-
-def level_table(config: UNetConfig) -> tuple[list, list, list]:
-    """The rows of the table at the top of this file, for any config.
-
-    Returns the down, mid and up rows; a row is (layers, number of attentions), layers a list of the
-    (channels in, channels out) of its residual blocks. On the up path, channels in counts the skip too.
-    """
-    widths, layers = config.block_out_channels, config.layers_per_block
-    down, skips = [], [widths[0]]  # skips: channels of every remembered state
-    for level, width in enumerate(widths):
-        before = widths[max(level - 1, 0)]
-        down.append(([(before, width)] + [(width, width)] * (layers - 1), layers * config.attention_levels[level]))
-        skips += [width] * (layers + (level < len(widths) - 1))  # the halved state is remembered too
-    mid = [([(widths[-1], widths[-1])] * 2, 1)]
-    up, before = [], widths[-1]
-    for level, width in reversed(list(enumerate(widths))):
-        inputs = [before] + [width] * layers
-        row = [(channels + skips.pop(), width) for channels in inputs]
-        up.append((row, (layers + 1) * config.attention_levels[level]))
-        before = width
-    return down, mid, up
+        for double in self.upsamplers:
+            x = double(x, size)
+        return x
 
 
 class UNet(nn.Module):
     """unet(x, timestep, context): noise or velocity at a timestep in [0, 1000), given the text.
 
-    x (B, in_channels, H, W), timestep (B,) float, context (B, L, cross_attention_dim) -> (B, out_channels, H, W)
-    in the dtype of the weights' computation. H and W may be any size of at least 2 ** (levels - 1).
-    `gradient_checkpointing = True` recomputes each level in the backward pass: less memory, a third more time.
+    x (B, in_channels, H, W), timestep (B,) float, context (B, L, cross_attention_dim)
+    -> (B, out_channels, H, W) in the dtype of the weights' computation. H and W may be any size of
+    at least 2 ** (levels - 1). `gradient_checkpointing = True` recomputes each level in the
+    backward pass: less memory, a third more time.
     """
 
     def __init__(self, config: UNetConfig):
@@ -281,14 +294,12 @@ class UNet(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         first, groups = config.block_out_channels[0], config.norm_num_groups
-        down, mid, up = level_table(config)
-        last = len(down) - 1
-
+        down, mid, up = rows_of(config)
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.time_embedding = TimestepEmbedding(first, 4 * first)
-        self.down_blocks = nn.ModuleList(DownLevel(*row, config, downsample=i < last) for i, row in enumerate(down))
-        self.mid_block = MidLevel(*mid[0], config)
-        self.up_blocks = nn.ModuleList(UpLevel(*row, config, upsample=i < last) for i, row in enumerate(up))
+        self.down_blocks = nn.ModuleList(DownLevel(row, config) for row in down)
+        self.mid_block = MidLevel(mid, config)
+        self.up_blocks = nn.ModuleList(UpLevel(row, config) for row in up)
         self.conv_norm_out = nn.GroupNorm(groups, first)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
@@ -302,10 +313,12 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def body(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """All between the first and the last convolution: (B, block_out_channels[0], H, W) to the same shape."""
+        """Between the outer convolutions: (B, block_out_channels[0], H, W) to the same shape."""
         dtype = self.time_embedding.linear_1.weight.dtype
         context = context.to(dtype)
-        time = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0]).to(dtype))
+        time = self.time_embedding(
+            timestep_embedding(timestep, self.config.block_out_channels[0]).to(dtype)
+        )
 
         skips = [x]
         for block in self.down_blocks:
@@ -327,12 +340,12 @@ class UNet(nn.Module):
 
 
 class StackedUNet(nn.Module):
-    """Two U-Nets in series that share no weights: the student of InstaFlow-1.7B. Called like a UNet.
+    """Two U-Nets in series that share no weights: the student of InstaFlow-1.7B.
 
-    The joint is thinned. The first's output block (norm, SiLU, convolution to 4 channels) and
-    the second's input block (convolution from 4 channels) are left out, and what the first has computed passes on in all
-    its channels. At Stable Diffusion's sizes 1,719,017,924 parameters. InstaFlow (arXiv 2309.06380) thins the joint too;
-    accounts of it do not agree on how much.
+    Called like a UNet. The joint is thinned: the first's output block (norm, SiLU, convolution to 4
+    channels) and the second's input block (convolution from 4 channels) are left out, and what the
+    first has computed passes on in all its channels. At Stable Diffusion's sizes 1,719,017,924
+    parameters. InstaFlow (arXiv 2309.06380) thins it too; accounts of it do not agree on how much.
     """
 
     def __init__(self, config: UNetConfig):
@@ -364,22 +377,26 @@ def stack(unet: UNet) -> StackedUNet:
         stacked = StackedUNet(replace(unet.config, stacked=True))
     weights = unet.state_dict()
     for half in (stacked.first, stacked.second):
-        half.load_state_dict({name: weights[name].clone() for name in half.state_dict()}, assign=True)
+        state = {name: weights[name].clone() for name in half.state_dict()}
+        half.load_state_dict(state, assign=True)
     return stacked
 
 
-def started_from(unet: UNet, init: str, kind: str, seed: int) -> UNet:
-    """The weights that training starts from: the "teacher"'s as they are, "negated" or "random" ones.
+def started_from(unet: UNet, start: str | UNet, kind: str, seed: int) -> UNet:
+    """What training starts from: the "teacher"'s weights, "negated" or "random", or another U-Net.
 
-    "negated" changes the sign of what a diffusion predicts, in place. The velocity X1 - X0 contains -X0, and at t = 0 the
-    noise prediction is X0 itself: the paper's start points away from its target, and this one half way towards it. On
-    the tiny model the loss of reflow after 300 updates of 64 is 0.06, where the paper's start has 0.95 and after 1400
-    updates 0.07 (seed 0). A flow is left as it is.
+    "negated" changes the sign of what a diffusion predicts, in place. The velocity X1 - X0 contains
+    -X0, and at t = 0 the noise prediction is X0 itself: the paper's start points away from its
+    target, and this one half way towards it. On the tiny model the loss of reflow after 300 updates
+    of 64 is 0.06, where the paper's start has 0.95 and after 1400 updates 0.07 (seed 0). A flow is
+    left as it is.
     """
-    if init == "random":
+    if isinstance(start, UNet):
+        return start
+    if start == "random":
         torch.manual_seed(seed)
         return UNet(unet.config).to(unet.conv_in.weight)
-    if init == "negated" and kind == "diffusion":
+    if start == "negated" and kind == "diffusion":
         with torch.no_grad():
             unet.conv_out.weight.neg_()
             unet.conv_out.bias.neg_()

@@ -1,13 +1,15 @@
 """The KL autoencoder of Stable Diffusion: pictures to latents an eighth their size, and back.
 
-The diffusion and the flow live in its latent space, where a 512 x 512 picture is (4, 64, 64) numbers:
+The diffusion and the flow live in its latent space, where a 512 x 512 picture is (4, 64, 64)
+numbers:
 
     encode   (B, 3, H, W) in [-1, 1]  ->  a normal distribution over (B, 4, H/8, W/8)
     decode   (B, 4, H/8, W/8)         ->  (B, 3, H, W) in [-1, 1], up to a little overshoot
 
-Stable Diffusion multiplies latents by 0.18215 so that they have about unit variance. `encode` returns the
-distribution before that scaling; `encode_latents` and `decode` speak SD-scaled latents, as everything else in
-this project does. Both halves are stacks of residual blocks, with one self-attention at the lowest resolution:
+Stable Diffusion multiplies latents by 0.18215 so that they have about unit variance. `encode`
+returns the distribution before that scaling; `encode_latents` and `decode` speak SD-scaled latents,
+as everything else in this project does. Both halves are stacks of residual blocks, with one
+self-attention at the lowest resolution:
 
              SD's decoder      resolution (of 512)
     mid      512 -> 512         64     residual block, attention, residual block
@@ -30,7 +32,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the autoencoder; the defaults are Stable Diffusion 1.x. Each level but the last halves the picture."""
+    """Sizes of the autoencoder; the defaults are Stable Diffusion 1.x.
+
+    Each level but the last halves the picture.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -53,13 +58,13 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return h + self.conv_shortcut(x)
 
 
 class SelfAttention(nn.Module):
@@ -74,7 +79,8 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # (B, C, H, W) -> (B, 1, HW, C)
+        # (B, C, H, W) -> (B, 1, HW, C)
+        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         h = self.to_out[0](h[:, 0]).unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)  # (B, C, H, W)
         return x + h
@@ -91,7 +97,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride 2, with the one row and column of padding at the bottom and right, as in the original."""
+    """Stride 2, with one row and column of padding at the bottom and right, as in the original."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -113,21 +119,21 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, then a change of resolution: "down", "up" or None."""
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, resample: str | None):
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, groups: int, resample: str | None,
+    ):
         super().__init__()
         inputs = [in_channels] + [out_channels] * (layers - 1)
-        self.resnets = nn.ModuleList(ResnetBlock(channels, out_channels, groups) for channels in inputs)
-        if resample == "down":
-            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
-        elif resample == "up":
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, out_channels, groups) for channels in inputs
+        )
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)] * (resample == "down"))
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] * (resample == "up"))
 
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
             x = resnet(x)
-        for resample in getattr(self, "downsamplers", []):
-            x = resample(x)
-        for resample in getattr(self, "upsamplers", []):
+        for resample in [*self.downsamplers, *self.upsamplers]:
             x = resample(x)
         return x
 
@@ -139,7 +145,8 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups, "down" if i < last else None)
+            Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups,
+                  "down" if i < last else None)
             for i, width in enumerate(widths)
         )
         self.mid_block = MidBlock(widths[-1], groups)
@@ -163,7 +170,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, "up" if i < last else None)
+            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
+                  "up" if i < last else None)
             for i, width in enumerate(widths)
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
@@ -181,13 +189,16 @@ class Decoder(nn.Module):
 
 @dataclass
 class LatentDistribution:
-    """A normal distribution for each number of the latent, before SD's scaling. mean, logvar: (B, 4, h, w)."""
+    """A normal distribution for each number of the latent, before SD's scaling.
+
+    mean, logvar: (B, 4, h, w).
+    """
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise, the noise drawn on the generator's device (the CPU where there is none)."""
+        """mean + std * noise, drawn on the generator's device (the CPU where there is none)."""
         device = generator.device if generator is not None else "cpu"
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean)
@@ -211,13 +222,17 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, images: Tensor) -> LatentDistribution:
         """images (B, 3, H, W) in [-1, 1] -> distribution over unscaled latents (B, 4, H/8, W/8)."""
-        mean, logvar = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))).chunk(2, dim=1)
-        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))  # the original's bounds, so that exp stays finite
+        moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
+        mean, logvar = moments.chunk(2, dim=1)
+        # The original's bounds, so that exp stays finite.
+        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))
 
     def encode_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """images in [-1, 1] -> SD-scaled latents: a sample with a generator, else the mean."""
         latent = self.encode(images)
-        return self.config.scaling_factor * (latent.mean if generator is None else latent.sample(generator))
+        return self.config.scaling_factor * (
+            latent.mean if generator is None else latent.sample(generator)
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """SD-scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [-1, 1]."""

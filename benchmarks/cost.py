@@ -1,15 +1,18 @@
-"""The bill: GPU-days, wall-clock days, disk and network of InstaFlow's full recipe, before starting it.
+"""The bill before starting: GPU-days, wall-clock days, disk and network of InstaFlow's full recipe.
 
-    python benchmarks/cost.py                                   on 8 A100, at the rates that the paper's days imply
-    python benchmarks/cost.py --rates benchmarks/results/training_step-bf16-cuda.json --gpus 4 --price 2.5
+    python benchmarks/cost.py                      on 8 A100, at the rates of the paper's days
+    python benchmarks/cost.py --rates benchmarks/results/training_step-bf16-cuda.json \\
+                              --gpus 4 --price 2.5
 
-The recipe is that of InstaFlow-0.9B (arXiv 2309.06380, table of training costs): 3.2 million pairs, two stages of reflow,
-distillation in L2 and in LPIPS; 199.2 A100-days. --rates takes what benchmarks/training_step.py measured: samples a second of
-one GPU in each stage. What is counted, and what it could be without our savings:
+The recipe is that of InstaFlow-0.9B (arXiv 2309.06380, table of training costs): 3.2 million pairs,
+two stages of reflow, distillation in L2 and in LPIPS; 199.2 A100-days. --rates takes what
+benchmarks/training_step.py measured: samples a second of one GPU in each stage. What is counted,
+and what it could be without our savings:
 
-    disk       a pair is its latent in fp16 and a seed; noise and pictures are not stored; a training state is weights, EMA
-               and two moments in fp32, and for a moment there are two of it
-    network    gradients are summed once an update: in a ring each GPU sends 2 (N - 1) / N times their 4 bytes a parameter
+    disk       a pair is its latent in fp16 and a seed; a training state is weights, EMA and two
+               moments in fp32, and for a moment there are two of it
+    network    gradients are summed once an update: in a ring each GPU sends 2 (N - 1) / N times
+               their 4 bytes a parameter
 """
 
 import argparse
@@ -21,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from command import BadInput, Parser, not_below_zero, positive, run
-from evaluate import markdown_table
+from evaluation.plots import markdown_table
 from training import BYTES_PER_PARAMETER
 
 DAY = 24 * 3600
@@ -56,14 +59,20 @@ RECIPE = {
 
 
 def rates_from(path: str | None) -> dict[str, float]:
-    """Samples a second of one GPU for every stage: the paper's A100, or measured ones; both reflows have one rate."""
+    """Samples a second of one GPU for every stage: the paper's A100, or measured ones.
+
+    Both reflows have one rate.
+    """
     if path is None:
         return {name: stage.rate for name, stage in RECIPE.items()}
     try:
-        measured = {row["stage"]: row["samples_per_second"] for row in json.loads(Path(path).read_text())["rows"]}
+        measured = {row["stage"]: row["samples_per_second"]
+                    for row in json.loads(Path(path).read_text())["rows"]}
         return {name: measured[name.removesuffix(" large batch")] for name in RECIPE}
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise BadInput(f"--rates {path}: not a file of benchmarks/training_step.py ({problem!r})") from None
+        raise BadInput(
+            f"--rates {path}: not a file of benchmarks/training_step.py ({problem!r})"
+        ) from None
 
 
 def bill(rates: dict[str, float], gpus: int, price: float | None) -> list[dict]:
@@ -71,7 +80,8 @@ def bill(rates: dict[str, float], gpus: int, price: float | None) -> list[dict]:
     rows = []
     for name, stage in RECIPE.items():
         gpu_days = stage.samples / rates[name] / DAY
-        row = {"stage": stage.name, "samples": f"{stage.samples:,}", "samples a second, one GPU": rates[name]}
+        row = {"stage": stage.name, "samples": f"{stage.samples:,}",
+               "samples a second, one GPU": rates[name]}
         row |= {"GPU-days": gpu_days, f"days on {gpus}": gpu_days / gpus}
         updates = stage.samples / stage.batch if stage.batch else 0
         row["TB sent by each GPU"] = updates * 4 * PARAMETERS * 2 * (gpus - 1) / gpus / 1e12
@@ -92,16 +102,22 @@ def savings(rates: dict[str, float], reflow_share: float | None) -> list[dict]:
          "without": f"{pairs * PICTURE / tera:.1f} TB of pixels"},
         {"saving": "seeds, not noise", "with": f"{pairs * 8 / giga:.2f} GB",
          "without": f"{pairs * LATENT * 4 / giga:.0f} GB in fp32"},
-        {"saving": "prompts, not text embeddings", "with": f"{pairs * 60 / giga:.1f} GB at 60 letters each",
+        {"saving": "prompts, not text embeddings",
+         "with": f"{pairs * 60 / giga:.1f} GB at 60 letters each",
          "without": f"{pairs * 77 * 768 * 2 / giga:.0f} GB in fp16"},
-        {"saving": "caption dropout, no second network for guidance", "with": f"{4 * PARAMETERS / giga:.1f} GB of weights",
+        {"saving": "caption dropout, no second network for guidance",
+         "with": f"{4 * PARAMETERS / giga:.1f} GB of weights",
          "without": f"{8 * PARAMETERS / giga:.1f} GB, and every update twice"},
-    ]  # fmt: skip
+    ]
     if reflow_share is not None:
-        days = sum(RECIPE[name].samples / rates[name] / DAY for name in ("reflow", "reflow large batch"))
-        rows.append({"saving": "a start nearer the flow (reflow.py --init negated)",
-                     "with": f"{days * reflow_share:.1f} GPU-days of reflow, if its share of samples holds here",
-                     "without": f"{days:.1f} GPU-days"})  # fmt: skip
+        days = sum(RECIPE[name].samples / rates[name] / DAY
+                   for name in ("reflow", "reflow large batch"))
+        rows.append({
+            "saving": "a start nearer the flow (reflow.py --init negated)",
+            "with": f"{days * reflow_share:.1f} GPU-days of reflow, if its share of samples holds "
+                    "here",
+            "without": f"{days:.1f} GPU-days",
+        })
     return rows
 
 
@@ -115,9 +131,11 @@ def share(text: str) -> float:
 def main():
     parser = Parser("GPU-days, disk and network of InstaFlow's full recipe.")
     parser.add_argument("--gpus", type=positive, default=8)
-    parser.add_argument("--rates", help="results of benchmarks/training_step.py; default: the paper's A100")
+    parser.add_argument("--rates",
+                        help="results of benchmarks/training_step.py; default: the paper's A100")
     parser.add_argument("--price", type=not_below_zero, help="of a GPU-hour, in any currency")
-    parser.add_argument("--reflow-share", type=share, help="share of the paper's reflow samples that are needed, e.g. 0.33")
+    parser.add_argument("--reflow-share", type=share,
+                        help="share of the paper's reflow samples that are needed, e.g. 0.33")
     args = parser.parse_args()
 
     rates = rates_from(args.rates)
@@ -125,7 +143,8 @@ def main():
     print(markdown_table(rows))
     state = BYTES_PER_PARAMETER * PARAMETERS / 1e9
     disk = RECIPE["pairs"].samples * (LATENT * 2 + 8) / 1e9
-    print(f"Disk: {disk:.0f} GB of pairs, {2 * state:.0f} GB for a training state while it is replaced, 3.4 GB a checkpoint.")
+    print(f"Disk: {disk:.0f} GB of pairs, {2 * state:.0f} GB for a training state while it is "
+          "replaced, 3.4 GB a checkpoint.")
     print(f"The paper: {PAPER_DAYS} A100-days; this: {rows[-1]['GPU-days']:.1f} GPU-days.\n")
     print(markdown_table(savings(rates, args.reflow_share)), end="")
 

@@ -1,12 +1,15 @@
-"""A Stable Diffusion 1.x file to its first one-step picture against diffusers: seconds and peak memory, in new processes.
+"""From a Stable Diffusion 1.x file to its first one-step picture, against diffusers.
 
-    python benchmarks/loading.py            writes a full-size fp16 file of random weights first; needs 15 GB of memory
+Seconds and peak memory, in new processes:
+
+    python benchmarks/loading.py            writes a full-size fp16 file first; 15 GB of memory
     python benchmarks/loading.py --dtype bf16 --load-only
 
-diffusers needs configuration files, which it would fetch from the hub; they are written here from our own configs. Both load
-to --dtype on the CPU: diffusers the U-Net and the autoencoder, ours the text encoder too. Then one Euler step at 512 px from an
-encoded prompt, and the decoder, unless --load-only. Imports are not counted. Memory is read from /proc, so this runs on Linux
-alone. Writes benchmarks/results/loading-<dtype>-cpu.json.
+diffusers needs configuration files, which it would fetch from the hub; they are written here from
+our own configs. Both load to --dtype on the CPU: diffusers the U-Net and the autoencoder, ours the
+text encoder too. Then one Euler step at 512 px from an encoded prompt, and the decoder, unless
+--load-only. Imports are not counted. Memory is read from /proc, so this runs on Linux alone. Writes
+benchmarks/results/loading-<dtype>-cpu.json.
 """
 
 import json
@@ -21,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
 from command import DTYPES, HERE, BadInput, Parser, pick_dtype, positive, run
+from diffusers_folder import unet_to_diffusers, vae_to_diffusers
 from make_checkpoint import make_model, write_single_file
 from timing import ratio, report
 
@@ -31,8 +34,10 @@ import json, pathlib, sys, time
 sys.path.insert(0, {root!r})
 import torch
 {imports}
-def peak():  # of this process alone, in GB; resource.getrusage would begin with that of the process that started it
-    line = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+# Of this process alone, in GB; resource.getrusage would begin with that of the one that started it.
+def peak():
+    status = pathlib.Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in status if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e9
 def spent():
     return [time.perf_counter() - started, peak() - before]
@@ -40,7 +45,8 @@ started, before = time.perf_counter(), peak()
 {load}
 figures = spent()
 if {picture}:
-    noise, context = torch.randn(1, 4, 64, 64, dtype={dtype}), torch.randn(1, 77, 768, dtype={dtype})
+    noise = torch.randn(1, 4, 64, 64, dtype={dtype})
+    context = torch.randn(1, 77, 768, dtype={dtype})
     with torch.inference_mode():
         {draw}
     figures += spent()
@@ -53,19 +59,30 @@ OURS = (
 )
 THEIRS = (
     "from diffusers import AutoencoderKL, UNet2DConditionModel",
-    "unet = UNet2DConditionModel.from_single_file({path!r}, config={config!r}, subfolder='unet', torch_dtype={dtype})\n"
-    "vae = AutoencoderKL.from_single_file({path!r}, config={config!r}, subfolder='vae', torch_dtype={dtype})",
+    "unet = UNet2DConditionModel.from_single_file({path!r}, config={config!r}, subfolder='unet', "
+    "torch_dtype={dtype})\n"
+    "vae = AutoencoderKL.from_single_file({path!r}, config={config!r}, subfolder='vae', "
+    "torch_dtype={dtype})",
     "vae.decode((noise + unet(noise, 1000, context).sample) / vae.config.scaling_factor)",
 )
-FIGURES = ("loading, s", "loading, GB at the peak", "and the first picture, s", "and the first picture, GB at the peak")
+FIGURES = ("loading, s", "loading, GB at the peak", "and the first picture, s",
+           "and the first picture, GB at the peak")
 
 
-def measured(side: tuple[str, str, str], path: str, config: str, dtype: torch.dtype, picture: bool) -> list[float]:
-    """The FIGURES of one new process, the first two without a picture; memory beyond that of the imports."""
+def measured(
+    side: tuple[str, str, str], path: str, config: str, dtype: torch.dtype, picture: bool
+) -> list[float]:
+    """The FIGURES of one new process, the first two without a picture.
+
+    Memory is what goes beyond that of the imports.
+    """
     imports, load, draw = side
     load = load.format(path=path, config=config, dtype=dtype)
-    code = MEASURE.format(root=str(HERE), imports=imports, load=load, draw=draw, dtype=dtype, picture=picture)
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = MEASURE.format(root=str(HERE), imports=imports, load=load, draw=draw, dtype=dtype,
+                          picture=picture)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     return json.loads(out.splitlines()[-1])
 
 
@@ -76,7 +93,9 @@ def main():
     parser.add_argument("--load-only", action="store_true", help="draw no picture")
     args = parser.parse_args()
     if not Path("/proc/self/status").exists():
-        raise BadInput("loading.py: reads memory from /proc, which this system does not have; run it on Linux")
+        raise BadInput(
+            "loading.py: reads memory from /proc, which this system does not have; run it on Linux"
+        )
     device = torch.device("cpu")
     dtype = pick_dtype(args.dtype, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +103,8 @@ def main():
         model = make_model("full")
         write_single_file(model, path)
         for name, settings in (
-            ("unet", checkpoint.unet_to_diffusers(model.unet.config)),
-            ("vae", checkpoint.vae_to_diffusers(model.vae.config)),
+            ("unet", unet_to_diffusers(model.unet.config)),
+            ("vae", vae_to_diffusers(model.vae.config)),
         ):
             (Path(config) / name).mkdir(parents=True)
             (Path(config) / name / "config.json").write_text(json.dumps(settings))
@@ -97,8 +116,10 @@ def main():
                 if number:
                     sides[name].append(result)
     rows = []
-    for what, ours, theirs in zip(FIGURES, zip(*sides["ours"]), zip(*sides["diffusers"])):  # as many as were measured
-        row = {"what": what, "ours": statistics.median(ours), "diffusers": statistics.median(theirs)}
+    # As many as were measured.
+    for what, ours, theirs in zip(FIGURES, zip(*sides["ours"]), zip(*sides["diffusers"])):
+        row = {"what": what, "ours": statistics.median(ours),
+               "diffusers": statistics.median(theirs)}
         rows.append(row | ratio(ours, theirs))
     report("loading", device, dtype, rows)
 

@@ -1,11 +1,11 @@
 """What bf16 does to the latents of a diffusion teacher's pairs, and what of it guidance makes.
 
-    python benchmarks/rounding.py            the tiny teacher, 25 steps at guidance 2.5 and 6, a few minutes
+    python benchmarks/rounding.py        the tiny teacher, 25 steps at guidance 2.5 and 6; minutes
 
-The network answers in bf16. Guidance takes the difference of two of its answers and multiplies it; the solver's
-(x - σ ε̂) / α multiplies what comes out by up to 1 / α = 15 at the noisiest timestep. Combined in bf16, the sum is
-rounded once more before that. Both ways are set against the same noises and captions drawn in fp32.
-Writes benchmarks/results/rounding-bf16-<device>.json.
+The network answers in bf16. Guidance takes the difference of two of its answers and multiplies it;
+the solver's (x - σ ε̂) / α multiplies what comes out by up to 1 / α = 15 at the noisiest timestep.
+Combined in bf16, the sum is rounded once more before that. Both ways are set against the same
+noises and captions drawn in fp32. Writes benchmarks/results/rounding-bf16-<device>.json.
 """
 
 import sys
@@ -18,21 +18,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "toy"))
 
 import checkpoint
 import shapes
-from command import TINY_TEACHER, Parser, add_machine_options, pick_device, positive, run, seeds_in, solver_steps
-from rectified_flow import NoiseSchedule, dpm_solver, guided, noise_from_seeds
+from command import (
+    TINY_TEACHER, Parser, add_machine_options, pick_device, positive, run, solver_steps,
+)
+from diffusion import NoiseSchedule, dpm_solver
+from rectified_flow import guided
+from sample import noise_from_seeds, run_seed, seeds_in
 from timing import report
 
 GUIDANCES = (2.5, 6.0)  # the tiny teacher's and the paper's
 
 
 @torch.inference_mode()
-def latents_of(model, prompts: list[str], seeds: list[int], steps: int, guidance: float, combine: torch.dtype) -> torch.Tensor:
+def latents_of(
+    model, prompts: list[str], seeds: list[int], steps: int, guidance: float, combine: torch.dtype
+) -> torch.Tensor:
     """Latents (N, 4, h, w) in fp32, guidance combined in that dtype."""
     null_context = model.encode_prompts([""])
     # `guided` combines in the dtype of x, which reaches the network in its own anyway.
     guide = guided(model.unet, null_context, guidance)
     predict_noise = lambda x, s, context: guide(x.to(combine), s, context)
-    noise, context = noise_from_seeds(seeds, model.latent_shape()).to(model.device), model.encode_prompts(prompts)
+    noise, context = (
+        noise_from_seeds(seeds, model.latent_shape()).to(model.device),
+        model.encode_prompts(prompts),
+    )
     *_, latents = dpm_solver(predict_noise, noise, steps, NoiseSchedule(), context)
     return latents
 
@@ -41,10 +50,12 @@ def main():
     parser = Parser("What rounding does to pairs that are drawn in bf16.")
     parser.add_argument("--num-pairs", type=positive, default=256)
     parser.add_argument("--steps", type=solver_steps, default=25)
-    add_machine_options(parser)
+    add_machine_options(parser, run_seed)
     args = parser.parse_args()
     device = pick_device(args.device)
-    exact, rough = (checkpoint.load(TINY_TEACHER, device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, rough = (
+        checkpoint.load(TINY_TEACHER, device, dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
     seeds = list(seeds_in("evaluation", args.seed, args.num_pairs))
     prompts = [str(caption) for caption in shapes.measuring_captions(args.num_pairs, seeds[0])]
     rows = []
@@ -56,8 +67,9 @@ def main():
             rows.append({
                 "guidance": guidance, "combined in": name, "error, median": each.median().item(),
                 "error, mean": each.mean().item(), "latents' deviation": reference.std().item(),
-            })  # fmt: skip
-    report("rounding", device, torch.bfloat16, rows, pairs=args.num_pairs, steps=args.steps, seed=args.seed)
+            })
+    report("rounding", device, torch.bfloat16, rows, pairs=args.num_pairs, steps=args.steps,
+           seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""One-step sampling against diffusers, part by part, at the same dtype and sizes, and how far each is from the machine's limit.
+"""One-step sampling against diffusers, part by part, at the same dtype and sizes.
 
-    python benchmarks/sampling.py                 Stable Diffusion's size at 512 px, random weights; minutes on a CPU
+Also how far each part is from the machine's limit.
+
+    python benchmarks/sampling.py               SD's size at 512 px, random weights; minutes
     python benchmarks/sampling.py --device cuda --batch-size 16 --compile
-    python benchmarks/sampling.py --defaults      each side's own default: diffusers fp32, ours as --dtype auto says
-    python benchmarks/sampling.py --peer openvino --compile       diffusers' networks as OpenVINO runs them on a CPU
-                                                                  (pip install openvino; 17 GB of memory in fp32)
+    python benchmarks/sampling.py --defaults    each side's own: diffusers fp32, ours --dtype auto
+    python benchmarks/sampling.py --peer openvino --compile
+        diffusers' networks in OpenVINO (pip install openvino; 17 GB of memory in fp32)
 
-Both sides hold the same weights. "of the limit" is the counted work of our network over the time it takes, as a share of what
-this machine reaches in products of large matrices at that dtype, "differ by" the largest difference of what both answer, as a
-share of the largest value. Writes results/sampling-<peer>-batch<N>-<dtype>-<device>.json, with "-defaults" and "-compiled"
-after the N where asked for.
+Both sides hold the same weights. "of the limit" is the counted work of our network over the time it
+takes, as a share of what this machine reaches in products of large matrices at that dtype, "differ
+by" the largest difference of what both answer, as a share of the largest value. Writes
+results/sampling-<peer>-batch<N>-<dtype>-<device>.json, with "-defaults" and "-compiled" after the N
+where asked for.
 """
 
 import gc
@@ -28,10 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import arrange, text_to_transformers, vae_to_diffusers
 from command import BadInput, pick_device, pick_dtype, run
+from diffusers_folder import text_to_transformers, vae_to_diffusers
 from make_checkpoint import make_model
 from rectified_flow import flow_velocity, one_step
+from stable_diffusion import arrange
 from timing import TOKENS, report, side_by_side, take_turns, timing_parser
 from training_step import diffusers_unet
 
@@ -49,7 +53,9 @@ class Answering(nn.Module):
         return self.answer(self.network, *inputs)
 
 
-def in_openvino(network: Answering, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Callable[..., Tensor]:
+def in_openvino(
+    network: Answering, inputs: tuple[Tensor, ...], dtype: torch.dtype
+) -> Callable[..., Tensor]:
     import openvino
 
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
@@ -61,8 +67,10 @@ def in_openvino(network: Answering, inputs: tuple[Tensor, ...], dtype: torch.dty
     return lambda *given: torch.from_numpy(compiled([tensor.numpy() for tensor in given])[0])
 
 
-def peers_of(model, peer: str, dtype: torch.dtype, device: torch.device, inputs: dict[str, tuple]) -> dict[str, Callable]:
-    """diffusers' and transformers' networks with the same weights, as functions from tensors to a tensor."""
+def peers_of(
+    model, peer: str, dtype: torch.dtype, device: torch.device, inputs: dict[str, tuple]
+) -> dict[str, Callable]:
+    """diffusers' and transformers' networks with the same weights, as functions of tensors."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -77,10 +85,13 @@ def peers_of(model, peer: str, dtype: torch.dtype, device: torch.device, inputs:
             diffusers_unet(model.unet, device, dtype),
             lambda network, x, t, context: network(x, t, context, return_dict=False)[0],
         ),
-        "decoder": Answering(vae, lambda network, latents: network.decode(latents / scale, return_dict=False)[0]),
+        "decoder": Answering(
+            vae, lambda network, latents: network.decode(latents / scale, return_dict=False)[0]
+        ),
     }
     if peer == "openvino":
-        return {name: in_openvino(networks.pop(name).eval(), inputs[name], dtype) for name in list(networks)}
+        return {name: in_openvino(networks.pop(name).eval(), inputs[name], dtype)
+                for name in list(networks)}
     cast = lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
     calls = {}
     for name, network in networks.items():
@@ -100,8 +111,10 @@ def limit(dtype: torch.dtype, device: torch.device) -> float:
 def main():
     parser = timing_parser("Time one-step sampling against diffusers.", rounds=5)
     parser.add_argument("--peer", choices=["diffusers", "openvino"], default="diffusers")
-    parser.add_argument("--defaults", action="store_true", help="the peer in fp32, diffusers' default, whatever --dtype is")
-    parser.add_argument("--compile", action="store_true", help="ours with torch.compile, as --compile of sample.py")
+    parser.add_argument("--defaults", action="store_true",
+                        help="the peer in fp32, diffusers' default, whatever --dtype is")
+    parser.add_argument("--compile", action="store_true",
+                        help="ours with torch.compile, as --compile of sample.py")
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.peer == "openvino" and (device.type != "cpu" or not find_spec("openvino")):
@@ -118,14 +131,17 @@ def main():
     theirs = peers_of(model, args.peer, their_dtype, device, inputs)
     gc.collect()  # what OpenVINO was made from
 
-    unet, vae, text = (network.to(device, dtype).eval() for network in (model.unet, model.vae, model.text_encoder))
+    unet, vae, text = (
+        network.to(device, dtype).eval() for network in (model.unet, model.vae, model.text_encoder)
+    )
     arrange(unet, vae, dtype)
     ours = {"text": text, "U-Net": unet, "decoder": vae.decode}
 
     def picture(text: Callable, velocity: Callable, decode: Callable) -> Tensor:
         return decode(one_step(velocity, noise, text(tokens)))
 
-    calls = {name: (partial(ours[name], *given), partial(theirs[name], *given)) for name, given in inputs.items()}
+    calls = {name: (partial(ours[name], *given), partial(theirs[name], *given))
+             for name, given in inputs.items()}
     calls["picture"] = (
         lambda: picture(text, flow_velocity(unet), vae.decode),
         lambda: picture(theirs["text"], flow_velocity(theirs["U-Net"]), theirs["decoder"]),
@@ -141,8 +157,13 @@ def main():
     for name, (mine, peer) in calls.items():
         row = side_by_side(name, mine, args.peer, peer, args.rounds, device)
         of_the_limit = flop[name] / row["ours, s"] / peak
-        rows.append({"part": name} | row | {"TFLOP": flop[name] / 1e12, "of the limit": of_the_limit})
-    what = "-".join(["sampling", args.peer, f"batch{batch}"] + ["defaults"] * args.defaults + ["compiled"] * args.compile)
+        rows.append(
+            {"part": name} | row | {"TFLOP": flop[name] / 1e12, "of the limit": of_the_limit}
+        )
+    what = "-".join(
+        ["sampling", args.peer, f"batch{batch}"]
+        + ["defaults"] * args.defaults + ["compiled"] * args.compile
+    )
     report(what, device, dtype, rows, limit_tflops=peak / 1e12)
 
 

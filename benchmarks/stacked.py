@@ -1,6 +1,8 @@
-"""What the stacked U-Net costs: its time against one U-Net and against two whole ones in series, side by side in one run.
+"""What the stacked U-Net costs: its time against one U-Net and against two whole ones in series.
 
-    python benchmarks/stacked.py                  Stable Diffusion's size, random weights; needs 12 GB in fp32, minutes
+All side by side in one run:
+
+    python benchmarks/stacked.py            SD's size, random weights; 12 GB in fp32, minutes
     python benchmarks/stacked.py --device cuda
 
 Seconds are medians, ratios to one U-Net are medians over the rounds with their quartiles. Writes
@@ -43,10 +45,12 @@ def main():
     }
     seconds, _ = take_turns(ways, args.rounds, device)
     count = lambda network: sum(weight.numel() for weight in network.parameters())
-    parameters = {"one U-Net": count(one), "stacked": count(stacked), "two whole U-Nets": 2 * count(one)}
+    parameters = {"one U-Net": count(one), "stacked": count(stacked),
+                  "two whole U-Nets": 2 * count(one)}
     rows = []
     for name, measured in seconds.items():
-        row = {"network": name, "parameters": f"{parameters[name]:,}", "seconds": statistics.median(measured)}
+        row = {"network": name, "parameters": f"{parameters[name]:,}",
+               "seconds": statistics.median(measured)}
         rows.append(row | ratio(measured, seconds["one U-Net"]))
     report("stacked", device, dtype, rows, batch=args.batch_size)
 

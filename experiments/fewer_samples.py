@@ -1,26 +1,29 @@
 """Beyond the paper: what makes reflow need fewer samples?
 
-    python experiments/fewer_samples.py                   seeds 0, 1 and 2, on the pairs of paper_table.py
+    python experiments/fewer_samples.py       seeds 0, 1 and 2, on the pairs of paper_table.py
     python experiments/fewer_samples.py --num-seeds 1
 
-InstaFlow's reflow begins with weights that answer another question (which noise, at a time of another signal-to-noise
-ratio) and takes 4.5 million samples. Each way below changes one thing, on the same pairs and from the same seeds:
+InstaFlow's reflow begins with weights that answer another question (which noise, at a time of
+another signal-to-noise ratio) and takes 4.5 million samples. Each way below changes one thing, on
+the same pairs and from the same seeds:
 
     paper        the teacher's weights as they are
-    negated      the sign of the output changed: -ε̂ is half way from ε̂ to X1 - X0          (--init negated of reflow.py)
-    matched      negated, and each time t is shown to the U-Net as the timestep of its signal-to-noise ratio
-    U-shaped     negated; t drawn from p(t) ∝ cosh(4 (t - 1/2)), most often at the ends       (Lee et al. 2024, 2405.20320)
-    pseudo-Huber negated; the loss √(‖e‖² + c²) - c, which counts large errors e less         (the same)
-    perceptual   negated; that loss plus LPIPS of the decoded X1 that v points to             (the same)
-    unguided     negated; pairs made at guidance 1 and half the price, guidance 2.5 when drawing from the flow
+    negated      the sign of the output changed: -ε̂ is half way from ε̂ to X1 - X0 (--init negated)
+    matched      negated, and each t is shown as the timestep with its signal-to-noise ratio
+    U-shaped     negated; t drawn from p(t) ∝ cosh(4 (t - 1/2)), most often at the ends
+    pseudo-Huber negated; the loss √(‖e‖² + c²) - c, which counts large errors e less
+    perceptual   negated; that loss plus LPIPS of the decoded X1 that v points to
+    unguided     negated; pairs made at guidance 1 and half the price, guidance 2.5 when drawing
 
-"matched" is the exact start as far as a plain velocity network can have it. The teacher seen as a velocity is
-v = (X - ε̂(X / √(t² + (1-t)²), s(t))) / t: the scale of its input hardly matters to a network that begins with a norm, s(t)
-goes into the last layer of the time embedding in closed form, and the division by t, which has no limit at t = 0, is left
-to be learned.
+Times and losses are those of Lee et al. 2024 (2405.20320).
 
-Writes beyond.json, beyond.md and beyond.png: the Fréchet distance at 1 Euler step against the samples of reflow, and from half
-of --iterations updates on at 8 steps.
+"matched" is the exact start as far as a plain velocity network can have it. The teacher seen as a
+velocity is v = (X - ε̂(X / √(t² + (1-t)²), s(t))) / t: the scale of its input hardly matters to a
+network that begins with a norm, s(t) goes into the last layer of the time embedding in closed form,
+and the division by t, which has no limit at t = 0, is left to be learned.
+
+Writes fewer_samples.json, .md and .png: the Fréchet distance at 1 Euler step against the
+samples of reflow, and from half of --iterations updates on at 8 steps.
 """
 
 import math
@@ -37,12 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 
 from command import TINY_TEACHER, pick_device, run, write_text, write_whole
+from diffusion import NoiseSchedule
 from distill import perceptual_distance
-from evaluate import grouped, in_steps, markdown_table, with_interval
-from pairs import default_guidance
+from evaluation.figures import with_interval
+from evaluation.plots import grouped, in_steps, markdown_table
 from paper_table import Study, footer, open_table, study_of, study_parser
-from rectified_flow import NoiseSchedule, like, pseudo_huber, pseudo_huber_loss, reflow_error, reflow_loss
-from reflow import reflow, uniform_times
+from rectified_flow import Distance, like, pseudo_huber, reflow_loss
+from reflow import LOSSES, reflow, uniform_times
 from training import autocast_dtype
 from unet import UNet, timestep_embedding
 
@@ -53,9 +57,10 @@ WAYS = ("paper", "negated", "matched", "U-shaped", "pseudo-Huber", "perceptual",
 
 
 def match_times(unet: UNet, schedule: NoiseSchedule) -> None:
-    """Make the U-Net answer at the timestep 1000 (1 - t) as it did at the timestep with t's signal-to-noise ratio, in place.
+    """Make the U-Net answer at 1000 (1 - t) as it did at the timestep of t's signal-to-noise ratio.
 
-    The embedding of times is two linear layers. The second is fitted anew, by least squares over all whole timesteps.
+    It is changed in place. The embedding of times is two linear layers. The second is fitted anew,
+    by least squares over all whole timesteps.
     """
     embedding, channels = unet.time_embedding, unet.config.block_out_channels[0]
     asked = torch.arange(schedule.timesteps + 1, dtype=torch.float64)
@@ -65,7 +70,8 @@ def match_times(unet: UNet, schedule: NoiseSchedule) -> None:
         wanted = embedding(timestep_embedding(meant, channels)).double()
         inputs = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=hidden.dtype)], dim=1)
         penalty = RIDGE * torch.eye(inputs.shape[1], dtype=inputs.dtype)
-        fitted = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ wanted)  # (hidden + 1, out)
+        # (hidden + 1, out)
+        fitted = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ wanted)
         embedding.linear_2.weight.copy_(fitted[:-1].T)
         embedding.linear_2.bias.copy_(fitted[-1])
 
@@ -76,45 +82,66 @@ def u_shaped_times(count: int, generator: torch.Generator) -> Tensor:
     return 0.5 + torch.asinh((2 * uniform - 1) * math.sinh(U_SHAPE / 2)) / U_SHAPE
 
 
-def perceptual_loss(model, distance, velocity, x0: Tensor, x1: Tensor, t: Tensor, context) -> Tensor:
-    """t pseudo-Huber + LPIPS between the pictures of X1 and of X_t + (1 - t) v, where v points to: (B,).
+def perceptual_loss(
+    model, lpips: Distance, velocity, x0: Tensor, x1: Tensor, t: Tensor, context
+) -> Tensor:
+    """t pseudo-Huber + LPIPS of the pictures of X1 and of X_t + (1 - t) v, where v points to: (B,).
 
     At noise, where v can only point to an average, the weight is 0 and LPIPS alone counts.
     """
-    error = reflow_error(velocity, x0, x1, t, context)
     with torch.no_grad():
-        target = model.vae.decode(x1)
-    landing = model.vae.decode(x1 - like(1 - t, x1) * error)  # since X_t + (1 - t) (X1 - X0) is X1
-    return t * pseudo_huber(error) + distance(landing, target)
+        wanted = model.vae.decode(x1)
+
+    def distance(v: Tensor, straight: Tensor) -> Tensor:
+        # X_t + (1 - t) (X1 - X0) is X1.
+        landing = model.vae.decode(x1 - like(1 - t, x1) * (straight - v))
+        return t * pseudo_huber(v, straight) + lpips(landing, wanted)
+
+    return reflow_loss(velocity, x0, x1, t, context, distance)
 
 
-def run_seed(study: Study, distance) -> None:
-    """Every way, measured after 1/4, 1/2 and 1 times --iterations updates; the paper's after 2 and 4 times too."""
-    n, teacher = study.args.iterations, study.load(TINY_TEACHER)
+def measure_seed(study: Study, lpips: Distance) -> None:
+    """Every way, measured after 1/4, 1/2 and 1 times --iterations updates.
+
+    The paper's after 2 and 4 times too.
+    """
+    teacher = study.load(TINY_TEACHER)
     dtype = autocast_dtype(study.args.dtype, study.device, teacher.unet)
     for way in study.args.ways:
-        unguided = way == "unguided"
+        measure_way(study, way, teacher, dtype, lpips)
 
-        def train(model, updates: int) -> None:
-            if way == "matched":
-                match_times(model.unet, NoiseSchedule())
-            times = u_shaped_times if way == "U-shaped" else uniform_times
-            losses = {"pseudo-Huber": pseudo_huber_loss, "perceptual": partial(perceptual_loss, model, distance)}
-            model.vae.requires_grad_(False)
-            pairs = study.pairs_of(teacher, guidance=1.0 if unguided else None)
-            folder = study.folder / f"reflow-{way}"
-            reflow(model, pairs, study.options(updates), folder, {}, dtype, times, losses.get(way, reflow_loss))
 
-        for updates in [n // 4, n // 2, n] + [2 * n, 4 * n] * (way == "paper"):
-            init = "teacher" if way == "paper" else "negated"
-            flow = study.made(f"reflow-{way}-{updates}", teacher, lambda model: train(model, updates), init)
-            guidance = default_guidance(teacher) if unguided else None
-            steps = study.args.steps if updates >= n // 2 else [1]
-            study.record(way, flow, updates, steps=steps, guidance=guidance, samples=updates * study.args.batch_size)
+def measure_way(study: Study, way: str, teacher, dtype: torch.dtype, lpips: Distance) -> None:
+    n, unguided = study.args.iterations, way == "unguided"
+    times = u_shaped_times if way == "U-shaped" else uniform_times
+
+    def train(model, updates: int) -> None:
+        if way == "matched":
+            match_times(model.unet, NoiseSchedule())
+        perceptual = partial(perceptual_loss, model, lpips)
+        losses = {"pseudo-Huber": LOSSES["pseudo-huber"], "perceptual": perceptual}
+        loss = losses.get(way, LOSSES["l2"])
+        model.vae.requires_grad_(False)
+        pairs = study.pairs_of(teacher, guidance=1.0 if unguided else None)
+        folder = study.folder / f"reflow-{way}"
+        reflow(model, pairs, study.options(updates), folder, {}, dtype, loss, times)
+
+    for updates in [n // 4, n // 2, n] + [2 * n, 4 * n] * (way == "paper"):
+        start = partial(train, updates=updates)
+        init = "teacher" if way == "paper" else "negated"
+        flow = study.made(f"reflow-{way}-{updates}", teacher, start, init)
+        steps = study.args.steps if updates >= n // 2 else [1]
+        study.record(
+            way, flow, updates, steps=steps, guidance=teacher.guidance if unguided else None,
+            samples=updates * study.args.batch_size,
+        )
 
 
 def summary_of(rows: list[dict]) -> list[dict]:
-    """One line for each way and number of updates: Fréchet distance and captions right at each number of steps, S."""
+    """One line for each way and number of updates.
+
+    Fréchet distance and captions right at each number of steps, S.
+    """
     summary = []
     for (way, updates), group in grouped(rows, ("row", "updates")).items():
         line = {"way": way, "updates": updates, "samples": group[0]["samples"]}
@@ -122,22 +149,29 @@ def summary_of(rows: list[dict]) -> list[dict]:
             mine = [row for row in group if row["steps"] == steps]
             for name in ("frechet", "caption_accuracy"):
                 label = f"{name}, {in_steps(steps)}"
-                line[label], line[f"{label}_interval"] = with_interval([row[name] for row in mine] or [None])
+                line[label], line[f"{label}_interval"] = with_interval(
+                    [row[name] for row in mine] or [None]
+                )
         name = "relative_straightness"
-        line[name], line[f"{name}_interval"] = with_interval([row[name] for row in group if row["steps"] == 1])
+        line[name], line[f"{name}_interval"] = with_interval(
+            [row[name] for row in group if row["steps"] == 1]
+        )
         summary.append(line | {"seeds": len({row["seed"] for row in group})})
     return summary
 
 
 def save_curves(path: Path, summary: list[dict]) -> None:
-    labels = [name for name in summary[0] if name.startswith("frechet") and not name.endswith("_interval")]
+    labels = [name for name in summary[0]
+              if name.startswith("frechet") and not name.endswith("_interval")]
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axis, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels):
         for (way,), mine in grouped(summary, ("way",)).items():
             mine = [line for line in mine if line[label] is not None]
             bars = [line[f"{label}_interval"] or 0 for line in mine]
-            axis.errorbar([line["samples"] for line in mine], [line[label] for line in mine], bars, marker="o", label=way)
-        axis.set(xscale="log", yscale="log", xlabel="samples of reflow", title=label.replace("frechet", "Fréchet distance"))
+            axis.errorbar([line["samples"] for line in mine], [line[label] for line in mine], bars,
+                          marker="o", label=way)
+        axis.set(xscale="log", yscale="log", xlabel="samples of reflow",
+                 title=label.replace("frechet", "Fréchet distance"))
         ticks = sorted({line["samples"] for line in summary})
         axis.set_xticks(ticks, [f"{samples:,}" for samples in ticks])
         axis.minorticks_off()
@@ -152,15 +186,17 @@ def main():
     parser.set_defaults(steps=[8, 1])
     args = parser.parse_args()
     device = pick_device(args.device)
-    rows, write = open_table(Path(args.out) / "beyond.json")
+    rows, write = open_table(Path(args.out) / "fewer_samples.json")
     distance = perceptual_distance("random", device)
     for seed in range(args.seed, args.seed + args.num_seeds):
-        run_seed(study_of(seed, args, device, rows, write), distance)
+        measure_seed(study_of(seed, args, device, rows, write), distance)
     summary = summary_of(rows)
-    table = markdown_table(summary) + footer("python experiments/fewer_samples.py", args, device, rows)
-    write_text(Path(args.out) / "beyond.md", table)
-    save_curves(Path(args.out) / "beyond.png", summary)
-    print(table + f"{args.out}: beyond.json, beyond.md and beyond.png")
+    table = markdown_table(summary) + footer(
+        "python experiments/fewer_samples.py", args, device, rows
+    )
+    write_text(Path(args.out) / "fewer_samples.md", table)
+    save_curves(Path(args.out) / "fewer_samples.png", summary)
+    print(table + f"{args.out}: fewer_samples.json, .md and .png")
 
 
 if __name__ == "__main__":

@@ -1,36 +1,42 @@
-"""The paper's table on the tiny model: is distilling the teacher directly worse, and what does reflow buy?
+"""The paper's table on the tiny model.
 
-    python experiments/paper_table.py                          seeds 0, 1 and 2; hours on 2 CPU cores; stopped, it goes on there
-    python experiments/paper_table.py --num-seeds 1 --parts direct    some rows of the first; others are kept
+Is distilling the teacher directly worse, and what does reflow buy?
 
-For each seed, on captions that leave much open ("a shape and a red square"), where a prompt has many right pictures:
+    python experiments/paper_table.py                   seeds 0, 1 and 2; hours on 2 CPU cores
+    python experiments/paper_table.py --num-seeds 1 --parts direct      some rows; others are kept
+
+For each seed, on captions that leave much open ("a shape and a red square"), where a prompt has
+many right pictures:
 
     part       row
-    teacher    drawn                         real pictures of other scenes: the floor of every figure
+    teacher    drawn                         real pictures of other scenes: the best to hope for
                teacher                       at 25, 8, 4, 2, 1 steps of DPM-Solver
-    reflow     2-RF                          at 25, 8, 4, 2, 1 Euler steps; `--iterations` updates of reflow
-               2-RF + distill                after 1/4, 1/2 and 1 times `--iterations` updates in L2 (`--budgets`)
+    reflow     2-RF                          at 25, 8, 4, 2, 1 Euler steps; `--iterations` updates
+               2-RF + distill                after 1/4, 1/2 and 1 times `--iterations` in L2
                2-RF + distill + LPIPS        `--lpips-iterations` more
-    direct     teacher + distill             after 1/4, 1/2, 1, 2 and 4 times; 2 times is 2-RF and its student together
+    direct     teacher + distill             after 1/4, 1/2, 1, 2 and 4 times (`--budgets`)
                teacher + distill + LPIPS     `--lpips-iterations` more, from 1 time
     third      3-RF, 3-RF + distill          a second reflow, and one step from it
-    stacked    2-RF + distill, stacked       two U-Nets in series, joined as distill.py --student stacked joins them
+    stacked    2-RF + distill, stacked       two U-Nets in series (distill.py --student stacked)
 
-Every student starts from its teacher's weights; where that is the diffusion, with the sign of its output changed, as reflow
-does (unet.started_from). The teacher's pairs are the same for every seed. They are drawn in 8 steps, as those of the flows:
-nearly as good as 25 (the table shows both), and three times as many in the same time. Captions and noises that figures are
-taken on are in none of the pairs. How many pairs there are decides much, since
-a student that sees few pairs often learns them by heart: --num-pairs 3000 is such a study.
+Every student starts from its teacher's weights; where that is the diffusion, with the sign of its
+output changed, as reflow does (unet.started_from). The teacher's pairs are the same for every seed.
+They are drawn in 8 steps, as those of the flows: nearly as good as 25 (the table shows both), and
+three times as many in the same time. Captions and noises that figures are taken on are in none of
+the pairs. How many pairs there are decides much, since a student that sees few pairs often learns
+them by heart: --num-pairs 3000 is such a study.
 
-"samples" counts what training saw on the whole way from the teacher, "own_samples" what this student saw, and "minutes" is
-the time of training on the whole way, without that of making pairs.
+"samples" counts what training saw on the whole way from the teacher, "own_samples" what this
+student saw, and "minutes" is the time of training on the whole way, without that of making pairs.
 
-held_out_error    E‖X1 - (X0 + v(X0, 0))‖² a number of the latent, on noises and captions of no training pair, X1 being
-                  where the student's own teacher leads; train_error the same on the pairs it was trained on
+held_out_error    E‖X1 - (X0 + v(X0, 0))‖² a number of the latent, on noises and captions of no
+                  training pair, X1 being where the student's own teacher leads; train_error the
+                  same on the pairs it was trained on
 transport_cost    E‖Z1 - Z0‖²; the other figures are those of evaluate.py
 
-Writes study.json (a row for each seed), study.md (means with 95 % intervals over seeds), study.png (one-step quality
-against samples) and study-pictures-SEED.png (the same captions and noises in every row).
+Writes study.json (a row for each seed), study.md (means with 95 % intervals over seeds), study.png
+(one-step quality against samples) and study-pictures-SEED.png (the same captions and noises in
+every row).
 """
 
 import argparse
@@ -39,71 +45,51 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 
 import checkpoint
 import shapes
-from checkpoint import StableDiffusion
 from command import (
-    TINY_TEACHER,
-    Parser,
-    add_machine_options,
-    check_output,
-    machine_name,
-    not_below_zero,
-    not_negative,
-    pick_device,
-    pick_dtype,
-    positive,
-    run,
-    seeds_in,
-    solver_steps,
-    write_text,
-    write_whole,
-)  # fmt: skip
-from distill import distill_l2, distill_perceptual, perceptual_distance
-from evaluate import (
-    GRADES,
-    PICTURED,
-    Questions,
-    draw_pictures,
-    evaluate,
-    grouped,
-    in_steps,
-    judged,
-    markdown_table,
-    save_comparison,
-    with_interval,
+    TINY_TEACHER, Parser, add_machine_options, check_output, not_below_zero, not_negative,
+    pick_device, pick_dtype, positive, run, solver_steps, write_json, write_text, write_whole,
 )
-from pairs import Pairs, default_guidance, describe_pairs, make_pairs
-from rectified_flow import flow_velocity, one_step
+from distill import distill, perceptual, perceptual_distance
+from evaluate import PICTURED, evaluate
+from evaluation.figures import machine_name, with_interval
+from evaluation.judge import GRADES, Questions, judged
+from evaluation.plots import grouped, in_steps, markdown_table, save_comparison
+from pairs import Pairs, describe_pairs, make_pairs
+from rectified_flow import flow_velocity, one_step, squared
 from reflow import reflow
+from sample import draw_pictures, run_seed, seeds_in
+from stable_diffusion import StableDiffusion
 from train_teacher import minutes_of
 from training import TrainingOptions, autocast_dtype
 from unet import stack, started_from
 
 PARTS = ("teacher", "reflow", "direct", "third", "stacked")
 CAPTIONS = {
-    "open": shapes.open_captions,
-    "full": shapes.full_captions,
-    "single": shapes.single_captions,
+    "open": shapes.open_captions, "full": shapes.full_captions, "single": shapes.single_captions,
     "mixed": shapes.random_captions,
 }
-LPIPS_LEARNING_RATE = 1e-4  # at 5e-4, as in L2, the LPIPS of the training pairs rises from the first updates on
+# At 5e-4, as in L2, the LPIPS of the training pairs rises from the first updates on.
+LPIPS_LEARNING_RATE = 1e-4
 CAPTIONS_DRAWN = 1000  # different ones, among the pairs
-# Of the noises of their pairs, so that no model is sampled where it was trained. Those of the teacher serve all seeds.
+# Of the noises of their pairs, so that no model is sampled where it was trained. Those of the
+# teacher serve all seeds.
 WORLDS = {"tiny_sd": "reflow", "2rf": "second reflow", "3rf": "distillation"}
 KEYS = ("row", "updates", "steps")
 FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
 COSTS = ("samples", "own_samples", "minutes")
-SETTINGS = ("iterations", "lpips_iterations", "batch_size", "num_pairs", "teacher_steps", "captions", "held_out", "num_samples")
+SETTINGS = ("iterations", "lpips_iterations", "batch_size", "num_pairs", "teacher_steps",
+            "captions", "held_out", "num_samples")
 
 
 @functools.cache
@@ -123,35 +109,52 @@ class Study:
     questions: Questions
     rows: list[dict]
     write: Callable[[], None]  # puts the rows on the disk
-    shown: list[tuple[str, StableDiffusion, int]] = field(default_factory=list)  # rows of the picture
+    # Rows of the picture.
+    shown: list[tuple[str, StableDiffusion, int]] = field(default_factory=list)
 
     def load(self, path: str | Path) -> StableDiffusion:
         """A model to draw with, in --dtype."""
         return checkpoint.load(path, self.device, pick_dtype(self.args.dtype, self.device))
 
     def options(self, iterations: int, learning_rate: float = 5e-4) -> TrainingOptions:
-        """Those of reflow.py and distill.py for the tiny model, with a shorter warm-up for these shorter runs."""
-        return TrainingOptions(
-            iterations, self.args.batch_size, learning_rate=learning_rate, warmup_samples=1_600, ema_half_life=10_000,
-            ema_ramp=0.05, save_every=500, seed=self.seed,
-        )  # fmt: skip
+        """Those of reflow.py and distill.py for the tiny model.
 
-    def pairs_of(self, model: StableDiffusion, held_out: bool = False, guidance: float | None = None) -> Pairs:
-        """Pairs of this model, made when first asked for; guidance: another than the model's own."""
+        The warm-up is shorter, for these shorter runs.
+        """
+        return TrainingOptions(
+            iterations, self.args.batch_size, learning_rate=learning_rate, warmup_samples=1_600,
+            ema_half_life=10_000, ema_ramp=0.05, save_every=500, seed=self.seed,
+        )
+
+    def pairs_of(
+        self, model: StableDiffusion, held_out: bool = False, guidance: float | None = None
+    ) -> Pairs:
+        """Pairs of this model, made when first asked for.
+
+        guidance: another than the model's own.
+        """
         shared, stem = model.path == TINY_TEACHER, Path(model.path).stem
         folder, seed = (self.folder.parent, 0) if shared else (self.folder, self.seed)
-        name, count = ("held-out", self.args.held_out) if held_out else ("pairs", self.args.num_pairs)
-        first_seed = seeds_in("validation" if held_out else WORLDS[stem], seed, count)[0]
-        captions = captions_of(self.args.captions, first_seed, held_out)
+        name, count = (
+            ("held-out", self.args.held_out) if held_out else ("pairs", self.args.num_pairs)
+        )
+        world = "validation" if held_out else WORLDS[stem]
+        captions = captions_of(self.args.captions, seeds_in(world, seed, count)[0], held_out)
         folder = folder / f"{name}-{stem}{'' if guidance is None else f'-guidance-{guidance:g}'}"
-        guidance = default_guidance(model) if guidance is None else guidance
-        description = describe_pairs(model, captions, self.args.captions, count, self.args.teacher_steps, guidance, first_seed)
+        description = describe_pairs(
+            model, captions, self.args.captions, count, self.args.teacher_steps, guidance, "dpm",
+            model.dtype, world, seed,
+        )
         return make_pairs(model, captions, description, folder)
 
     def made(
-        self, name: str, start: StableDiffusion, train: Callable[[StableDiffusion], object], init: str = "negated"
+        self, name: str, start: StableDiffusion, train: Callable[[StableDiffusion], object],
+        init: str = "negated",
     ) -> StableDiffusion:
-        """The model of that name: from its file, or trained from `start`'s weights and written there, in fp32."""
+        """The model of that name: from its file, or trained from `start`'s weights.
+
+        What is trained is written there, in fp32.
+        """
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             model = checkpoint.load(start.path, self.device)
@@ -164,19 +167,21 @@ class Study:
         """The floor: one set of drawn pictures measured against the other."""
         key = {"row": "drawn", "updates": None, "seed": self.seed}
         if not any(key.items() <= each.items() for each in self.rows):
-            figures = dict.fromkeys((*FIGURES, *COSTS)) | self.questions.grade(self.questions.drawn[1])
+            figures = (
+                dict.fromkeys((*FIGURES, *COSTS)) | self.questions.grade(self.questions.drawn[1])
+            )
             self.rows.append(key | {"steps": None} | figures)
 
     def record(
         self, row: str, model: StableDiffusion, updates: int, source: StableDiffusion | None = None,
         steps: list[int] | None = None, guidance: float | None = None, **about,
-    ) -> None:  # fmt: skip
-        """Measure a model, at these numbers of steps if it has a path, unless the table has it already.
+    ) -> None:
+        """Measure a model, at these numbers of steps if it has a path, unless the table has it.
 
         source: the teacher of a one-step model, on whose pairs its errors are measured.
         """
         steps = [1] if model.kind == "one-step" else steps or self.args.steps
-        guidance = default_guidance(model) if guidance is None else guidance
+        guidance = model.guidance if guidance is None else guidance
         label = row + f", {updates} updates" * bool(updates)
         self.shown += [(f"{label}\n{in_steps(number)}", model, number) for number in steps]
         key = {"row": row, "updates": updates, "seed": self.seed}
@@ -185,10 +190,13 @@ class Study:
         self.rows[:] = [each for each in self.rows if not key.items() <= each.items()]
         errors = {"held_out_error": None, "train_error": None}
         if source is not None:
-            errors["held_out_error"], cost = self.errors_on(self.pairs_of(source, held_out=True), model)
+            errors["held_out_error"], cost = self.errors_on(
+                self.pairs_of(source, held_out=True), model
+            )
             errors["train_error"], _ = self.errors_on(self.pairs_of(source), model)
         for measured, _ in evaluate(model, [self.questions], steps, guidance):
-            figures = {name: measured[name] for name in (*GRADES, "relative_straightness", "transport_cost")}
+            figures = {name: measured[name]
+                       for name in (*GRADES, "relative_straightness", "transport_cost")}
             if source is not None:
                 figures["transport_cost"] = cost
             self.rows.append(key | {"steps": measured["steps"]} | figures | errors | about)
@@ -196,58 +204,66 @@ class Study:
 
     @torch.inference_mode()
     def errors_on(self, pairs: Pairs, student: StableDiffusion) -> tuple[float, float]:
-        """The distillation loss on the first `--held-out` of the pairs, and E‖Z1 - Z0‖² of the student there."""
-        x0, x1, prompts = pairs.batch(torch.arange(min(len(pairs), self.args.held_out)))
+        """The distillation loss on the first `--held-out` pairs, and the student's E‖Z1 - Z0‖²."""
+        x0, x1, prompts = pairs[torch.arange(min(len(pairs), self.args.held_out))]
         x0, x1 = x0.to(self.device), x1.to(self.device)
         ends = one_step(flow_velocity(student.unet), x0, student.encode_prompts(prompts))
-        return (x1 - ends).square().mean().item(), (ends - x0).square().flatten(1).sum(1).mean().item()
+        cost = (ends - x0).square().flatten(1).sum(1).mean().item()
+        return (x1 - ends).square().mean().item(), cost
 
 
-def run_seed(study: Study, distance: Callable) -> None:
+def measure_seed(study: Study, lpips_distance: Callable) -> None:
     """Every row of one seed, in the order in which each needs the ones before."""
     n, lpips = study.args.iterations, study.args.lpips_iterations
     teacher = study.load(TINY_TEACHER)
     dtype = autocast_dtype(study.args.dtype, study.device, teacher.unet)
 
     def costs(before: dict[str, int], own: dict[str, int]) -> dict:
-        """Of stages of training, by their folders and updates: those on the way here, and this student's own."""
+        """Of stages of training, by folder and updates: those on the way, and the student's own."""
         batch, stages = study.args.batch_size, before | own
-        minutes = sum(minutes_of(study.folder / stage, updates) for stage, updates in stages.items())
-        return {"samples": sum(stages.values()) * batch, "own_samples": sum(own.values()) * batch, "minutes": minutes}
+        minutes = sum(
+            minutes_of(study.folder / stage, updates) for stage, updates in stages.items()
+        )
+        return {"samples": sum(stages.values()) * batch, "own_samples": sum(own.values()) * batch,
+                "minutes": minutes}
 
     def flow_from(model: StableDiffusion, name: str) -> StableDiffusion:
-        train = lambda new: reflow(new, study.pairs_of(model), study.options(n), study.folder / name, {}, dtype)
+        train = lambda new: reflow(
+            new, study.pairs_of(model), study.options(n), study.folder / name, {}, dtype
+        )
         return study.made(name, model, train)
 
     def student_of(
-        source: StableDiffusion,
-        row: str,
-        before: dict[str, int],
-        budgets: list[int],
-        finish: bool = False,
-        stacked: bool = False,
+        source: StableDiffusion, row: str, before: dict[str, int], budgets: list[int],
+        finish: bool = False, stacked: bool = False,
     ):
         """Distil `source`, recorded at each of the budgets.
 
-        before: stages that led to the source; finish: after n updates also in LPIPS; stacked: the student.
+        before: stages that led to the source; finish: after n updates also in LPIPS;
+        stacked: the student.
         """
         name = row.replace(" ", "")
 
         def train(new: StableDiffusion, updates: int) -> None:
             if stacked:
                 new.unet = stack(new.unet)
-            distill_l2(new, study.pairs_of(source), study.options(updates), study.folder / name, {}, dtype)
+            options = study.options(updates)
+            distill(new, study.pairs_of(source), squared, options, study.folder / name, {}, "L2",
+                    dtype)
+
+        def finish_by_eye(new: StableDiffusion, source, name: str, options) -> None:
+            folder, seen = study.folder / f"{name}-lpips", n * study.args.batch_size
+            distance = perceptual(new.vae, lpips_distance)
+            pairs = study.pairs_of(source)
+            distill(new, pairs, distance, options, folder, {}, "LPIPS", dtype, seen)
 
         for updates in budgets:
-            student = study.made(f"{name}-{updates}", source, lambda new: train(new, updates))
+            student = study.made(f"{name}-{updates}", source, partial(train, updates=updates))
             study.record(row, student, updates, source, **costs(before, {name: updates}))
             if updates == n and finish and lpips:
                 options = study.options(lpips, LPIPS_LEARNING_RATE)
-                perceptual = lambda new: distill_perceptual(
-                    new, study.pairs_of(source), distance, options, study.folder / f"{name}-lpips", {}, dtype,
-                    updates * study.args.batch_size,
-                )  # fmt: skip
-                finished = study.made(f"{name}-{updates}-lpips", student, perceptual)
+                more = partial(finish_by_eye, source=source, name=name, options=options)
+                finished = study.made(f"{name}-{updates}-lpips", student, more)
                 spent = costs(before, {name: updates, f"{name}-lpips": lpips})
                 study.record(f"{row} + LPIPS", finished, updates + lpips, source, **spent)
 
@@ -273,7 +289,7 @@ def run_seed(study: Study, distance: Callable) -> None:
         student_of(flow2, "2-RF + distill, stacked", {"2rf": n}, [n], stacked=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is written
 
 
@@ -292,10 +308,11 @@ def summary_of(rows: list[dict]) -> list[dict]:
 def save_pictures(path: Path, study: Study) -> None:
     """The first captions in every row: drawn, and by every model."""
     asked = study.questions
-    captions, seeds, pictures = asked.prompts[:PICTURED], asked.seeds[:PICTURED], [("drawn", asked.drawn[0][:PICTURED])]
-    with tqdm(desc="pictures", leave=False) as bar:
-        for label, model, steps in study.shown:
-            pictures.append((label, draw_pictures(model, captions, seeds, steps, default_guidance(model), PICTURED, bar)))
+    captions, seeds, pictures = (
+        asked.prompts[:PICTURED], asked.seeds[:PICTURED], [("drawn", asked.drawn[0][:PICTURED])]
+    )
+    for label, model, steps in study.shown:
+        pictures.append((label, draw_pictures(model, captions, seeds, steps)))
     save_comparison(path, pictures, captions)
 
 
@@ -309,20 +326,25 @@ def save_curves(path: Path, summary: list[dict]) -> None:
     for axis, name in zip(axes, panels):
         markers = iter("*^vPX")
         for (row,), mine in grouped(one_step, ("row",)).items():
-            bars, values = [line[f"{name}_interval"] or 0 for line in mine], [line[name] for line in mine]
+            bars, values = (
+                [line[f"{name}_interval"] or 0 for line in mine], [line[name] for line in mine]
+            )
             colour = "tab:orange" if row.startswith("teacher") else "tab:blue"
             if row in ("teacher + distill", "2-RF + distill"):
-                axis.errorbar(thousand(mine), values, bars, color=colour, marker="o", capsize=2, label=row)
+                axis.errorbar(thousand(mine), values, bars, color=colour, marker="o", capsize=2,
+                              label=row)
             else:
-                axis.errorbar(thousand(mine), values, bars, color=colour, marker=next(markers), ls="", ms=8, label=row)
+                axis.errorbar(thousand(mine), values, bars, color=colour, marker=next(markers),
+                              ls="", ms=8, label=row)
             if row == "2-RF + distill":
-                axis.plot(thousand(mine, "own_samples"), values, ":", color=colour, label=f"{row}, without reflow's samples")
+                axis.plot(thousand(mine, "own_samples"), values, ":", color=colour,
+                          label=f"{row}, without reflow's samples")
         axis.set(xlabel="thousand samples seen since the teacher", title=name.replace("_", " "))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -330,17 +352,22 @@ def study_parser(description: str) -> Parser:
     """The options that studies of the tiny model share."""
     parser = Parser(description)
     parser.add_argument("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
-    parser.add_argument("--iterations", type=positive, default=256, help="updates of each reflow and distillation, the unit")
+    parser.add_argument("--iterations", type=positive, default=256,
+                        help="updates of each reflow and distillation, the unit")
     parser.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
     parser.add_argument("--num-pairs", type=positive, default=10_000, help="of each teacher")
     parser.add_argument("--teacher-steps", type=solver_steps, default=8, help="of the pairs")
     parser.add_argument("--captions", choices=CAPTIONS, default="open",
-                        help="much left out of two objects, nothing; one object; as in training")  # fmt: skip
-    parser.add_argument("--held-out", type=positive, default=500, help="pairs that nothing is trained on")
-    parser.add_argument("--num-samples", type=positive, default=1000, help="pictures for each row and seed")
-    parser.add_argument("--steps", type=solver_steps, nargs="+", default=[25, 8, 4, 2, 1], help="at which paths are measured")
-    parser.add_argument("--out", default="runs/study", help="folder of table, figures and everything made on the way")
-    add_machine_options(parser)
+                        help="much left out of two objects, nothing; one object; as in training")
+    parser.add_argument("--held-out", type=positive, default=500,
+                        help="pairs that nothing is trained on")
+    parser.add_argument("--num-samples", type=positive, default=1000,
+                        help="pictures for each row and seed")
+    parser.add_argument("--steps", type=solver_steps, nargs="+", default=[25, 8, 4, 2, 1],
+                        help="at which paths are measured")
+    parser.add_argument("--out", default="runs/study",
+                        help="folder of table, figures and everything made on the way")
+    add_machine_options(parser, run_seed)
     return parser
 
 
@@ -348,10 +375,12 @@ def open_table(path: Path) -> tuple[list[dict], Callable[[], None]]:
     """The rows that are there already, and a function that writes them with what was added."""
     check_output(path)
     rows = json.loads(path.read_text()) if path.exists() else []
-    return rows, lambda: write_text(path, json.dumps(rows, indent=2) + "\n")
+    return rows, lambda: write_json(path, rows)
 
 
-def study_of(seed: int, args: argparse.Namespace, device: torch.device, rows: list[dict], write: Callable) -> Study:
+def study_of(
+    seed: int, args: argparse.Namespace, device: torch.device, rows: list[dict], write: Callable
+) -> Study:
     seeds = seeds_in("evaluation", seed, args.num_samples)
     captions = shapes.measuring_captions(args.num_samples, seeds[0], CAPTIONS[args.captions])
     questions = judged(shapes, captions, seeds, seed)
@@ -360,16 +389,20 @@ def study_of(seed: int, args: argparse.Namespace, device: torch.device, rows: li
 
 def footer(command: str, args: argparse.Namespace, device: torch.device, rows: list[dict]) -> str:
     """What made a table, below it."""
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(args).items() if name in SETTINGS)
+    settings = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in vars(args).items()
+        if name in SETTINGS
+    )
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
-    return f"\n`{command}`, seeds {seeds}; {settings}; {machine_name(device)}, torch {torch.__version__}.\n"
+    machine = f"{machine_name(device)}, torch {torch.__version__}"
+    return f"\n`{command}`, seeds {seeds}; {settings}; {machine}.\n"
 
 
 def main():
     parser = study_parser("The paper's table on the tiny model.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="rows to measure")
     parser.add_argument("--budgets", type=not_below_zero, nargs="+", default=[0.25, 0.5, 1, 2, 4],
-                        help="updates of a distillation at which it is measured, in --iterations")  # fmt: skip
+                        help="updates of a distillation at which it is measured, in --iterations")
     parser.add_argument("--lpips-iterations", type=not_negative, default=64)
     args = parser.parse_args()
     folder, device = Path(args.out), pick_device(args.device)
@@ -377,11 +410,13 @@ def main():
     distance = perceptual_distance("random", device)
     for seed in range(args.seed, args.seed + args.num_seeds):
         study = study_of(seed, args, device, rows, write)
-        run_seed(study, distance)
+        measure_seed(study, distance)
         save_pictures(folder / f"study-pictures-{seed}.png", study)
 
     summary = summary_of(rows)
-    table = markdown_table(summary) + footer("python experiments/paper_table.py", args, device, rows)
+    table = markdown_table(summary) + footer(
+        "python experiments/paper_table.py", args, device, rows
+    )
     write_text(folder / "study.md", table)
     save_curves(folder / "study.png", summary)
     print(table + f"{folder}: study.json, study.md, study.png and pictures")

@@ -5,7 +5,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "toy"), str(ROOT / "benchmarks"), str(ROOT / "experiments")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "toy", "benchmarks", "experiments")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -17,7 +17,9 @@ torch.set_flush_denormal(True)
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Run a command's main in this process, in an empty folder: call(main, "--flag", value, ...) -> (code, out, err)."""
+    """Run a command's main in this process, in an empty folder: call(main, "--flag", value, ...)
+    -> (code, out, err).
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(main, *arguments):
@@ -29,8 +31,10 @@ def call(monkeypatch, capsys, tmp_path):
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
-        # Progress bars and warnings of libraries are not ours; what a command says starts with error: or note:.
-        said = [line for line in err.replace("\r", "\n").splitlines() if line.startswith(("error:", "note:"))]
+        # Progress bars and warnings of libraries are not ours; what a command says starts with
+        # error: or note:.
+        lines = err.replace("\r", "\n").splitlines()
+        said = [line for line in lines if line.startswith(("error:", "note:"))]
         return code, out, "\n".join(said)
 
     return run

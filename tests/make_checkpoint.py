@@ -1,11 +1,14 @@
-"""Checkpoints with random weights that look like the real ones, for tests and for anyone without the weights.
+"""Checkpoints with random weights that look like the real ones.
 
-    python tests/make_checkpoint.py sd14.safetensors                       full size, fp16, as SD 1.4's single file
-    python tests/make_checkpoint.py sd14/ --layout folder --old-attention  as SD 1.4's diffusers folder
+They are for tests, and for anyone without the weights:
+
+    python tests/make_checkpoint.py sd14.safetensors                       full size, fp16: SD 1.4's
+    python tests/make_checkpoint.py sd14/ --layout folder --old-attention  its folder
     python tests/make_checkpoint.py small.safetensors --size small         in a second
 
-Real files differ in ways that today's libraries no longer write; each difference is an option here. The single-file
-names come from the table of checkpoint.py, which tests/test_checkpoint.py holds against diffusers' own converter.
+Real files differ in ways that today's libraries no longer write; each difference is an option here.
+The single-file names come from the table of checkpoint.py, which tests/test_checkpoint.py holds
+against diffusers' own converter.
 """
 
 import argparse
@@ -20,36 +23,49 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-from checkpoint import EMA_PREFIX, TEXT_PREFIX, UNET_PREFIX, StableDiffusion
-from rectified_flow import NoiseSchedule
-from text_encoder import TextEncoder, TextEncoderConfig
+import diffusers_folder
+from checkpoint import EMA_PREFIX, TEXT_PREFIX, UNET_PREFIX
+from diffusion import NoiseSchedule
+from stable_diffusion import StableDiffusion
+from text_encoder import TextEncoder, TextEncoderConfig, tokenizer_from
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SMALL_UNET = UNetConfig(
-    block_out_channels=(32, 64, 64), attention_levels=(True, True, False), attention_heads=4, cross_attention_dim=32,
-    norm_num_groups=16, sample_size=8,
-)  # fmt: skip
+    block_out_channels=(32, 64, 64), attention_levels=(True, True, False), attention_heads=4,
+    cross_attention_dim=32, norm_num_groups=16, sample_size=8,
+)
 SMALL_VAE = VAEConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=2, norm_num_groups=8)
 SMALL_TEXT = TextEncoderConfig(
-    vocab_size=514, max_position_embeddings=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    vocab_size=514, max_position_embeddings=16, hidden_size=32, intermediate_size=64,
+    num_hidden_layers=2, num_attention_heads=4,
 )
 
 
 def letters_tokenizer():
     """CLIP's tokenizer with an empty list of merges: a token for each letter."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    return checkpoint.tokenizer_from({token: number for number, token in enumerate(tokens)}, [])
+    letters = [chr(byte) for byte in printable] + [
+        chr(256 + n) for n in range(256 - len(printable))
+    ]
+    tokens = letters + [letter + "</w>" for letter in letters] + [
+        "<|startoftext|>", "<|endoftext|>"
+    ]
+    return tokenizer_from({token: number for number, token in enumerate(tokens)}, [])
 
 
 def make_model(size: str = "small", seed: int = 0, kind: str = "diffusion") -> StableDiffusion:
-    """A model with seeded random weights, in fp32: "small" (with a tokenizer) or "full" (Stable Diffusion 1.x)."""
+    """A model with seeded random weights, in fp32.
+
+    size: "small" (with a tokenizer) or "full" (Stable Diffusion 1.x).
+    """
     torch.manual_seed(seed)
     if size == "full":
-        return StableDiffusion(UNet(UNetConfig()), AutoencoderKL(VAEConfig()), TextEncoder(TextEncoderConfig()), None, kind)
+        return StableDiffusion(
+            UNet(UNetConfig()), AutoencoderKL(VAEConfig()), TextEncoder(TextEncoderConfig()),
+            None, kind,
+        )
     networks = UNet(SMALL_UNET), AutoencoderKL(SMALL_VAE), TextEncoder(SMALL_TEXT)
     return StableDiffusion(*(network.eval() for network in networks), letters_tokenizer(), kind)
 
@@ -57,26 +73,33 @@ def make_model(size: str = "small", seed: int = 0, kind: str = "diffusion") -> S
 def single_file_tensors(
     model: StableDiffusion, dtype: torch.dtype, ema: bool = False, text_level: bool = True,
     position_ids: torch.dtype | None = torch.int64, buffers: bool = True,
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    """What a single file of the original code holds. text_level: are names under text_model., as in most files?"""
+) -> dict[str, torch.Tensor]:
+    """What a single file of the original code holds.
+
+    text_level: are names under text_model., as in most files?
+    """
     tensors, table = {}, checkpoint.original_names(model.unet.config, model.vae.config)
     for part in ("unet", "vae", "text_encoder"):
         state = getattr(model, part).state_dict()
         names = checkpoint.single_file_names(part, state, table[part])
         for name, tensor in state.items():
-            tensor = tensor[:, :, None, None] if checkpoint.is_pixel_linear(part, name) else tensor
+            tensor = (
+                tensor[:, :, None, None]
+                if part == "vae" and ".to_" in name and tensor.ndim == 2 else tensor
+            )
             tensors[names[name]] = tensor.to(dtype).contiguous()
     if ema:  # averaged weights that differ from the others by a known amount
         for name in [name for name in tensors if name.startswith(UNET_PREFIX)]:
             tensors[EMA_PREFIX + name.removeprefix("model.").replace(".", "")] = tensors[name] + 1
     if position_ids is not None:
         length = model.text_encoder.config.max_position_embeddings
-        tensors[TEXT_PREFIX + "text_model.embeddings.position_ids"] = torch.arange(length)[None].to(position_ids)
+        ids = torch.arange(length)[None].to(position_ids)
+        tensors[TEXT_PREFIX + "text_model.embeddings.position_ids"] = ids
     if not text_level:
         old, new = TEXT_PREFIX + "text_model.", TEXT_PREFIX
         tensors = {name.replace(old, new, 1): tensor for name, tensor in tensors.items()}
     if buffers:
-        cumprod = NoiseSchedule().alphas_cumprod.float()
+        cumprod = torch.sigmoid(2 * NoiseSchedule().log_ratio).float()
         tensors |= {
             "betas": 1 - cumprod / torch.cat([torch.ones(1), cumprod[:-1]]),
             "alphas_cumprod": cumprod.clone(),
@@ -87,8 +110,13 @@ def single_file_tensors(
     return tensors
 
 
-def write_single_file(model: StableDiffusion, path: str | Path, dtype: torch.dtype = torch.float16, **variants) -> None:
-    """Without our metadata where the sizes are Stable Diffusion's, as published; a small model needs its config."""
+def write_single_file(
+    model: StableDiffusion, path: str | Path, dtype: torch.dtype = torch.float16, **variants
+) -> None:
+    """Without our metadata where the sizes are Stable Diffusion's, as published.
+
+    A small model needs its config.
+    """
     metadata = {"format": "pt"}
     if model.unet.config != UNetConfig():
         parts = ("unet", "vae", "text_encoder")
@@ -98,18 +126,31 @@ def write_single_file(model: StableDiffusion, path: str | Path, dtype: torch.dty
 
 
 def write_folder(
-    model: StableDiffusion, folder: str | Path, dtype: torch.dtype = torch.float16, old_attention: bool = False,
-    text_level: bool = True, fp16_names: bool = False, shards: bool = False, scaling_factor: bool = True,
-) -> None:  # fmt: skip
-    """A diffusers folder as published: SD 1.4's and 1.5's autoencoders have the old attention names."""
+    model: StableDiffusion, folder: str | Path, dtype: torch.dtype = torch.float16,
+    old_attention: bool = False, text_level: bool = True, fp16_names: bool = False,
+    shards: bool = False, scaling_factor: bool = True,
+) -> None:
+    """A diffusers folder as published.
+
+    old_attention: the old names of the autoencoder's attention, as SD 1.4's and 1.5's have them.
+    """
     folder = Path(folder)
-    checkpoint.export(model, folder, dtype)
-    for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+    diffusers_folder.export(model, folder, dtype)
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
         path = folder / part / f"{stem}.safetensors"
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in getattr(model, part).state_dict().items()}
+        tensors = {
+            name: tensor.to(dtype).contiguous()
+            for name, tensor in getattr(model, part).state_dict().items()
+        }
         if part == "vae" and old_attention:
-            for new, old in checkpoint.OLD_ATTENTION.items():
-                tensors = {n.replace(f".{new}.", f".{old}.") if ".attentions." in n else n: t for n, t in tensors.items()}
+            for new, old in diffusers_folder.OLD_ATTENTION.items():
+                tensors = {
+                    n.replace(f".{new}.", f".{old}.") if ".attentions." in n else n: t
+                    for n, t in tensors.items()
+                }
         if part == "text_encoder" and not text_level:
             tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
         path.unlink()
@@ -140,21 +181,26 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", action="store_true", help="file: add model_ema.*")
-    parser.add_argument("--no-text-level", action="store_true", help="text encoder's names without text_model.")
-    parser.add_argument("--float-position-ids", action="store_true", help="file: position_ids as floats")
-    parser.add_argument("--old-attention", action="store_true", help="folder: the autoencoder's old attention names")
-    parser.add_argument("--fp16-names", action="store_true", help="folder: files named ....fp16.safetensors")
-    parser.add_argument("--shards", action="store_true", help="folder: weights in two files and an index")
+    parser.add_argument("--no-text-level", action="store_true",
+                        help="text encoder's names without text_model.")
+    parser.add_argument("--float-position-ids", action="store_true",
+                        help="file: position_ids as floats")
+    parser.add_argument("--old-attention", action="store_true",
+                        help="folder: the autoencoder's old attention names")
+    parser.add_argument("--fp16-names", action="store_true",
+                        help="folder: files named ....fp16.safetensors")
+    parser.add_argument("--shards", action="store_true",
+                        help="folder: weights in two files and an index")
     args = parser.parse_args()
     model, dtype = make_model(args.size, args.seed), DTYPES[args.dtype]
     if args.layout == "file":
         ids = torch.float32 if args.float_position_ids else torch.int64
-        write_single_file(model, args.out, dtype, ema=args.ema, text_level=not args.no_text_level, position_ids=ids)
+        write_single_file(model, args.out, dtype, ema=args.ema, text_level=not args.no_text_level,
+                          position_ids=ids)
     else:
-        write_folder(
-            model, args.out, dtype, old_attention=args.old_attention, text_level=not args.no_text_level,
-            fp16_names=args.fp16_names, shards=args.shards,
-        )  # fmt: skip
+        write_folder(model, args.out, dtype, old_attention=args.old_attention,
+                     text_level=not args.no_text_level, fp16_names=args.fp16_names,
+                     shards=args.shards)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The commands as users run them: the whole method in miniature, killed and continued, and given bad input."""
+"""The commands as users run them.
+
+The whole method in miniature, killed and continued, and given bad input.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +30,14 @@ import training
 from command import BadInput
 from conftest import ROOT, relative_error
 from make_checkpoint import make_model, write_folder, write_single_file
-from training import read_metrics, saved_step
+from stable_diffusion import StableDiffusion
+from training import read_metrics, saved_progress
 from unet import started_from
 
-REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4, "--save-every", 1]
-DISTILL = ["--num-pairs", 40, "--teacher-steps", 3, "--l2-iterations", 4, "--lpips-iterations", 3, "--batch-size", 4,
-           "--save-every", 1]  # fmt: skip
+REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4,
+          "--save-every", 1]
+DISTILL = ["--num-pairs", 40, "--teacher-steps", 3, "--l2-iterations", 4, "--lpips-iterations", 3,
+           "--batch-size", 4, "--save-every", 1, "--cooldown", 0]
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,10 @@ def finished(tmp_path_factory):
     return folder
 
 
+def step_of(folder):
+    return saved_progress(folder)["step"]
+
+
 def start(name, arguments, folder):
     """Start a command in a process of its own, with shards as small as in this one."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]\n"
@@ -59,7 +69,7 @@ def start(name, arguments, folder):
     return subprocess.Popen(line, cwd=folder, stdout=log, stderr=log, preexec_fn=listen)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The method
 
 
@@ -71,27 +81,37 @@ def test_the_whole_method(finished, call, tmp_path, monkeypatch):
     for part in ("vae", "text_encoder"):  # what is not trained is passed on to the bit
         for name, tensor in getattr(teacher, part).state_dict().items():
             assert torch.equal(tensor, getattr(student, part).state_dict()[name]), name
-    weight = lambda model: model.unet.conv_in.weight  # noqa: E731
-    assert not torch.equal(weight(teacher), weight(flow)) and not torch.equal(weight(flow), weight(student))
-    for path in ("runs/2rf.safetensors.state", "runs/instaflow.safetensors.state/l2", "runs/instaflow.safetensors.state/lpips"):
+    weight = lambda model: model.unet.conv_in.weight
+    assert (
+        not torch.equal(weight(teacher), weight(flow))
+        and not torch.equal(weight(flow), weight(student))
+    )
+    for path in (
+        "runs/2rf.safetensors.state", "runs/instaflow.safetensors.state/l2",
+        "runs/instaflow.safetensors.state/lpips",
+    ):
         assert (finished / path / "loss.png").stat().st_size > 5000
 
-    from_here = lambda main, *arguments: in_folder(monkeypatch, finished, call, main, *arguments)  # noqa: E731
+    from_here = lambda main, *arguments: in_folder(monkeypatch, finished, call, main, *arguments)
     code, out, err = from_here(sample.main)
-    assert code == 0 and "seconds each (text" in out and not err
+    assert (
+        code == 0 and "seconds each" in out
+        and err.startswith("note: no --prompt given; drawing")
+    )
     picture = Image.open(finished / "out.png")
-    assert picture.text["steps"] == "1" and picture.text["model"] == "instaflow.safetensors" and picture.text["seed"] == "0"
-    assert picture.size == (4 * 128 + 3 * 2, 128)
+    assert picture.text["steps"] == "1" and picture.text["model"] == "instaflow.safetensors"
+    assert picture.text["seed"] == "0"
+    assert picture.size == (4 * 130 + 2, 132)
 
     code, out, err = from_here(evaluate.main, "--num-samples", 32, "--steps", "4,1")
     assert code == 0 and "comparison picture: runs/evaluate.png" in out
     rows = json.loads((finished / "runs/evaluate.json").read_text())
-    keys = ["model", "kind", "steps", "guidance", "caption_accuracy", "frechet", "straightness", "relative_straightness",
-            "seconds_per_image", "samples", "seed"]  # fmt: skip
+    keys = ["model", "kind", "steps", "guidance", "caption_accuracy", "frechet", "straightness",
+            "relative_straightness", "seconds_per_image", "samples", "seed"]
     assert all(set(keys) <= set(row) == set(rows[0]) for row in rows)
     assert [(row["kind"], row["steps"]) for row in rows] == [
         (None, None), ("diffusion", 4), ("diffusion", 1), ("flow", 4), ("flow", 1), ("one-step", 1)
-    ]  # fmt: skip
+    ]
     assert rows[0]["caption_accuracy"] > 0.95 and rows[-1]["straightness"] is None
     assert rows[3]["relative_straightness"] > 0 and rows[1]["frechet"] > 0
     assert (finished / "runs/evaluate.md").read_text().count("\n") == 8
@@ -122,7 +142,9 @@ def test_a_third_flow_from_the_second(finished, call):
 
 def test_a_negated_start_predicts_the_opposite():
     model = make_model()
-    x, context, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.tensor([10.0, 900.0])
+    x, context, timestep = (
+        torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.tensor([10.0, 900.0])
+    )
     with torch.no_grad():
         before = model.unet(x, timestep, context)
         started_from(model.unet, "negated", "flow", 0)
@@ -136,24 +158,30 @@ def test_a_start_from_a_checkpoint(finished, call):
     arguments = [*REFLOW, "--learning-rate", 0, "--out", "runs/on.safetensors"]
     code, _, err = call(reflow.main, *arguments, "--init", flow)
     assert code == 0, err
-    before, after = (checkpoint.load(path).unet.state_dict() for path in (flow, "runs/on.safetensors"))
+    before, after = (
+        checkpoint.load(path).unet.state_dict() for path in (flow, "runs/on.safetensors")
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
-    code, _, err = call(distill.main, "--teacher", flow, *DISTILL, "--init", finished / "runs/instaflow.safetensors")
+    code, _, err = call(distill.main, "--teacher", flow, *DISTILL,
+                        "--init", finished / "runs/instaflow.safetensors")
     assert code == 0, err
 
     code, _, err = call(reflow.main, *arguments, "--init", finished / "runs/instaflow.safetensors")
     assert code == 2 and "runs/on.safetensors.state: holds another run (init was" in err
     checkpoint.save(make_model(), "other.safetensors")
     code, _, err = call(reflow.main, *REFLOW, "--init", "other.safetensors")
-    assert code == 2 and "--init other.safetensors: its U-Net is not built like the teacher's" in err
+    assert code == 2
+    assert "--init other.safetensors: its U-Net is not built like the teacher's" in err
     code, _, err = call(reflow.main, *REFLOW, "--init", "nowhere")
-    assert code == 2 and "must be teacher, negated, random or a checkpoint that exists, got 'nowhere'" in err
+    assert code == 2
+    assert "must be teacher, negated, random or a checkpoint that exists, got 'nowhere'" in err
 
 
 def test_starts_differ(call):
     losses = {}
     for init in ("teacher", "negated", "random"):
-        code, _, err = call(reflow.main, *REFLOW, "--init", init, "--out", f"runs/{init}.safetensors")
+        code, _, err = call(reflow.main, *REFLOW, "--init", init,
+                            "--out", f"runs/{init}.safetensors")
         assert code == 0, err
         losses[init] = read_metrics(f"runs/{init}.safetensors.state")[-1]["loss"]
     assert losses["negated"] < losses["teacher"] and len(set(losses.values())) == 3
@@ -172,12 +200,14 @@ def test_a_stacked_student(finished, call):
     student = checkpoint.load("runs/instaflow.safetensors")
     unet = checkpoint.load(teacher).unet
     assert student.kind == "one-step" and student.unet.config.stacked
-    for half in (student.unet.first, student.unet.second):  # both started from the teacher, and both were trained
+    # Both started from the teacher, and both were trained.
+    for half in (student.unet.first, student.unet.second):
         for name, weight in half.named_parameters():
             moved = (weight - unet.state_dict()[name]).abs().max()
             # The file's fp16 rounds small moves of a norm's weights away, so those may have stayed.
             assert moved < 0.1 and (moved > 0 or weight.ndim == 1), name
-    code, out, err = call(sample.main, "--model", "runs/instaflow.safetensors", "--prompt", "a red circle")
+    code, out, err = call(sample.main, "--model", "runs/instaflow.safetensors",
+                          "--prompt", "a red circle")
     assert code == 0 and Path("out.png").exists(), err
     code, out, err = call(checkpoint.main, "runs/instaflow.safetensors", "folder")
     assert code == 2 and "stacked" in err
@@ -186,21 +216,24 @@ def test_a_stacked_student(finished, call):
 
 
 def test_a_model_of_stable_diffusions_shape(call, tmp_path):
-    """Published layout, no captions of its own: the built-in prompts and the options of a large model."""
+    """Published layout, no captions of its own: the built-in prompts, a large model's options."""
     write_single_file(make_model(), tmp_path / "sd.safetensors")
     folder = tmp_path / "tokens"
     write_folder(make_model(), tmp_path / "folder")
     (tmp_path / "folder" / "tokenizer").rename(folder)
     common = ["--tokenizer", folder, "--batch-size", 2, "--num-pairs", 4]
-    code, _, err = call(reflow.main, "--teacher", tmp_path / "sd.safetensors", "--teacher-steps", 2, "--iterations", 2, *common)
+    code, _, err = call(reflow.main, "--teacher", tmp_path / "sd.safetensors",
+                        "--teacher-steps", 2, "--iterations", 2, *common)
     assert code == 0, err
-    code, _, err = call(distill.main, "--teacher-steps", 2, "--l2-iterations", 1, "--lpips-iterations", 1,
-                        "--lpips-net", "random", *common)  # fmt: skip
+    code, _, err = call(distill.main, "--teacher-steps", 2, "--l2-iterations", 1,
+                        "--lpips-iterations", 1, "--lpips-net", "random", *common)
     assert code == 0, err
-    code, out, err = call(sample.main, "--prompt", "a cat", "--num-images", 2, "--height", 64, "--width", 128)
+    code, out, err = call(sample.main, "--prompt", "a cat", "--num-images", 2, "--height", 64,
+                          "--width", 128)
     assert code == 0, err
-    assert Image.open("out.png").size == (2 * 256 + 2, 128)
-    code, out, err = call(evaluate.main, "--model", "runs/2rf.safetensors", "--num-samples", 2, "--steps", "2")
+    assert Image.open("out.png").size == (2 * 258 + 2, 132)
+    code, out, err = call(evaluate.main, "--model", "runs/2rf.safetensors", "--num-samples", 2,
+                          "--steps", "2")
     assert code == 0, err
     row = json.loads(Path("runs/evaluate.json").read_text())[0]
     assert row["caption_accuracy"] is None and row["relative_straightness"] > 0
@@ -210,15 +243,20 @@ def test_sampling_options(finished, call):
     model = ["--model", ROOT / "toy/tiny_sd.safetensors"]
     pictures = {}
     for name, options in {
-        "plain": [], "again": [], "seed": ["--seed", 9], "ddim": ["--solver", "ddim"], "unguided": ["--guidance", 1],
-        "unconditional": ["--guidance", 0], "negative": ["--negative-prompt", "a red shape"], "steps": ["--steps", 4],
+        "plain": [], "again": [], "seed": ["--seed", 9], "ddim": ["--solver", "ddim"],
+        "unguided": ["--guidance", 1], "unconditional": ["--guidance", 0],
+        "negative": ["--negative-prompt", "a red shape"], "steps": ["--steps", 4],
         "batch": ["--batch-size", 1],
-    }.items():  # fmt: skip
-        code, _, err = call(sample.main, *model, "--prompt", "a red circle", "--num-images", 2, "--dtype", "fp32", *options)
+    }.items():
+        code, _, err = call(sample.main, *model, "--prompt", "a red circle", "--num-images", 2,
+                            "--dtype", "fp32", *options)
         assert code == 0, err
-        pictures[name] = torch.frombuffer(bytearray(Image.open("out.png").tobytes()), dtype=torch.uint8).float()
+        pictures[name] = torch.frombuffer(
+            bytearray(Image.open("out.png").tobytes()), dtype=torch.uint8
+        ).float()
     assert torch.equal(pictures["plain"], pictures["again"])
-    assert (pictures["plain"] - pictures["batch"]).abs().max() <= 1  # one seed, one picture, whatever the batch
+    # One seed, one picture, whatever the batch.
+    assert (pictures["plain"] - pictures["batch"]).abs().max() <= 1
     for name in ("seed", "ddim", "unguided", "unconditional", "negative", "steps"):
         assert (pictures["plain"] - pictures[name]).abs().mean() > 0.2, name
 
@@ -229,30 +267,24 @@ def test_the_loss_of_reflow_is_part_of_the_run(call):
     code, _, err = call(reflow.main, *arguments, "l2")
     assert code == 2 and "loss was 'pseudo-huber', now 'l2'" in err
     assert call(reflow.main, *arguments, "l2", "--out", "l2.safetensors")[0] == 0
-    weights = [checkpoint.load(path).unet.conv_out.weight for path in ("runs/2rf.safetensors", "l2.safetensors")]
+    weights = [checkpoint.load(path).unet.conv_out.weight
+               for path in ("runs/2rf.safetensors", "l2.safetensors")]
     assert not torch.equal(*weights)
 
 
 def test_compiled_networks_do_the_same(finished, call, monkeypatch):
-    # The graphs are captured and differentiated as ever, and run without the C++ compiler that "inductor" needs.
-    monkeypatch.setattr(checkpoint.StableDiffusion.compile, "__defaults__", ("aot_eager",))
+    # The graphs are captured and differentiated as ever, and run without the C++ compiler that
+    # "inductor" needs.
+    monkeypatch.setattr(StableDiffusion.compile, "__defaults__", ("aot_eager",))
     torch.compiler.reset()
     pictures, weights = {}, {}
     for name, options in {"plain": [], "compiled": ["--compile"]}.items():
-        arguments = ["--model", finished / "runs/instaflow.safetensors", "--num-images", 2, "--out", f"{name}.png", *options]
+        arguments = ["--model", finished / "runs/instaflow.safetensors", "--num-images", 2,
+                     "--out", f"{name}.png", *options]
         assert call(sample.main, *arguments)[0] == 0
         pictures[name] = torch.from_numpy(np.asarray(Image.open(f"{name}.png")).astype(int))
-        pairs_and_length = [
-            *REFLOW[:4],
-            "--iterations",
-            2,
-            "--batch-size",
-            4,
-            "--init",
-            "random",
-            "--out",
-            f"{name}.safetensors",
-        ]
+        pairs_and_length = [*REFLOW[:4], "--iterations", 2, "--batch-size", 4, "--init", "random",
+                            "--out", f"{name}.safetensors"]
         assert call(reflow.main, *pairs_and_length, *options)[0] == 0
         weights[name] = checkpoint.load(f"{name}.safetensors").unet.conv_out.weight
     assert (pictures["plain"] - pictures["compiled"]).abs().max() <= 1
@@ -260,7 +292,7 @@ def test_compiled_networks_do_the_same(finished, call, monkeypatch):
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # something was compiled
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # kill -9, then the same command again
 
 
@@ -272,13 +304,14 @@ def defaults_of(call, monkeypatch, main, *arguments):
         found.append(description["count"])
         raise BadInput("enough")
 
-    def options_from(*arguments):
-        found.append(training.options_from(*arguments))
+    def options(*arguments, **more):
+        found.append(training.TrainingOptions(*arguments, **more))
         return found[-1]
 
     monkeypatch.setattr(sys.modules[main.__module__], "make_pairs", make_pairs)
-    monkeypatch.setattr(sys.modules[main.__module__], "options_from", options_from)
-    monkeypatch.setattr(distill, "perceptual_distance", lambda *rest: None)  # the default's backbone has to be downloaded
+    monkeypatch.setattr(sys.modules[main.__module__], "TrainingOptions", options)
+    # The default's backbone has to be downloaded.
+    monkeypatch.setattr(distill, "perceptual_distance", lambda *rest: None)
     code, out, err = call(main, *arguments)
     assert code == 2 and err.endswith("error: enough")
     return *found, err
@@ -289,33 +322,53 @@ def test_defaults_for_stable_diffusion_are_the_papers(call, tmp_path, monkeypatc
     checkpoint.save(make_model(kind="flow"), tmp_path / "2rf.safetensors")
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
     options, count, err = defaults_of(call, monkeypatch, reflow.main, "--teacher", "sd.safetensors")
-    assert (options.iterations, options.batch_size, options.accumulate, options.learning_rate) == (70_000, 64, 1, 1e-6)
-    assert (options.warmup_samples, options.ema_half_life, options.ema_ramp) == (1000 * 64, 6931 * 64, 0)
     assert (
-        count == 50_000 and "50,000 pairs of the built-in grammar, 6,083 sentences: enough to try the method; captions" in err
+        options.iterations, options.batch_size, options.accumulate, options.learning_rate
+    ) == (70_000, 64, 1, 1e-6)
+    assert (options.warmup_samples, options.ema_half_life, options.ema_ramp) == (
+        1000 * 64, 6931 * 64, 0
     )
-    options, count, _ = defaults_of(call, monkeypatch, reflow.main, "--teacher", "2rf.safetensors", "--prompts", "p.txt")
+    assert (
+        count == 50_000
+        and "50,000 pairs of the built-in grammar, enough to try the method; captions" in err
+    )
+    options, count, _ = defaults_of(call, monkeypatch, reflow.main, "--teacher", "2rf.safetensors",
+                                    "--prompts", "p.txt")
     assert options.learning_rate == 1e-7 and count == 1_600_000
-    options, *_ = defaults_of(call, monkeypatch, reflow.main, "--teacher", "sd.safetensors", "--batch-size", 1024)
-    assert (options.accumulate, options.warmup_samples, options.ema_half_life) == (16, 1000 * 1024, 6931 * 1024)
+    options, *_ = defaults_of(call, monkeypatch, reflow.main, "--teacher", "sd.safetensors",
+                              "--batch-size", 1024)
+    assert (options.accumulate, options.warmup_samples, options.ema_half_life) == (
+        16, 1000 * 1024, 6931 * 1024
+    )
     assert options.log_every == 1  # since states are written where a run is logged
 
-    l2, lpips, *_ = defaults_of(call, monkeypatch, distill.main, "--teacher", "2rf.safetensors", "--prompts", "p.txt")
-    assert (l2.iterations, l2.batch_size, l2.accumulate, l2.learning_rate) == (21_500, 1024, 16, 1e-6)
-    assert (lpips.iterations, lpips.batch_size, lpips.accumulate, lpips.learning_rate) == (18_000, 1024, 128, 2e-7)
+    l2, lpips, *_ = defaults_of(call, monkeypatch, distill.main, "--teacher", "2rf.safetensors",
+                                "--prompts", "p.txt")
+    assert (l2.iterations, l2.batch_size, l2.accumulate, l2.learning_rate) == (
+        21_500, 1024, 16, 1e-6
+    )
+    assert (lpips.iterations, lpips.batch_size, lpips.accumulate, lpips.learning_rate) == (
+        18_000, 1024, 128, 2e-7
+    )
     assert (lpips.warmup_samples, lpips.ema_half_life) == (1000 * 1024, 6931 * 1024)
     own = ["--lpips-batch-size", 32, "--lpips-accumulate", 2, "--lpips-learning-rate", 1e-5]
-    l2, lpips, *_ = defaults_of(call, monkeypatch, distill.main, "--teacher", "2rf.safetensors", "--prompts", "p.txt", *own)
-    assert (l2.batch_size, lpips.batch_size, lpips.accumulate, lpips.learning_rate) == (1024, 32, 2, 1e-5)
-    _, _, err = defaults_of(call, monkeypatch, reflow.main, "--teacher", "sd.safetensors", "--iterations", 700)
+    l2, lpips, *_ = defaults_of(call, monkeypatch, distill.main, "--teacher", "2rf.safetensors",
+                                "--prompts", "p.txt", *own)
+    assert (l2.batch_size, lpips.batch_size, lpips.accumulate, lpips.learning_rate) == (
+        1024, 32, 2, 1e-5
+    )
+    _, _, err = defaults_of(call, monkeypatch, reflow.main, "--teacher", "sd.safetensors",
+                            "--iterations", 700)
     assert "93% of the averaged weights are still the start's" in err
 
 
 def test_bf16_is_the_default_where_the_cpu_multiplies_it(monkeypatch):
     for amx, avx512 in ((False, False), (True, False), (False, True)):
-        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
-        assert command.pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if amx or avx512 else torch.float32)
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", partial(bool, amx))
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", partial(bool, avx512))
+        assert command.pick_dtype("auto", torch.device("cpu")) == (
+            torch.bfloat16 if amx or avx512 else torch.float32
+        )
 
 
 def test_no_stage_begins_before_all_are_checked(finished, call, monkeypatch, tmp_path):
@@ -330,7 +383,7 @@ def test_no_stage_begins_before_all_are_checked(finished, call, monkeypatch, tmp
 
 
 def test_the_first_stage_is_not_stranded_by_the_second(finished, call, monkeypatch):
-    """LPIPS runs out of memory after L2: L2's model is there, and the run goes on with smaller parts."""
+    """LPIPS runs out of memory after L2: L2's model is there; the run goes on in smaller parts."""
     Path("runs").mkdir()
     shutil.copy(finished / "runs/2rf.safetensors", "runs/2rf.safetensors")
 
@@ -338,20 +391,26 @@ def test_the_first_stage_is_not_stranded_by_the_second(finished, call, monkeypat
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "one_step", full)
+        patch.setattr(distill, "perceptual", lambda *arguments: full)
         code, _, err = call(distill.main, *DISTILL)
-    assert code == 2 and "distill, LPIPS: out of GPU memory; no state is saved yet" in err and "--lpips-accumulate" in err
+    assert code == 2 and "distill, LPIPS: out of GPU memory; no state is saved yet" in err
+    assert "--lpips-accumulate" in err
     assert checkpoint.load("runs/instaflow-l2.safetensors").kind == "one-step"
-    code, _, err = call(distill.main, *DISTILL, "--accumulate", 2, "--lpips-accumulate", 4, "--lpips-batch-size", 8)
+    code, _, err = call(distill.main, *DISTILL, "--accumulate", 2, "--lpips-accumulate", 4,
+                        "--lpips-batch-size", 8)
     assert code == 0, err
     assert training.saved_progress("runs/instaflow.safetensors.state/lpips")["step"] == 3
 
 
 def test_the_second_stage_goes_on_in_the_order_of_the_first(finished, call, monkeypatch):
     seen = []
-    batch = pairs.Pairs.batch
-    monkeypatch.setattr(pairs.Pairs, "batch", lambda self, indices: seen.extend(indices.tolist()) or batch(self, indices))
-    few = ["--num-pairs", 40, "--teacher-steps", 1, "--l2-iterations", 6, "--lpips-iterations", 4, "--batch-size", 4]
+    get = pairs.Pairs.__getitem__
+    monkeypatch.setattr(
+        pairs.Pairs, "__getitem__",
+        lambda self, indices: seen.extend(indices.tolist()) or get(self, indices),
+    )
+    few = ["--num-pairs", 40, "--teacher-steps", 1, "--l2-iterations", 6, "--lpips-iterations", 4,
+           "--batch-size", 4]
     assert call(distill.main, "--teacher", finished / "runs/2rf.safetensors", *few)[0] == 0
     assert sorted(seen) == list(range(40))  # 24 in the first stage, the other 16 in the second
 
@@ -360,9 +419,14 @@ def test_two_runs_at_once(call, tmp_path):
     first = start("reflow", [*REFLOW[:2], "--teacher-steps", 900, "--iterations", 1], tmp_path)
     while not (tmp_path / "runs/pairs/pairs.json").exists():
         time.sleep(0.05)
-    for out, folder in (("runs/2rf.safetensors", "runs/2rf.safetensors.state"), ("other.safetensors", "runs/pairs")):
+    for out, folder in (
+        ("runs/2rf.safetensors", "runs/2rf.safetensors.state"),
+        ("other.safetensors", "runs/pairs"),
+    ):
         code, _, err = call(reflow.main, *REFLOW, "--teacher-steps", 900, "--out", out)
-        assert code == 2 and err == f"error: {folder}: another run works in this folder; wait for it, or name another one"
+        assert code == 2
+        said = "another run works in this folder; wait for it, or name another one"
+        assert err == f"error: {folder}: {said}"
     assert first.poll() is None
     first.kill()
 
@@ -371,16 +435,18 @@ def test_two_runs_at_once(call, tmp_path):
     "name, arguments, reached",
     [
         ("reflow", REFLOW, lambda folder: list((folder / "runs/pairs").glob("shard-00001*"))),
-        ("reflow", REFLOW, lambda folder: saved_step(folder / "runs/2rf.safetensors.state") >= 2),
-        ("distill", DISTILL, lambda folder: saved_step(folder / "runs/instaflow.safetensors.state/l2") >= 2),
-        ("distill", DISTILL, lambda folder: saved_step(folder / "runs/instaflow.safetensors.state/lpips") >= 1),
+        ("reflow", REFLOW, lambda folder: step_of(folder / "runs/2rf.safetensors.state") >= 2),
+        ("distill", DISTILL,
+         lambda folder: step_of(folder / "runs/instaflow.safetensors.state/l2") >= 2),
+        ("distill", DISTILL,
+         lambda folder: step_of(folder / "runs/instaflow.safetensors.state/lpips") >= 1),
     ],
     ids=["pairs", "reflow", "L2", "LPIPS"],
 )
 def test_killed_and_continued(finished, tmp_path, name, arguments, reached):
     (tmp_path / "runs").mkdir()
     if name == "distill":
-        (tmp_path / "runs/2rf.safetensors").write_bytes((finished / "runs/2rf.safetensors").read_bytes())
+        shutil.copy(finished / "runs/2rf.safetensors", tmp_path / "runs/2rf.safetensors")
     process = start(name, arguments, tmp_path)
     while process.poll() is None and not reached(tmp_path):
         time.sleep(0.01)
@@ -400,54 +466,92 @@ def test_ctrl_c_while_pairs_are_made(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait() == 2
     log = (tmp_path / "reflow.log").read_text()
-    assert "error: interrupted; run the same command again to continue" in log and "Traceback" not in log
+    assert "error: interrupted; run the same command again to continue" in log
+    assert "Traceback" not in log
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input: exit code 2 and one line
-
 
 TINY = ROOT / "toy/tiny_sd.safetensors"
 BAD = {
-    "missing teacher": (reflow, ["--teacher", "none.safetensors"], "none.safetensors: no such file"),
+    "missing teacher": (
+        reflow, ["--teacher", "none.safetensors"], "none.safetensors: no such file"
+    ),
     "missing flow": (distill, [], "runs/2rf.safetensors: no such file"),
-    "missing model": (sample, [], "runs/instaflow.safetensors: no such file"),
+    "missing model": (
+        sample, ["--model", "runs/x.safetensors"], "no such file or folder; `make demo`"
+    ),
     "nothing to evaluate": (evaluate, [], "runs/2rf.safetensors: no such checkpoint"),
     "pickle": (reflow, ["--teacher", "a.ckpt"], "a.ckpt: only .safetensors is read"),
-    "corrupted": (reflow, ["--teacher", "corrupt.safetensors"], "corrupt.safetensors: not a whole safetensors file"),
+    "corrupted": (
+        reflow, ["--teacher", "corrupt.safetensors"],
+        "corrupt.safetensors: not a whole safetensors file",
+    ),
     "no prompts": (reflow, ["--prompts", "empty.txt"], "empty.txt: holds no prompt"),
     "no prompt file": (reflow, ["--prompts", "none.txt"], "none.txt: cannot be read"),
     "not UTF-8": (reflow, ["--prompts", "latin.txt"], "latin.txt: not UTF-8"),
-    "no column": (reflow, ["--prompts", "a.tsv", "--prompt-column", "x"], "a.tsv: has no column 'x'"),
+    "no column": (
+        reflow, ["--prompts", "a.tsv", "--prompt-column", "x"], "a.tsv: has no column 'x'"
+    ),
     "size": (sample, ["--height", 500], "--height 500: must be a multiple of 8"),
-    "zero pairs": (reflow, ["--num-pairs", 0], "--num-pairs: must be a whole number of at least 1, got '0'"),
-    "negative steps": (reflow, ["--teacher-steps", -1], "--teacher-steps: must be a whole number of at least 1, got '-1'"),
-    "zero batch": (distill, ["--batch-size", 0], "--batch-size: must be a whole number of at least 1"),
+    "zero pairs": (
+        reflow, ["--num-pairs", 0], "--num-pairs: must be a whole number of at least 1, got '0'"
+    ),
+    "negative steps": (
+        reflow, ["--teacher-steps", -1],
+        "--teacher-steps: must be a whole number of at least 1 and below 1,001",
+    ),
+    "zero batch": (
+        distill, ["--batch-size", 0], "--batch-size: must be a whole number of at least 1"
+    ),
     "zero steps": (sample, ["--steps", 0], "--steps: must be a whole number of at least 1"),
-    "words for steps": (evaluate, ["--steps", "1,many"], "--steps: must be a whole number of at least 1, got 'many'"),
+    "words for steps": (
+        evaluate, ["--steps", "1,many"],
+        "--steps: must be a whole number of at least 1 and below 1,001",
+    ),
     "guidance": (sample, ["--guidance", "nan"], "--guidance: must be a number of at least 0"),
     "unknown flag": (reflow, ["--stepz", 3], "unrecognized arguments: --stepz 3"),
     "unknown device": (reflow, ["--device", "cuda:77"], "--device cuda:77: not usable"),
     "output is a folder": (reflow, ["--out", "."], ".: is a folder"),
-    "output in a file": (reflow, ["--out", "empty.txt/x.safetensors"], "empty.txt/x.safetensors: cannot be written"),
-    "useless negative": (sample, ["--model", TINY, "--guidance", 1, "--negative-prompt", "x"], "no effect at guidance 1"),
-    "too many solver steps": (sample, ["--steps", 2000], "--steps: must be at most 1000, the timesteps of the noise schedule"),
-    "too many steps of pairs": (reflow, ["--teacher-steps", 1001], "--teacher-steps: must be at most 1000"),
-    "kinds of several models": (
-        evaluate, ["--model", TINY, TINY, "--kind", "flow"], "--kind: 1 given for 2 models; give one for each, in order"
+    "output in a file": (
+        reflow, ["--out", "empty.txt/x.safetensors"], "empty.txt/x.safetensors: cannot be written"
     ),
-    "a run's seed": (reflow, ["--seed", 2**24], "--seed: must be below 16,777,216, got"),
+    "useless negative": (
+        sample, ["--model", TINY, "--guidance", 1, "--negative-prompt", "x"],
+        "no effect at guidance 1",
+    ),
+    "too many solver steps": (
+        sample, ["--steps", 2000], "--steps: must be a whole number of at least 1 and below 1,001"
+    ),
+    "too many steps of pairs": (
+        reflow, ["--teacher-steps", 1001],
+        "--teacher-steps: must be a whole number of at least 1 and below 1,001",
+    ),
+    "kinds of several models": (
+        evaluate, ["--model", TINY, TINY, "--kind", "flow"],
+        "--kind: 1 given for 2 models; give one for each, in order",
+    ),
+    "a run's seed": (
+        reflow, ["--seed", 2**24],
+        "--seed: must be a whole number of at least 0 and below 16,777,216, got",
+    ),
     "pairs of the grammar": (
         reflow, ["--teacher", "sd.safetensors", "--num-pairs", 50_001],
-        "--num-pairs 50001: the built-in grammar has 6,083 sentences; captions are to be had as LAION's or COCO's lists"
+        "--num-pairs 50001: the built-in grammar is good for 50,000; captions are to be had as "
+        "LAION's or COCO's lists",
     ),
     "nothing to distill": (
-        distill, ["--teacher", TINY, "--l2-iterations", 0, "--lpips-iterations", 0], "both 0: nothing to do"
+        distill, ["--teacher", TINY, "--l2-iterations", 0, "--lpips-iterations", 0],
+        "both 0: nothing to do",
     ),
-    "backbone offline": (distill, ["--teacher", TINY, "--lpips-net", "vgg"], "--lpips-net vgg: its backbone could not be"),
+    "backbone offline": (
+        distill, ["--teacher", TINY, "--lpips-net", "vgg"],
+        "--lpips-net vgg: its backbone could not be",
+    ),
     "not a tokenizer": (reflow, ["--tokenizer", "."], ".: holds no tokenizer"),
-    "EMA": (reflow, ["--use-ema"], "holds no averaged weights"),
-}  # fmt: skip
+    "EMA": (checkpoint, [TINY, "out", "--use-ema"], "holds no averaged weights"),
+}
 
 
 @pytest.mark.parametrize("module, arguments, words", BAD.values(), ids=BAD)
@@ -480,7 +584,8 @@ def test_no_command_shows_a_traceback(tmp_path):
 def test_a_one_step_model_is_refused_where_it_makes_no_sense(finished, call):
     student = finished / "runs/instaflow.safetensors"
     for main, arguments, words in (
-        (sample.main, ["--model", student, "--steps", 4], "is a one-step model, trained at t = 0 alone"),
+        (sample.main, ["--model", student, "--steps", 4],
+         "is a one-step model, trained at t = 0 alone"),
         (reflow.main, ["--teacher", student], "has no path to straighten"),
         (distill.main, ["--teacher", student], "is distilled already"),
     ):
@@ -489,7 +594,9 @@ def test_a_one_step_model_is_refused_where_it_makes_no_sense(finished, call):
 
 
 def test_other_settings_in_the_same_place(finished, call, monkeypatch):
-    from_here = lambda *arguments: in_folder(monkeypatch, finished, call, reflow.main, *REFLOW, *arguments)  # noqa: E731
+    from_here = lambda *arguments: in_folder(
+        monkeypatch, finished, call, reflow.main, *REFLOW, *arguments
+    )
     code, _, err = from_here("--teacher-guidance", 3)
     assert code == 2 and "guidance was 2.5, now 3.0" in err and "--pairs" in err
     code, _, err = from_here("--learning-rate", 1)
@@ -513,16 +620,22 @@ def test_an_unwritable_place(call, monkeypatch):
 
 
 def test_the_disk_fills_up_during_the_work(tmp_path):
-    """What is whole stays whole, and no half file is left. A limit on file sizes stands in for a full disk."""
+    """What is whole stays whole, and no half file is left.
+
+    A limit on file sizes stands in for a full disk.
+    """
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]\n"
     code += "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
     code += "import reflow, command; command.run(reflow.main)"
     result = subprocess.run(
-        [sys.executable, "-c", code, "reflow", *map(str, REFLOW)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", code, "reflow", *map(str, REFLOW)],
+        cwd=tmp_path, capture_output=True, text=True,
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "state.safetensors: File too large; what was whole is kept, make room and run again" in result.stderr
-    assert [path.name for path in (tmp_path / "runs/pairs").glob("*shard*")] == ["shard-00000.safetensors"]
+    assert "state.safetensors: could not be written" in result.stderr
+    assert [path.name for path in (tmp_path / "runs/pairs").glob("*shard*")] == [
+        "shard-00000.safetensors"
+    ]
     assert not list((tmp_path / "runs/2rf.safetensors.state").glob("*state.*"))
 
 

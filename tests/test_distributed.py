@@ -1,4 +1,7 @@
-"""Two processes do what one does: the same pairs to the byte, the same training up to rounding, at any change of number."""
+"""Two processes do what one does: the same pairs to the byte, the same training up to rounding.
+
+So it is at any change of number.
+"""
 
 import json
 import os
@@ -19,9 +22,11 @@ import pairs
 import reflow
 from command import TINY_TEACHER
 from conftest import ROOT, relative_error
-from training import read_metrics, saved_step
+from training import read_metrics, saved_progress
 
-REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4, "--accumulate", 2, "--save-every", 1]
+REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4,
+          "--accumulate", 2, "--save-every", 1,
+          "--cooldown", 0]  # at a constant rate, so that a run may go on to more iterations
 
 RUNNER = f"""
 import os, sys
@@ -43,9 +48,9 @@ def start(folder: Path, name: str, arguments: list) -> subprocess.Popen:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with open(folder / "log", "w") as output:
         return subprocess.Popen(
-            [*torchrun, "runner.py", name, *map(str, arguments)], cwd=folder, stdout=output, stderr=output,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            [*torchrun, "runner.py", name, *map(str, arguments)], cwd=folder, stdout=output,
+            stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
 
 def run(folder: Path, name: str, arguments: list) -> str:
@@ -78,7 +83,8 @@ def assert_same_training(a: Path, b: Path) -> None:
     )
     for kind in ("weights", "ema", "exp_avg"):
         one, two = (
-            torch.cat([state[name].flatten() for name in sorted(state) if name.startswith(f"{kind}.")])
+            torch.cat([state[name].flatten() for name in sorted(state)
+                       if name.startswith(f"{kind}.")])
             for state in (first, second)
         )
         assert relative_error(one, two) < 1e-4, kind
@@ -95,11 +101,13 @@ def test_two_processes_do_what_one_does(tmp_path, run_alone):
     names = sorted(path.name for path in (one / "runs/pairs").glob("shard-*"))
     assert len(names) == 3
     for name in [*names, "pairs.json"]:
-        assert (one / "runs/pairs" / name).read_bytes() == (two / "runs/pairs" / name).read_bytes(), name
+        a, b = (folder / "runs/pairs" / name for folder in (one, two))
+        assert a.read_bytes() == b.read_bytes(), name
     assert_same_training(one, two)
 
     # Distillation of that flow, both stages.
-    arguments = ["--num-pairs", 20, "--teacher-steps", 2, "--l2-iterations", 2, "--lpips-iterations", 2, "--batch-size", 3]
+    arguments = ["--num-pairs", 20, "--teacher-steps", 2, "--l2-iterations", 2,
+                 "--lpips-iterations", 2, "--batch-size", 3]
     assert "a one-step model" in run(two, "distill", arguments)
     assert (two / "runs/instaflow.safetensors").exists()
 
@@ -109,22 +117,28 @@ def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, run_alone)
     arguments = [*REFLOW[:4], "--iterations", 30, *REFLOW[6:]]
     run_alone(whole, reflow.main, arguments)
     process, state = start(killed, "reflow", arguments), killed / "runs/2rf.safetensors.state"
-    while not saved_step(state):
+    while not saved_progress(state)["step"]:
         assert process.poll() is None, (killed / "log").read_text()
         time.sleep(0.05)
-    workers = [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = [
+        int(number)
+        for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
     os.kill(workers[1], signal.SIGKILL)
     assert process.wait(timeout=120) != 0
     assert "SIGKILL" in (killed / "log").read_text()
-    assert 0 < saved_step(state) < 30
-    further = min(29, saved_step(state) + 5)
+    assert 0 < saved_progress(state)["step"] < 30
+    further = min(29, saved_progress(state)["step"] + 5)
     run(killed, "reflow", [*arguments[:4], "--iterations", further, *arguments[6:]])
     run_alone(killed, reflow.main, arguments)
     assert_same_training(whole, killed)
 
 
 def test_a_slow_process_is_waited_for(tmp_path):
-    """Longer than torch waits elsewhere, which is made short here: it tells of a network that hangs."""
+    """Longer than torch waits elsewhere, which is made short here.
+
+    There it tells of a network that hangs.
+    """
     (tmp_path / "waiting.py").write_text(f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -140,7 +154,8 @@ command.wait_for_all()
 print("all are here")
 dist.destroy_process_group()
 """)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "waiting.py"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                "waiting.py"]
     result = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stdout == "all are here\n", result.stderr
 
@@ -160,10 +175,12 @@ def test_evaluation_under_two_processes(tmp_path, call):
     arguments = ["--model", TINY_TEACHER, "--num-samples", 24, "--steps", "1"]
     out = run(tmp_path / "two", "evaluate", arguments)
     assert out.count("comparison picture") == 1 and call(evaluate.main, *arguments)[0] == 0
-    rows = [json.loads((folder / "runs/evaluate.json").read_text()) for folder in (tmp_path, tmp_path / "two")]
+    rows = [json.loads((folder / "runs/evaluate.json").read_text())
+            for folder in (tmp_path, tmp_path / "two")]
     for one, two in zip(*rows, strict=True):
         assert (
-            one["caption_accuracy"] == two["caption_accuracy"] and abs(one["frechet"] - two["frechet"]) < 1e-2 * one["frechet"]
+            one["caption_accuracy"] == two["caption_accuracy"]
+            and abs(one["frechet"] - two["frechet"]) < 1e-2 * one["frechet"]
         )
 
 
@@ -186,10 +203,12 @@ def test_nodes_that_share_no_disk(tmp_path, run_alone):
         assert start(tmp_path, "apart", ["reflow", *REFLOW]).wait(timeout=300) != 0
         return (tmp_path / "log").read_text()
 
-    assert ".safetensors: made by another process and not here; name a --pairs that all nodes share" in refused()
+    said = ".safetensors: made by another process and not here; name a --pairs that all nodes share"
+    assert said in refused()
     run_alone(tmp_path / "0", reflow.main, [*REFLOW[:4], "--iterations", 3, *REFLOW[6:]])
     shutil.copytree(tmp_path / "0/runs/pairs", tmp_path / "1/runs/pairs", dirs_exist_ok=True)
-    assert "the processes find states of different steps in it; name an --out that all nodes share" in refused()
+    said = "the processes find states of different steps in it; name an --out that all nodes share"
+    assert said in refused()
 
 
 def test_bad_input_under_torchrun(tmp_path):

@@ -16,7 +16,11 @@ import fewer_samples
 import pairs
 import paper_table
 from command import TINY_TEACHER
-from rectified_flow import HUBER, NoiseSchedule
+from diffusion import NoiseSchedule
+from evaluation import figures
+from evaluation.judge import GRADES
+from evaluation.plots import markdown_table
+from rectified_flow import HUBER
 
 
 @pytest.fixture(autouse=True)
@@ -24,56 +28,63 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(pairs, "PAIRS_PER_SHARD", 16)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measures
 
 
 def test_precision_and_recall_have_known_answers():
     torch.manual_seed(0)
     two_clouds = torch.cat([torch.randn(200, 3), torch.randn(200, 3) + 50])
-    assert evaluate.precision_recall(two_clouds, two_clouds) == (1, 1)
-    assert evaluate.precision_recall(two_clouds, two_clouds + 1000) == (0, 0)
-    precision, recall = evaluate.precision_recall(two_clouds, two_clouds[:200])  # right, and half of it forgotten
+    assert figures.precision_recall(two_clouds, two_clouds) == (1, 1)
+    assert figures.precision_recall(two_clouds, two_clouds + 1000) == (0, 0)
+    # Right, and half of it forgotten.
+    precision, recall = figures.precision_recall(two_clouds, two_clouds[:200])
     assert (precision, recall) == (1, 0.5)
-    precision, recall = evaluate.precision_recall(two_clouds[:200], two_clouds)
+    precision, recall = figures.precision_recall(two_clouds[:200], two_clouds)
     assert (precision, recall) == (0.5, 1)
 
 
 def test_intervals():
-    assert evaluate.with_interval([3.0]) == (3, None)
-    assert evaluate.with_interval([None, None]) == (None, None)
-    mean, interval = evaluate.with_interval([1.0, 2.0, 3.0])
+    assert figures.with_interval([3.0]) == (3, None)
+    assert figures.with_interval([None, None]) == (None, None)
+    mean, interval = figures.with_interval([1.0, 2.0, 3.0])
     # Student's t at 97.5 % and 2 degrees of freedom is 4.3027; the standard error is 1 / √3.
     assert mean == 2 and interval == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
 
 
 def test_the_table_joins_figures_with_their_intervals():
     rows = [{"a": 1.23456, "a_interval": 0.0512, "b": None, "b_interval": None, "c": [1]}]
-    assert evaluate.markdown_table(rows) == "| a | b |\n| --- | --- |\n| 1.235 ± 0.051 |  |\n"
+    assert markdown_table(rows) == "| a | b |\n| --- | --- |\n| 1.235 ± 0.051 |  |\n"
 
 
 def test_repeats_and_guidances(call):
-    arguments = ["--model", TINY_TEACHER, "--steps", "2,1", "--guidance", "1,2.5", "--num-samples", 16, "--repeats", 2]
+    arguments = ["--model", TINY_TEACHER, "--steps", "2,1", "--guidance", "1,2.5",
+                 "--num-samples", 16, "--repeats", 2]
     code, out, err = call(evaluate.main, *arguments)
     assert code == 0, err
     rows = json.loads(Path("runs/evaluate.json").read_text())
-    assert [(row["guidance"], row["steps"]) for row in rows] == [(None, None), (1, 2), (1, 1), (2.5, 2), (2.5, 1)]
+    assert [(row["guidance"], row["steps"]) for row in rows] == [
+        (None, None), (1, 2), (1, 1), (2.5, 2), (2.5, 1)
+    ]
     for row in rows:
-        for name in evaluate.GRADES:
+        for name in GRADES:
             assert row[f"{name}_interval"] >= 0 and 0 <= row[name]
         assert row["precision"] <= 1 and row["recall"] <= 1
     profile = rows[1]["straightness_profile"]
-    assert len(profile) == evaluate.STRAIGHTNESS_STEPS and all(0 < t < 1 and bend >= 0 for t, bend in profile)
-    assert rows[1]["relative_straightness_interval"] > 0 and rows[1]["straightness_profile"] != rows[3]["straightness_profile"]
+    assert len(profile) == figures.STRAIGHTNESS_STEPS and all(
+        0 < t < 1 and bend >= 0 for t, bend in profile
+    )
+    assert rows[1]["relative_straightness_interval"] > 0
+    assert rows[1]["straightness_profile"] != rows[3]["straightness_profile"]
     assert np.asarray(Image.open("runs/evaluate-curves.png").convert("L")).std() > 3
     assert call(evaluate.main, "--guidance", "1,-2")[0] == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The study, in miniature
 
 FEW = ["--iterations", 4, "--batch-size", 4, "--num-pairs", 20, "--held-out", 8,
-         "--num-samples", 12, "--teacher-steps", 4]  # fmt: skip
+       "--num-samples", 12, "--teacher-steps", 4]
 STUDY = [*FEW, "--lpips-iterations", 2, "--steps", 4, 1]
 
 
@@ -81,20 +92,32 @@ def test_the_study(call, tmp_path):
     code, out, err = call(paper_table.main, *STUDY, "--num-seeds", 1)
     assert code == 0, err
     rows = json.loads(Path("runs/study/study.json").read_text())
-    names = ["drawn"] + ["teacher"] * 2 + ["2-RF"] * 2 + ["2-RF + distill"] * 3 + ["2-RF + distill + LPIPS"]
+    names = ["drawn"] + ["teacher"] * 2 + ["2-RF"] * 2
+    names += ["2-RF + distill"] * 3 + ["2-RF + distill + LPIPS"]
     names += ["teacher + distill"] * 5 + ["teacher + distill + LPIPS"]
     names += ["3-RF"] * 2 + ["3-RF + distill", "2-RF + distill, stacked"]
-    assert sorted(row["row"] for row in rows) == sorted(names) and {row["seed"] for row in rows} == {0}
-    at = lambda name, updates: next(row for row in rows if (row["row"], row["updates"]) == (name, updates))
+    assert (
+        sorted(row["row"] for row in rows) == sorted(names)
+        and {row["seed"] for row in rows} == {0}
+    )
+    at = lambda name, updates: next(
+        row for row in rows if (row["row"], row["updates"]) == (name, updates)
+    )
     assert at("teacher + distill", 8)["samples"] == at("2-RF + distill", 4)["samples"] == 8 * 4
-    assert at("teacher + distill", 8)["held_out_error"] != at("teacher + distill", 16)["held_out_error"] > 0
+    assert (
+        at("teacher + distill", 8)["held_out_error"]
+        != at("teacher + distill", 16)["held_out_error"] > 0
+    )
     assert at("2-RF", 4)["held_out_error"] is None and at("2-RF", 4)["relative_straightness"] > 0
     for name in ("study.png", "study-pictures-0.png"):
         assert np.asarray(Image.open(Path("runs/study") / name).convert("L")).std() > 3
     assert Path("runs/study/study.md").read_text() in out
 
-    # Killed before some rows were written, then asked for a part of another seed: what is there is kept as it is.
-    without_minutes = lambda rows: sorted(json.dumps({**row, "minutes": 0}, sort_keys=True) for row in rows)
+    # Killed before some rows were written, then asked for a part of another seed: what is there is
+    # kept as it is.
+    without_minutes = lambda rows: sorted(
+        json.dumps({**row, "minutes": 0}, sort_keys=True) for row in rows
+    )
     kept = [row for row in rows if row["row"] not in ("2-RF", "2-RF + distill, stacked")]
     Path("runs/study/study.json").write_text(json.dumps(kept))
     Path("runs/study/seed-0/2-RF+distill,stacked-4.safetensors").unlink()
@@ -107,8 +130,8 @@ def test_the_study(call, tmp_path):
     assert more[: len(again)] == again and more[-1]["frechet"] != at("teacher", 0)["frechet"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Beyond the paper
+# --------------------------------------------------------------------------------------------------
+# Fewer samples
 
 
 def test_times_are_matched_in_the_embedding():
@@ -118,7 +141,9 @@ def test_times_are_matched_in_the_embedding():
     x, context = torch.randn(6, 4, 8, 8), torch.randn(6, 16, 128)
     t = torch.tensor([0.1, 0.25, 0.4, 0.6, 0.75, 0.9])
     with torch.no_grad():
-        meant, unmatched = unet(x, schedule.timestep(t).float(), context), unet(x, 1000 * (1 - t), context)
+        meant, unmatched = (
+            unet(x, schedule.timestep(t).float(), context), unet(x, 1000 * (1 - t), context)
+        )
         fewer_samples.match_times(unet, schedule)
         matched = unet(x, 1000 * (1 - t), context)
     error = lambda found: (found - meant).flatten(1).norm(dim=1) / meant.flatten(1).norm(dim=1)
@@ -128,18 +153,24 @@ def test_times_are_matched_in_the_embedding():
 def test_u_shaped_times_have_their_density():
     t = fewer_samples.u_shaped_times(200_000, torch.Generator().manual_seed(0))
     assert 0 <= t.min() and t.max() <= 1 and abs(t.mean() - 0.5) < 0.005
-    # The share below x of a density ∝ cosh(4 (t - 1/2)) is (sinh(2) + sinh(4 (x - 1/2))) / (2 sinh(2)).
+    # The share below x of a density ∝ cosh(4 (t - 1/2)) is
+    # (sinh(2) + sinh(4 (x - 1/2))) / (2 sinh(2)).
     for x in (0.1, 0.3, 0.5, 0.8):
         share = (math.sinh(2) + math.sinh(4 * (x - 0.5))) / (2 * math.sinh(2))
         assert (t < x).double().mean().item() == pytest.approx(share, abs=0.005)
 
 
 def test_the_perceptual_loss_weighs_as_its_authors_do():
-    """The Huber term is a mean over the latent's numbers and weighs nothing at noise, t = 0; LPIPS weighs 1 throughout."""
+    """The Huber term is a mean over the latent's numbers and weighs nothing at noise, t = 0.
+
+    LPIPS weighs 1 throughout.
+    """
     x0, x1, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.25, 1.0])
     model = SimpleNamespace(vae=SimpleNamespace(decode=lambda latents: latents))
     velocity = lambda x, t, context: x1 - x0 - 0.5  # wrong by ½ in each of 256 numbers
-    loss = fewer_samples.perceptual_loss(model, lambda a, b: torch.full((3,), 7.0), velocity, x0, x1, t, None)
+    loss = fewer_samples.perceptual_loss(
+        model, lambda a, b: torch.full((3,), 7.0), velocity, x0, x1, t, None
+    )
     c = HUBER * 256
     huber = ((256 / 4 + c**2) ** 0.5 - c) / 256
     assert loss.tolist() == pytest.approx([7, 7 + huber / 4, 7 + huber])
@@ -148,17 +179,21 @@ def test_the_perceptual_loss_weighs_as_its_authors_do():
     assert loss.tolist() == pytest.approx([0.5, 0.375 + huber / 4, huber], rel=1e-4)
 
 
-def test_beyond(call):
-    few = [*FEW, "--num-seeds", 1, "--steps", 2, 1]
+def test_fewer_samples(call):
+    ways = ["paper", "negated", "matched", "perceptual", "unguided"]
+    few = [*FEW, "--num-seeds", 1, "--steps", 2, 1, "--ways", *ways]
     code, out, err = call(fewer_samples.main, *few)
     assert code == 0, err
-    rows = json.loads(Path("runs/study/beyond.json").read_text())
-    assert {row["row"] for row in rows} == set(fewer_samples.WAYS)
-    for way in fewer_samples.WAYS:
+    rows = json.loads(Path("runs/study/fewer_samples.json").read_text())
+    assert {row["row"] for row in rows} == set(ways)
+    for way in ways:
         updates = [row["updates"] for row in rows if row["row"] == way and row["steps"] == 1]
         assert updates == ([1, 2, 4, 8, 16] if way == "paper" else [1, 2, 4])
     last = [row["frechet"] for row in rows if row["updates"] == 4 and row["steps"] == 1]
-    assert len(set(last)) == len(fewer_samples.WAYS)  # every way does something else
-    assert np.asarray(Image.open("runs/study/beyond.png").convert("L")).std() > 3
-    assert Path("runs/study/beyond.md").read_text() in out
-    assert call(fewer_samples.main, *few)[0] == 0 and json.loads(Path("runs/study/beyond.json").read_text()) == rows
+    assert len(set(last)) == len(ways)  # every way does something else
+    assert np.asarray(Image.open("runs/study/fewer_samples.png").convert("L")).std() > 3
+    assert Path("runs/study/fewer_samples.md").read_text() in out
+    assert (
+        call(fewer_samples.main, *few)[0] == 0
+        and json.loads(Path("runs/study/fewer_samples.json").read_text()) == rows
+    )

@@ -6,14 +6,14 @@ from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from checkpoint import text_to_transformers, unet_to_diffusers, vae_to_diffusers
 from conftest import relative_error
+from diffusers_folder import text_to_transformers, unet_to_diffusers, vae_to_diffusers
 from text_encoder import TextEncoder, TextEncoderConfig
 from unet import StackedUNet, UNet, UNetConfig, stack
 from vae import AutoencoderKL, VAEConfig
 
-# Between them every kind of block: with and without attention on the way down and up, changing and equal widths,
-# one and two layers, and a first level without attention, as the tiny model has.
+# Between them every kind of block: with and without attention on the way down and up, changing and
+# equal widths, one and two layers, and a first level without attention, as the tiny model has.
 UNETS = {
     "like SD": UNetConfig(4, 4, (32, 64, 64), (True, True, False), 2, 4, 48, 8, 16),
     "attention below": UNetConfig(4, 4, (32, 64), (False, True), 1, 2, 24, 16, 16),
@@ -74,7 +74,8 @@ def test_vae_agrees_with_diffusers(config):
     a = answer.sample(torch.Generator().manual_seed(3))
     b = expected.sample(torch.Generator().manual_seed(3))
     assert relative_error(a, b) < 1e-5
-    decoded, again = reference.decode(expected.mean).sample, vae.decode(answer.mean * config.scaling_factor)
+    decoded = reference.decode(expected.mean).sample
+    again = vae.decode(answer.mean * config.scaling_factor)
     assert relative_error(again, decoded) < 1e-5
 
     (decoded.square().mean() + expected.kl().mean() / 1000).backward()
@@ -88,7 +89,9 @@ def test_vae_agrees_with_diffusers(config):
 def test_text_encoder_agrees_with_transformers():
     torch.manual_seed(0)
     reference, text = reference_text(TEXT).eval(), TextEncoder(TEXT).eval()
-    text.text_model.load_state_dict({k.removeprefix("text_model."): v for k, v in reference.state_dict().items()})
+    text.text_model.load_state_dict(
+        {k.removeprefix("text_model."): v for k, v in reference.state_dict().items()}
+    )
     token_ids = torch.randint(0, 98, (3, 12))
     expected, answer = reference(token_ids).last_hidden_state, text(token_ids)
     assert answer.shape == (3, 12, 32)
@@ -99,7 +102,8 @@ def test_text_encoder_agrees_with_transformers():
     theirs = {name.removeprefix("text_model."): p for name, p in reference.named_parameters()}
     a = torch.cat([ours[name].grad.flatten() for name in theirs])
     b = torch.cat([theirs[name].grad.flatten() for name in theirs])
-    # A layer norm's output has a constant square sum, so gradients are small; they agree to rounding of the forward.
+    # A layer norm's output has a constant square sum, so gradients are small; they agree to
+    # rounding of the forward.
     assert relative_error(a, b) < 1e-4
 
 
@@ -109,7 +113,9 @@ def test_full_size_names_and_shapes_are_those_of_diffusers():
         assert shapes_of(AutoencoderKL(VAEConfig())) == shapes_of(reference_vae(VAEConfig()))
         ours = shapes_of(TextEncoder(TextEncoderConfig()))
         theirs = shapes_of(reference_text(TextEncoderConfig()))
-    strip = lambda shapes: {name.removeprefix("text_model."): shape for name, shape in shapes.items()}  # noqa: E731
+    strip = lambda shapes: {
+        name.removeprefix("text_model."): shape for name, shape in shapes.items()
+    }
     assert strip(ours) == strip(theirs)
     assert len(ours) == 196
 
@@ -117,7 +123,9 @@ def test_full_size_names_and_shapes_are_those_of_diffusers():
 def test_gradient_checkpointing_changes_nothing():
     torch.manual_seed(0)
     unet, vae = UNet(UNETS["like SD"]), AutoencoderKL(VAES["like SD"])
-    x, context, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 48), torch.tensor([10.0, 900.0])
+    x, context, timestep = (
+        torch.randn(2, 4, 8, 8), torch.randn(2, 5, 48), torch.tensor([10.0, 900.0])
+    )
     gradients = []
     for switch in (False, True):
         unet.gradient_checkpointing = vae.decoder.gradient_checkpointing = switch
@@ -132,7 +140,9 @@ def test_half_precision_and_channels_last(dtype):
     torch.manual_seed(0)
     config = UNETS["like SD"]
     unet, vae, text = UNet(config), AutoencoderKL(VAES["like SD"]), TextEncoder(TEXT)
-    x, context, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 48), torch.tensor([10.0, 900.0])
+    x, context, timestep = (
+        torch.randn(2, 4, 8, 8), torch.randn(2, 5, 48), torch.tensor([10.0, 900.0])
+    )
     tokens, images = torch.randint(0, 98, (2, 12)), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         exact = unet(x, timestep, context), vae.decode(x), vae.encode(images).mean, text(tokens)
@@ -148,13 +158,17 @@ def test_half_precision_and_channels_last(dtype):
 def test_one_timestep_a_sample():
     torch.manual_seed(0)
     unet = UNet(UNETS["like SD"]).eval()
-    x, context, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 48), torch.tensor([10.0, 900.0])
+    x, context, timestep = (
+        torch.randn(2, 4, 8, 8), torch.randn(2, 5, 48), torch.tensor([10.0, 900.0])
+    )
     together = unet(x, timestep, context)
-    apart = torch.cat([unet(x[k : k + 1], timestep[k : k + 1], context[k : k + 1]) for k in range(2)])
+    apart = torch.cat([
+        unet(x[k : k + 1], timestep[k : k + 1], context[k : k + 1]) for k in range(2)
+    ])
     assert relative_error(together, apart) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The stacked U-Net
 
 
@@ -162,21 +176,28 @@ def test_stacked_unet_is_two_in_series():
     torch.manual_seed(0)
     unet = UNet(UNETS["like SD"]).eval()
     stacked = stack(unet)
-    x, timestep, context = torch.randn(2, 4, 9, 13), torch.tensor([3.0, 700.0]), torch.randn(2, 7, 48)
+    x, timestep, context = (
+        torch.randn(2, 4, 9, 13), torch.tensor([3.0, 700.0]), torch.randn(2, 7, 48)
+    )
     features = unet.body(unet.body(unet.read_in(x), timestep, context), timestep, context)
     assert torch.equal(stacked(x, timestep, context), unet.read_out(features))
 
-    with torch.no_grad():  # no weight is shared, with the other half or with the U-Net it was made from
+    # No weight is shared, with the other half or with the U-Net it was made from.
+    with torch.no_grad():
         for weight in stacked.first.parameters():
             weight.zero_()
     assert not torch.equal(stacked(x, timestep, context), unet.read_out(features))
-    assert all(torch.equal(weight, unet.state_dict()[name]) for name, weight in stacked.second.state_dict().items())
+    assert all(torch.equal(weight, unet.state_dict()[name])
+               for name, weight in stacked.second.state_dict().items())
 
 
 def test_gradients_of_the_stacked_unet():
     torch.manual_seed(0)
     stacked = stack(UNet(UNETS["attention below"])).double()
-    x, timestep, context = torch.randn(2, 4, 4, 4).double(), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 24).double()
+    x, timestep, context = (
+        torch.randn(2, 4, 4, 4).double(), torch.tensor([3.0, 700.0]),
+        torch.randn(2, 5, 24).double(),
+    )
     loss = lambda: stacked(x, timestep, context).square().mean()
     for checkpointing in (False, True):
         stacked.gradient_checkpointing = checkpointing

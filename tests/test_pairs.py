@@ -10,8 +10,8 @@ import command
 import pairs
 from command import BadInput
 from make_checkpoint import make_model, write_single_file
-from pairs import built_in_prompts, describe_pairs, make_pairs, read_prompts
-from rectified_flow import noise_from_seeds, sample_path
+from pairs import built_in_prompts, describe_pairs, make_pairs
+from sample import noise_from_seeds, read_prompts, sample_path, seeds_in
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 
@@ -29,23 +29,27 @@ def small_shards(monkeypatch):
 
 
 def make(model, folder, count=10, **changes):
-    settings = dict(prompts=PROMPTS, prompts_name="test", steps=2, guidance=2.0, first_seed=5, batch_size=3) | changes
+    settings = dict(prompts=PROMPTS, source="test", steps=2, guidance=2.0, solver="dpm",
+                    dtype=model.dtype, world="reflow", seed=5, batch_size=3) | changes
     drawn = {name: settings.pop(name) for name in ("batch_size", "repair") if name in settings}
-    return make_pairs(model, settings["prompts"], describe_pairs(model, count=count, **settings), folder, **drawn)
+    return make_pairs(model, settings["prompts"], describe_pairs(model, count=count, **settings),
+                      folder, **drawn)
 
 
 def test_pairs_are_what_the_teacher_draws(model, tmp_path):
     made = make(model, tmp_path)
     assert len(made) == 10
-    x0, x1, prompts = made.batch(torch.tensor([7, 0]))
+    x0, x1, prompts = made[torch.tensor([7, 0])]
     assert prompts == [PROMPTS[7 % 3], PROMPTS[0]]
-    assert torch.equal(x0, noise_from_seeds([5 + 7, 5 + 0], (4, 8, 8)))
+    first = seeds_in("reflow", 5, 10)[0]
+    assert torch.equal(x0, noise_from_seeds([first + 7, first], (4, 8, 8)))
     context, null = model.encode_prompts(prompts), model.encode_prompts([""])
     with torch.no_grad():
-        *_, expected = sample_path(model.unet, "diffusion", x0, 2, context, null, 2.0)
+        *_, expected = sample_path(model, x0, 2, context, null, 2.0)
     torch.testing.assert_close(x1, expected, atol=2e-3, rtol=2e-3)  # stored as fp16
     description = json.loads((tmp_path / "pairs.json").read_text())
-    assert description["count"] == 10 and description["solver"] == "dpm" and description["teacher"] == "a.safetensors"
+    assert description["count"] == 10 and description["solver"] == "dpm"
+    assert description["teacher"] == "a.safetensors"
     assert len(list(tmp_path.glob("shard-*.safetensors"))) == 3
 
 
@@ -59,22 +63,23 @@ def test_only_missing_shards_are_made(model, tmp_path, monkeypatch):
         assert path.read_bytes() == before[path.name]
         assert stamps.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
     monkeypatch.setattr(pairs, "draw_latents", None)  # nothing more to draw
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": 0}))  # nor to write
+    # Nor to write.
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": 0}))
     make(model, tmp_path)
 
 
 def test_more_pairs_keep_the_first(model, tmp_path):
-    few = make(model, tmp_path, count=6).batch(torch.arange(6))
+    few = make(model, tmp_path, count=6)[torch.arange(6)]
     many = make(model, tmp_path, count=10)
     assert len(many) == 10
-    assert torch.equal(many.batch(torch.arange(4))[1], few[1][:4])
-    torch.testing.assert_close(many.batch(torch.arange(6))[1], few[1], atol=1e-2, rtol=1e-2)
+    assert torch.equal(many[torch.arange(4)][1], few[1][:4])
+    torch.testing.assert_close(many[torch.arange(6)][1], few[1], atol=1e-2, rtol=1e-2)
     assert len(make(model, tmp_path, count=5)) == 5
 
 
 def test_batch_size_changes_rounding_alone(model, tmp_path):
-    a = make(model, tmp_path / "a", batch_size=1).batch(torch.arange(10))[1]
-    b = make(model, tmp_path / "b", batch_size=4).batch(torch.arange(10))[1]
+    a = make(model, tmp_path / "a", batch_size=1)[torch.arange(10)][1]
+    b = make(model, tmp_path / "b", batch_size=4)[torch.arange(10)][1]
     torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
 
 
@@ -83,7 +88,7 @@ def test_batch_size_changes_rounding_alone(model, tmp_path):
     [
         ({"steps": 3}, "steps was 2, now 3"),
         ({"guidance": 1.0}, "guidance was 2.0, now 1.0"),
-        ({"first_seed": 6}, "first_seed was 5, now 6"),
+        ({"seed": 6}, "first_seed was"),
         ({"solver": "ddim"}, "solver was 'dpm', now 'ddim'"),
         ({"prompts": ["else"]}, "prompts_hash was"),
     ],
@@ -116,16 +121,18 @@ def test_another_teacher_is_refused(model, tmp_path):
 
 
 def test_a_damaged_shard_is_named_and_repaired(model, tmp_path):
-    expected = make(model, tmp_path).batch(torch.arange(10))[1]
+    expected = make(model, tmp_path)[torch.arange(10)][1]
     path = tmp_path / "shard-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(BadInput, match="shard-00001.safetensors: damaged.*--repair"):
         make(model, tmp_path)
-    assert torch.equal(make(model, tmp_path, repair=True).batch(torch.arange(10))[1], expected)
+    assert torch.equal(make(model, tmp_path, repair=True)[torch.arange(10)][1], expected)
 
 
 def test_a_teacher_that_diverges_is_named(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs, "sample_path", lambda *a: iter([torch.full((3, 4, 8, 8), float("nan"))]))
+    monkeypatch.setattr(
+        pairs, "draw_latents", lambda *a, **k: torch.full((3, 4, 8, 8), float("nan"))
+    )
     with pytest.raises(BadInput, match="latent of pair 0 is not finite"):
         make(model, tmp_path, count=3)
     assert not list(tmp_path.glob("shard-*"))
@@ -151,14 +158,17 @@ def test_prompt_files(tmp_path, capsys):
 
 
 def test_quotes_and_strange_line_ends_in_prompts(tmp_path):
-    """LAION's captions have both: quotes that are never closed, and U+2028 and U+0085 in the middle."""
+    """LAION's captions have both: quotes that are never closed, U+2028 and U+0085 in the middle."""
     table = tmp_path / "p.tsv"
     strange = "a line\u2028break and\x85another"
     wars = '"Star Wars" vs "Star Trek"'
     table.write_text(
-        f'Prompt\tNote\n"a sign that says\tx\na dog\ty\n"a ""quoted"" cat"\tz\n{strange}\tz\n{wars}\tx\na\rb\n', newline=""
+        f'Prompt\tNote\n"a sign that says\tx\na dog\ty\n"a ""quoted"" cat"\tz\n'
+        f'{strange}\tz\n{wars}\tx\na\rb\n', newline=""
     )
-    assert read_prompts(table) == ['"a sign that says', "a dog", 'a "quoted" cat', strange, wars, "a b"]
+    assert read_prompts(table) == [
+        '"a sign that says', "a dog", 'a "quoted" cat', strange, wars, "a b"
+    ]
     text = tmp_path / "p.txt"
     text.write_text(f"{strange}\r\na cat", newline="")
     assert read_prompts(text) == [strange, "a cat"]
@@ -171,7 +181,8 @@ def test_quotes_and_strange_line_ends_in_prompts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, words", [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"\xff\xfea", "not UTF-8")]
+    "content, words",
+    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"\xff\xfea", "not UTF-8")],
 )
 def test_refused_prompt_files(tmp_path, content, words):
     path = tmp_path / "p.txt"

@@ -1,4 +1,7 @@
-"""FID and CLIP score on a small folder of images, offline, with small networks in place of Inception and CLIP."""
+"""FID and CLIP score on a small folder of images, offline.
+
+Small networks stand in for Inception and CLIP.
+"""
 
 import json
 import shutil
@@ -31,13 +34,19 @@ def networks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     torch.jit.script(Mean()).save(folder / "mean.pt")
     tokenizer = load(TINY_TEACHER).tokenizer
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = size | {"vocab_size": len(tokenizer), "max_position_embeddings": 77, "eos_token_id": tokenizer.eos_token_id}
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2}
+    text = size | {"vocab_size": len(tokenizer), "max_position_embeddings": 77,
+                   "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
     vision = size | {"image_size": 32, "patch_size": 16}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "clip")
+    CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    ).save_pretrained(folder / "clip")
     square = {"height": 32, "width": 32}
-    CLIPProcessor(CLIPImageProcessor(size=square, crop_size=square), tokenizer).save_pretrained(folder / "clip")
+    CLIPProcessor(
+        CLIPImageProcessor(size=square, crop_size=square), tokenizer
+    ).save_pretrained(folder / "clip")
     return folder
 
 
@@ -49,24 +58,32 @@ def coco_folder(tmp_path):
     (folder / "val2017").mkdir()
     rng, annotations = np.random.default_rng(0), []
     for k, caption in enumerate(CAPTIONS):
-        Image.fromarray(rng.integers(0, 256, (40, 50 + k, 3), dtype=np.uint8)).save(folder / "val2017" / f"{k:012d}.jpg")
+        Image.fromarray(
+            rng.integers(0, 256, (40, 50 + k, 3), dtype=np.uint8)
+        ).save(folder / "val2017" / f"{k:012d}.jpg")
         annotations += [{"image_id": 70 + k, "id": 2 * k, "caption": f" {caption}\n"},
-                        {"image_id": 70 + k, "id": 2 * k + 1, "caption": "another"}]  # fmt: skip
-    (folder / "annotations" / "captions_val2017.json").write_text(json.dumps({"annotations": annotations[::-1]}))
+                        {"image_id": 70 + k, "id": 2 * k + 1, "caption": "another"}]
+    content = json.dumps({"annotations": annotations[::-1]})
+    (folder / "annotations" / "captions_val2017.json").write_text(content)
     return folder
 
 
 def arguments(networks, *more):
-    return ["--model", TINY_TEACHER, "--steps", "2", "--feature-extractor", networks / "mean.pt", "--clip", networks / "clip",
-            "--image-size", 32, *more]  # fmt: skip
+    return ["--model", TINY_TEACHER, "--steps", "2", "--feature-extractor", networks / "mean.pt",
+            "--clip", networks / "clip", "--image-size", 32, *more]
 
 
 def test_the_whole_protocol(call, networks, coco_folder):
-    code, out, err = call(evaluate.main, *arguments(networks, "--coco", coco_folder, "--steps", "2,1"))
+    code, out, err = call(
+        evaluate.main, *arguments(networks, "--coco", coco_folder, "--steps", "2,1")
+    )
     assert code == 0, err
     rows = json.loads(Path("runs/evaluate.json").read_text())
-    assert [(row["model"], row["steps"], row["samples"]) for row in rows] == [("tiny_sd.safetensors", k, 6) for k in (2, 1)]
-    assert all(row["fid"] > 0 and -1 <= row["clip_score"] <= 1 and row["caption_accuracy"] is None for row in rows)
+    assert [(row["model"], row["steps"], row["samples"]) for row in rows] == [
+        ("tiny_sd.safetensors", k, 6) for k in (2, 1)
+    ]
+    assert all(row["fid"] > 0 and -1 <= row["clip_score"] <= 1 and row["caption_accuracy"] is None
+               for row in rows)
     assert rows[0]["relative_straightness"] > 0
     folder = Path("runs/evaluate-pictures/tiny_sd-2-2.5")
     drawn = sorted(folder.glob("*.png"))
@@ -75,7 +92,9 @@ def test_the_whole_protocol(call, networks, coco_folder):
     # What is missing is drawn again, to the byte, and nothing else is.
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in drawn}
     drawn[3].unlink()
-    code, out, err = call(evaluate.main, *arguments(networks, "--coco", coco_folder, "--steps", "2,1"))
+    code, out, err = call(
+        evaluate.main, *arguments(networks, "--coco", coco_folder, "--steps", "2,1")
+    )
     assert code == 0, err
     for path in drawn:
         assert path.read_bytes() == before[path][0]
@@ -86,14 +105,20 @@ def test_the_whole_protocol(call, networks, coco_folder):
     # A set against itself.
     Path("captions.txt").write_text("\n".join(CAPTIONS))
     shutil.copytree(folder, "same", ignore=shutil.ignore_patterns("*.json"))
-    code, out, err = call(evaluate.main, *arguments(networks, "--images", "same", "--prompts", "captions.txt"))
+    code, out, err = call(
+        evaluate.main, *arguments(networks, "--images", "same", "--prompts", "captions.txt")
+    )
     assert code == 0, err
-    assert json.loads(Path("runs/evaluate.json").read_text())[0]["fid"] == pytest.approx(0, abs=1e-3)
+    assert json.loads(Path("runs/evaluate.json").read_text())[0]["fid"] == pytest.approx(
+        0, abs=1e-3
+    )
 
 
 def test_captions_of_the_protocols(coco_folder):
     captions, images, side = real_images.read_coco(coco_folder, None)
-    assert (captions, side) == (CAPTIONS, 512) and [path.name[-5] for path in images] == list("012345")
+    assert (captions, side) == (CAPTIONS, 512) and [
+        path.name[-5] for path in images
+    ] == list("012345")
     assert real_images.read_coco(coco_folder, 2)[0] == CAPTIONS[:2]
     (coco_folder / "val2017").rename(coco_folder / "val2014")
     annotations = coco_folder / "annotations"
@@ -104,10 +129,13 @@ def test_captions_of_the_protocols(coco_folder):
 
 
 def test_distance_of_known_gaussians(networks, tmp_path):
-    """Images of one colour, so that the features are the colours: FID is ‖m1 - m2‖² where the covariances are equal."""
+    """Images of one colour, so that the features are the colours.
+
+    FID is ‖m1 - m2‖² where the covariances are equal.
+    """
     fid = real_images.feature_distance(str(networks / "mean.pt"), torch.device("cpu"))
     colours = torch.from_numpy(np.random.default_rng(0).integers(20, 200, (400, 3), dtype=np.uint8))
-    as_images = lambda c: c[:, :, None, None].expand(-1, -1, 4, 4).contiguous()  # noqa: E731
+    as_images = lambda c: c[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
     fid.update(as_images(colours), real=True)
     fid.update(as_images(colours + torch.tensor([3, 0, 4], dtype=torch.uint8)), real=False)
     assert fid.compute().item() == pytest.approx(25, rel=1e-4)
@@ -130,10 +158,14 @@ def test_bad_input(call, networks, coco_folder, tmp_path):
         return err
 
     assert "needs --prompts" in complaint("--images", coco_folder / "val2017")
-    assert "give one of them" in complaint("--images", coco_folder / "val2017", "--coco", coco_folder)
+    assert "give one of them" in complaint(
+        "--images", coco_folder / "val2017", "--coco", coco_folder
+    )
     assert "COCO's folder" in complaint("--coco", tmp_path)
     assert "--repeats" in complaint("--coco", coco_folder, "--repeats", 2)
-    assert "--feature-extractor" in complaint("--coco", coco_folder, "--feature-extractor", TINY_TEACHER)
+    assert "--feature-extractor" in complaint(
+        "--coco", coco_folder, "--feature-extractor", TINY_TEACHER
+    )
     assert "--clip" in complaint("--coco", coco_folder, "--clip", tmp_path / "none")
     (coco_folder / "annotations" / "captions_val2017.json").write_text("{}")
     assert "not a COCO caption file" in complaint("--coco", coco_folder)
@@ -146,5 +178,6 @@ def test_a_network_that_cannot_be_downloaded_is_one_line(call, networks, coco_fo
         raise OSError("no route to host")
 
     monkeypatch.setattr(torchmetrics.image.fid, "FrechetInceptionDistance", offline)
-    code, _, err = call(evaluate.main, "--model", TINY_TEACHER, "--coco", coco_folder, "--clip", networks / "clip")
+    code, _, err = call(evaluate.main, "--model", TINY_TEACHER, "--coco", coco_folder,
+                        "--clip", networks / "clip")
     assert code == 2 and "could not be downloaded (no route to host)" in err

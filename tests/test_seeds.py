@@ -1,7 +1,11 @@
-"""Nothing is measured on what it was trained on: the noises and captions of all commands, with their defaults."""
+"""Nothing is measured on what it was trained on.
+
+The noises and captions of all commands, with their defaults.
+"""
 
 import argparse
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -14,10 +18,9 @@ import evaluate
 import paper_table
 import reflow
 import sample
-from command import TINY_TEACHER, BadInput, seeds_in
-from conftest import ROOT
+from command import TINY_TEACHER, BadInput
 from pairs import built_in_prompts, parts_of
-from rectified_flow import noise_from_seeds
+from sample import noise_from_seeds, seeds_in
 
 
 class Enough(Exception):
@@ -33,23 +36,27 @@ def asked(monkeypatch, tmp_path):
     found = []
 
     def make_pairs(model, prompts, description, *args, **kwargs):
-        found.append((range(description["first_seed"], description["first_seed"] + description["count"]), prompts))
+        found.append((
+            range(description["first_seed"], description["first_seed"] + description["count"]),
+            prompts,
+        ))
         raise Enough
 
     def measure(model, questions, *args):
-        found.append(
-            (list(itertools.chain(*(each.seeds for each in questions))), [p for each in questions for p in each.prompts])
-        )
+        found.append((
+            list(itertools.chain(*(each.seeds for each in questions))),
+            [p for each in questions for p in each.prompts],
+        ))
         raise Enough
 
-    def draw(model, context, seeds, *args):
+    def draw(model, prompts, seeds, *args, **kwargs):
         found.append((seeds, []))
         raise Enough
 
     for module in (reflow, distill, paper_table):
         monkeypatch.setattr(module, "make_pairs", make_pairs)
     monkeypatch.setattr(evaluate, "evaluate", measure)
-    monkeypatch.setattr(sample, "draw_latents", draw)
+    monkeypatch.setattr(sample, "draw_pictures", draw)
 
     def run(main, *arguments):
         monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
@@ -66,7 +73,8 @@ def test_no_command_measures_or_samples_where_another_trained(asked):
     for seed in (0, 1):
         for name, main, arguments in (
             ("reflow", reflow.main, []),
-            ("third reflow", reflow.main, ["--teacher", "runs/2rf.safetensors", "--out", "runs/3rf.safetensors"]),
+            ("third reflow", reflow.main,
+             ["--teacher", "runs/2rf.safetensors", "--out", "runs/3rf.safetensors"]),
             ("distill", distill.main, []),
             ("evaluate", evaluate.main, ["--model", TINY_TEACHER, "--repeats", 3]),
             ("sample", sample.main, ["--model", "runs/2rf.safetensors"]),
@@ -75,17 +83,21 @@ def test_no_command_measures_or_samples_where_another_trained(asked):
             worlds[name, seed] = set(seeds)
             (measuring if name == "evaluate" else training).update(captions)
     sizes = {name: len(seeds) for (name, seed), seeds in worlds.items() if seed == 0}
-    assert sizes == {"reflow": 15_000, "third reflow": 15_000, "distill": 10_000, "evaluate": 3_000, "sample": 4}
+    assert sizes == {
+        "reflow": 10_000, "third reflow": 10_000, "distill": 10_000, "evaluate": 3_000, "sample": 4
+    }
     for (a, first), (b, second) in itertools.combinations(worlds.items(), 2):
         shared = first & second
-        # What a user asks for is taken as it is: picture k of --seed 1 is picture k + 1 of --seed 0.
+        # What a user asks for is taken as it is: picture k of --seed 1 is picture k + 1 of
+        # --seed 0.
         assert not shared or (a[0], b[0]) == ("sample", "sample"), (a, b)
     assert len(training) > 1000 and len(measuring) > 300 and not training & measuring
 
 
 def test_the_study_measures_on_what_nothing_was_trained_on(asked):
     args = argparse.Namespace(
-        out="runs/study", num_samples=1000, num_pairs=10_000, held_out=500, captions="open", teacher_steps=8, dtype="fp32"
+        out="runs/study", num_samples=1000, num_pairs=10_000, held_out=500, captions="open",
+        teacher_steps=8, dtype="fp32",
     )
     worlds = {}
     for seed in (0, 1):
@@ -96,36 +108,38 @@ def test_the_study_measures_on_what_nothing_was_trained_on(asked):
             models[stem] = checkpoint.load(f"runs/{stem}.safetensors")
         of = {"questions": (each.questions.seeds, each.questions.prompts)}
         for model, held_out in itertools.product(models, (False, True)):
-            of[model, held_out] = asked(lambda: each.pairs_of(models[model], held_out))
-        training = {text for key in of for text in of[key][1] if key in itertools.product(models, [False])}
-        measuring = {text for key in of for text in of[key][1] if key not in itertools.product(models, [False])}
+            of[model, held_out] = asked(partial(each.pairs_of, models[model], held_out))
+        training = {text for key in of for text in of[key][1]
+                    if key in itertools.product(models, [False])}
+        measuring = {text for key in of for text in of[key][1]
+                     if key not in itertools.product(models, [False])}
         assert training and measuring and not training & measuring
         worlds[seed] = {key: set(seeds) for key, (seeds, _) in of.items()}
         for (a, first), (b, second) in itertools.combinations(worlds[seed].items(), 2):
-            assert not first & second or (a[1], b[1]) == (True, True), (a, b)  # held-out noises may serve all models
+            # Held-out noises may serve all models.
+            assert not first & second or (a[1], b[1]) == (True, True), (a, b)
     for key in worlds[0]:  # the teacher's pairs alone serve all seeds
         assert bool(worlds[0][key] & worlds[1][key]) == (key[0] == "teacher"), key
 
 
 def test_the_plane_measures_on_new_noises(monkeypatch):
-    def describe(model, prompts, name, count, steps, guidance, first_seed):
-        raise Enough(range(first_seed, first_seed + count))
-
-    monkeypatch.setattr(demo, "describe_pairs", describe)
-    worlds = {}
+    """Nothing is trained here: models are their names; every noise they start from is noted."""
+    noises = []
+    monkeypatch.setattr(demo, "make_teacher", lambda data, args: "teacher")
+    monkeypatch.setattr(demo, "reflow", lambda model, pairs, args, name: name)
+    monkeypatch.setattr(demo, "exact_ends", lambda model, noise, labels: noises.append(noise))
     for seed in (0, 1):
-        method = demo.Method(demo.rings(), ROOT, argparse.Namespace(num_pairs=20_000, width=4, dataset="rings"), seed)
-        for name in demo.WORLDS:
-            with pytest.raises(Enough) as found:
-                method.pairs_of(method.fresh(4, "flow", name))
-            worlds[name, seed] = set(found.value.args[0])
-        probe, _ = demo.make_probe(demo.rings(), 100, seed)
-        worlds["probe", seed] = set(probe.seeds)
-    assert not any(a & b for a, b in itertools.combinations(worlds.values(), 2))
+        demo.up_to_second_flow(
+            None, argparse.Namespace(num_pairs=2000, seed=seed, teacher_guidance=1.5)
+        )
+        noises.append(demo.Probe(demo.rings(), 1000, seed).noise)
+    every = torch.cat(noises)
+    assert len(every) == 2 * (2000 + 2000 + 1000) == len(every.unique(dim=0))
 
 
 def test_worlds_and_seeds_share_no_noise():
-    seeds = [seeds_in(world, seed, 3) for world in command.WORLDS for seed in (0, 1, 255, 256, 65_536, command.RUN - 1)]
+    seeds = [seeds_in(world, seed, 3) for world in sample.WORLDS
+             for seed in (0, 1, 255, 256, 65_536, sample.RUN - 1)]
     seeds.append(range(3))
     noises = noise_from_seeds([each for three in seeds for each in three], (64,))
     assert len(noises.unique(dim=0)) == 3 * len(seeds)

@@ -9,10 +9,12 @@ import torch
 import checkpoint
 import shapes
 import train_teacher
-from command import KNOWN_CAPTIONS
 from conftest import ROOT
-from evaluate import draw_pictures, frechet_distance
+from evaluation.figures import frechet_distance
+from sample import draw_pictures
 from shapes import Caption, Phrase, Scene, obeys, parse
+from stable_diffusion import FAMILIES
+from text_encoder import tokenize
 
 FIGURES = json.loads((ROOT / "toy" / "tiny_sd.json").read_text())
 
@@ -28,7 +30,10 @@ def model():
 
 
 def test_captions_and_scenes():
-    for caption in shapes.random_captions(2000, 1) + shapes.full_captions(200, 1) + shapes.open_captions(200, 1):
+    for caption in (
+        shapes.random_captions(2000, 1) + shapes.full_captions(200, 1)
+        + shapes.open_captions(200, 1)
+    ):
         assert parse(str(caption)) == caption
         assert obeys(shapes.scene_of(caption, random.Random(1)), caption)
     assert all(caption.is_full for caption in shapes.full_captions(100, 2))
@@ -39,9 +44,14 @@ def test_captions_and_scenes():
             parse(wrong)
 
 
-@pytest.mark.parametrize("make", [shapes.random_captions, shapes.open_captions, shapes.full_captions, shapes.single_captions])
+@pytest.mark.parametrize(
+    "make",
+    [shapes.random_captions, shapes.open_captions, shapes.full_captions, shapes.single_captions],
+)
 def test_a_fifth_of_the_captions_is_for_measuring(make):
-    training, measuring = shapes.training_captions(500, 3, make), shapes.measuring_captions(500, 3, make)
+    training, measuring = (
+        shapes.training_captions(500, 3, make), shapes.measuring_captions(500, 3, make)
+    )
     assert len(training) == len(measuring) == 500 and not set(training) & set(measuring)
     assert training[:100] == shapes.training_captions(100, 3, make)
     every = make(4000, 5)
@@ -51,10 +61,12 @@ def test_a_fifth_of_the_captions_is_for_measuring(make):
 def test_obeying():
     red, blue = Phrase("red", "circle"), Phrase("blue", "square")
     scene = Scene("vertical", (("red", "circle"), ("blue", "square")))
-    true = [Caption(red, "above", blue), Caption(blue, "below", red), Caption(blue, "and", red), Caption(red, "and", blue),
-            Caption(Phrase(None, "circle"), "above", Phrase("blue", None))]  # fmt: skip
-    false = [Caption(red, "below", blue), Caption(blue, "above", red), Caption(red, "left of", blue), Caption(red),
-             Caption(Phrase("red", "square"), "and", Phrase("blue", "circle"))]  # fmt: skip
+    true = [Caption(red, "above", blue), Caption(blue, "below", red), Caption(blue, "and", red),
+            Caption(red, "and", blue),
+            Caption(Phrase(None, "circle"), "above", Phrase("blue", None))]
+    false = [Caption(red, "below", blue), Caption(blue, "above", red),
+             Caption(red, "left of", blue), Caption(red),
+             Caption(Phrase("red", "square"), "and", Phrase("blue", "circle"))]
     assert all(obeys(scene, caption) for caption in true)
     assert not any(obeys(scene, caption) for caption in false)
 
@@ -67,9 +79,8 @@ def test_pictures_are_what_the_scene_says():
     assert not torch.equal(pictures[0], pictures[1])
     red, _, blue = pictures[0]
     columns = torch.arange(32.0)
-    centre = lambda channel: (
-        ((channel - shapes.GRAY).clamp(min=0).sum(0) * columns).sum() / (channel - shapes.GRAY).clamp(min=0).sum()
-    )  # noqa: E731, E501
+    bright = lambda channel: (channel - shapes.GRAY).clamp(min=0)
+    centre = lambda channel: (bright(channel).sum(0) * columns).sum() / bright(channel).sum()
     assert centre(red) < centre(blue)
 
 
@@ -83,10 +94,13 @@ def test_the_reader_reads_drawn_pictures(reader):
 def test_the_tiny_checkpoint(model):
     path = ROOT / "toy" / "tiny_sd.safetensors"
     assert path.stat().st_size <= 15e6
-    assert model.kind == "diffusion" and model.captions == "toy/captions.txt"
-    prompts = KNOWN_CAPTIONS[model.captions].read_text().splitlines()
-    assert prompts == [str(caption) for caption in shapes.training_captions(train_teacher.CAPTIONS, FIGURES["seed"])]
-    assert (checkpoint.tokenize(model.tokenizer, prompts, 16)[:, -1] == model.tokenizer.eos_token_id).all()
+    assert model.kind == "diffusion" and model.family == "shapes"
+    prompts = FAMILIES["shapes"].captions.read_text().splitlines()
+    assert prompts == [
+        str(caption)
+        for caption in shapes.training_captions(train_teacher.CAPTIONS, FIGURES["seed"])
+    ]
+    assert (tokenize(model.tokenizer, prompts, 16)[:, -1] == model.tokenizer.eos_token_id).all()
 
 
 def test_each_word_of_the_captions_is_one_token(model):
@@ -97,20 +111,19 @@ def test_each_word_of_the_captions_is_one_token(model):
 
 def test_the_committed_figures_are_the_models(model, reader):
     captions = shapes.full_captions(200, 7)
-    from tqdm import tqdm
-
-    pictures = draw_pictures(
-        model, [str(c) for c in captions], list(range(200)), 25, FIGURES["guidance"], 200, tqdm(disable=True)
-    )
+    pictures = draw_pictures(model, [str(c) for c in captions], range(200), 25, FIGURES["guidance"])
     share = sum(shapes.right(reader, pictures, captions)) / 200
     # Three standard errors of a share measured on 200 pictures.
-    assert abs(share - FIGURES["full"]["teacher"]) < 3 * (max(share * (1 - share), 0.02) / 200) ** 0.5
+    assert (
+        abs(share - FIGURES["full"]["teacher"]) < 3 * (max(share * (1 - share), 0.02) / 200) ** 0.5
+    )
 
 
 def test_the_teachers_training_runs(tmp_path, call):
     """Every stage, for a few steps, from nothing; then again, which finds all done."""
     few = [f"--{stage}-iterations=3" for stage in ("reader", "autoencoder", "text", "unet")]
-    arguments = [*few, "--data", "64", "--out", tmp_path / "t.safetensors", "--work", tmp_path / "work"]
+    arguments = [*few, "--data", "64", "--out", tmp_path / "t.safetensors",
+                 "--work", tmp_path / "work"]
     train_teacher.MEASURED, before = 8, train_teacher.MEASURED
     try:
         assert call(train_teacher.main, *arguments)[0] == 0
@@ -119,7 +132,8 @@ def test_the_teachers_training_runs(tmp_path, call):
     finally:
         train_teacher.MEASURED = before
     assert (tmp_path / "t.safetensors").read_bytes() == first
-    assert checkpoint.load(tmp_path / "t.safetensors").encode_prompts(["a red circle"]).shape == (1, 16, 128)
+    made = checkpoint.load(tmp_path / "t.safetensors")
+    assert made.encode_prompts(["a red circle"]).shape == (1, 16, 128)
 
 
 def test_frechet_distance_of_known_gaussians():

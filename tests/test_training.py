@@ -13,7 +13,7 @@ import command
 import training
 from command import BadInput
 from conftest import ROOT
-from training import TrainingOptions, generator_for, shuffled, train
+from training import TrainingOptions, generator_for, saved_progress, shuffled, train
 
 
 def make_network():
@@ -24,22 +24,30 @@ def make_network():
 def run(folder, network=None, iterations=20, settings=None, spoil=None, **changes):
     """Learn to rotate points; returns the network. spoil(step) may break the loss."""
     network = network or make_network()
-    options = TrainingOptions(**{"iterations": iterations, "batch_size": 8, "learning_rate": 1e-2, "warmup_samples": 40,
-                                 "ema_half_life": 100, "save_every": 5, "log_every": 2} | changes)  # fmt: skip
-    step = [0]
+    options = TrainingOptions(**{
+        "iterations": iterations, "batch_size": 8, "learning_rate": 1e-2, "warmup_samples": 40,
+        "ema_half_life": 100, "save_every": 5, "log_every": 2,
+    } | changes)
 
-    def draw(samples, generator):
-        step[0] = int(samples[0]) // options.batch_size
-        return torch.randn(len(samples), 2, generator=generator), torch.rand(len(samples), generator=generator)
+    def draw(samples, share, generator):
+        x, t = (
+            torch.randn(len(samples), 2, generator=generator),
+            torch.rand(len(samples), generator=generator),
+        )
+        return x[share], t[share], samples[share] // options.batch_size
 
-    def loss(x, t):
+    def loss(network, x, t, steps):
         error = network(x) - x.flip(1)
         if spoil:
-            error = error * spoil(step[0])
+            error = error * spoil(steps[0].item())
         return error.square().mean(1), t
 
     train(network, draw, loss, options, folder, settings or {}, "test")
     return network
+
+
+def saved_step(folder):
+    return saved_progress(folder)["step"]
 
 
 def weights(network):
@@ -56,9 +64,13 @@ def without_seconds(folder):
 
 def test_what_is_practical_does_not_change_the_run(tmp_path):
     plain = run(tmp_path / "plain")
-    assert torch.equal(weights(plain), weights(run(tmp_path / "practical", ema_device="cpu")))
+    assert torch.equal(
+        weights(plain), weights(run(tmp_path / "practical", ema_device="cpu", log_every=3))
+    )
     run(tmp_path / "mixed", iterations=10)
-    assert torch.equal(weights(plain), weights(run(tmp_path / "mixed", ema_device="cpu", save_every=3)))
+    assert torch.equal(
+        weights(plain), weights(run(tmp_path / "mixed", ema_device="cpu", save_every=3))
+    )
 
 
 def test_it_learns_and_reports(tmp_path):
@@ -81,7 +93,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
 
     with pytest.raises(RuntimeError, match="gone"):
         run(tmp_path / "b", spoil=killed)
-    assert training.saved_step(tmp_path / "b") == 10
+    assert saved_step(tmp_path / "b") == 10
     resumed = run(tmp_path / "b")
     assert torch.equal(weights(whole), weights(resumed))
     assert without_seconds(tmp_path / "a") == without_seconds(tmp_path / "b")
@@ -89,7 +101,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
 
 def test_continued_equals_longer_run(tmp_path):
     run(tmp_path / "a", iterations=10)
-    assert torch.equal(weights(run(tmp_path / "a", iterations=20)), weights(run(tmp_path / "b", iterations=20)))
+    assert torch.equal(
+        weights(run(tmp_path / "a", iterations=20)), weights(run(tmp_path / "b", iterations=20))
+    )
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -97,8 +111,10 @@ def test_convolutions_resume_in_either_order_in_memory(tmp_path, memory_format):
     def convolve(folder, iterations):
         torch.manual_seed(0)
         network = nn.Conv2d(3, 3, 3, padding=1).to(memory_format=memory_format)
-        draw = lambda samples, generator: (torch.randn(len(samples), 3, 5, 5, generator=generator),)
-        loss = lambda x: ((network(x) - x).square().flatten(1).mean(1), None)
+        draw = lambda samples, share, generator: (
+            torch.randn(len(samples), 3, 5, 5, generator=generator),
+        )
+        loss = lambda network, x: ((network(x) - x).square().flatten(1).mean(1), None)
         train(network, draw, loss, TrainingOptions(iterations, 4, learning_rate=0.1), folder, {})
         return network.weight.detach()
 
@@ -109,11 +125,16 @@ def test_convolutions_resume_in_either_order_in_memory(tmp_path, memory_format):
 
 
 def test_accumulation_is_the_same_batch(tmp_path):
-    torch.testing.assert_close(weights(run(tmp_path / "a", accumulate=3)), weights(run(tmp_path / "b")))
+    torch.testing.assert_close(
+        weights(run(tmp_path / "a", accumulate=3)), weights(run(tmp_path / "b"))
+    )
 
 
 def test_an_interruption_names_the_state_that_is_kept(tmp_path):
-    """No handler of ours: SIGTERM ends the process at once, as torchrun expects, and Ctrl-C is Python's own."""
+    """No handler of ours: SIGTERM ends the process at once, as torchrun expects.
+
+    Ctrl-C is Python's own.
+    """
     handlers = []
 
     def interrupt(step):
@@ -124,7 +145,9 @@ def test_an_interruption_names_the_state_that_is_kept(tmp_path):
 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(
-        BadInput, match="interrupted; the state of step 5 is kept in .*, run the same command again to continue"
+        BadInput,
+        match="interrupted; the state of step 5 is kept in .*, run the same command again to "
+        "continue",
     ):
         run(tmp_path / "a", spoil=interrupt)
     assert handlers[0] == before
@@ -141,7 +164,7 @@ def test_a_state_is_never_older_than_fifteen_minutes(tmp_path, monkeypatch):
 
     with pytest.raises(RuntimeError):
         run(tmp_path / "a", spoil=stop, save_every=1000)
-    assert training.saved_step(tmp_path / "a") == 2
+    assert saved_step(tmp_path / "a") == 2
     assert torch.equal(weights(run(tmp_path / "a", save_every=1000)), weights(run(tmp_path / "b")))
 
 
@@ -151,7 +174,10 @@ def test_no_memory_left_names_what_does_not_lose_the_run(tmp_path):
             raise torch.OutOfMemoryError
         return 1.0
 
-    with pytest.raises(BadInput, match="state of step 5 is kept.*--accumulate.*--gradient-checkpointing.*--ema-device cpu"):
+    with pytest.raises(
+        BadInput,
+        match="state of step 5 is kept.*--accumulate.*--gradient-checkpointing.*--ema-device cpu",
+    ):
         run(tmp_path / "a", spoil=full)
     resumed = run(tmp_path / "a", accumulate=3)  # as it says
     torch.testing.assert_close(weights(resumed), weights(run(tmp_path / "b")))
@@ -174,22 +200,29 @@ def test_settings_are_written_with_the_first_state(tmp_path):
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import command\n"
-    code += f"command.keep_others_out({str(tmp_path / 'state')!r}); print('locked', flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code += f"command.keep_others_out({str(tmp_path / 'state')!r})\n"
+    code += "print('locked', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout.readline() == "locked\n"
-    with pytest.raises(BadInput, match="state: another run works in this folder; wait for it, or name another one"):
+    with pytest.raises(
+        BadInput, match="state: another run works in this folder; wait for it, or name another one"
+    ):
         run(tmp_path / "state")
     other.kill()  # which is as hard as kill -9, and lets the next one in
     other.wait()
     run(tmp_path / "state")
-    assert training.saved_step(tmp_path / "state") == 20
+    assert saved_step(tmp_path / "state") == 20
     command.let_others_in()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(BadInput, match="not finite at step 7, samples 56 to 63; the state of step 5 is kept"):
+    with pytest.raises(
+        BadInput, match="not finite at step 7, samples 56 to 63; the state of step 5 is kept"
+    ):
         run(tmp_path, spoil=lambda step: float("nan") if step == 7 else 1.0)
-    assert training.saved_step(tmp_path) == 5
+    assert saved_step(tmp_path) == 5
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
@@ -204,19 +237,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
         def backward(ctx, gradient):
             return gradient * float("inf")
 
-    network, at = make_network(), [0]
+    network = make_network()
 
-    def loss(x, t):
+    def loss(network, x, steps):
         error = network(x) - x.flip(1)
-        return (Steep.apply(error) if at[0] == 7 else error).square().mean(1), t
+        return (Steep.apply(error) if steps[0] == 7 else error).square().mean(1), None
 
-    def draw(samples, generator):
-        at[0] = int(samples[0]) // 8
-        return torch.randn(len(samples), 2, generator=generator), torch.rand(len(samples), generator=generator)
+    def draw(samples, share, generator):
+        return torch.randn(len(samples), 2, generator=generator), samples // 8
 
-    with pytest.raises(BadInput, match="the gradient is not finite at step 7, though the loss is; the state of step 5 is kept"):
+    said = "the gradient is not finite, though the loss is, at step 7, samples 56 to 63; the state "
+    said += "of step 5 is kept"
+    with pytest.raises(BadInput, match=said):
         train(network, draw, loss, TrainingOptions(20, 8, save_every=5), tmp_path, {}, "test")
-    assert training.saved_step(tmp_path) == 5 and torch.isfinite(weights(network)).all()
+    assert saved_step(tmp_path) == 5 and torch.isfinite(weights(network)).all()
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
@@ -244,7 +278,9 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
 
 
 def test_what_is_on_the_disk_already_is_not_asked_for_again(tmp_path, monkeypatch):
-    state = training.BYTES_PER_PARAMETER * sum(weight.numel() for weight in make_network().parameters())
+    state = training.BYTES_PER_PARAMETER * sum(
+        weight.numel() for weight in make_network().parameters()
+    )
     free = {"free": 2 * state}
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), free))
     run(tmp_path, iterations=10)
@@ -264,17 +300,19 @@ def test_only_what_is_trainable_is_trained_and_saved(tmp_path):
 
 
 def test_average_and_warm_up_are_counted_in_samples(tmp_path):
-    """The average of a network that moves evenly lags by its half-life / ln 2, at any batch size."""
+    """The average of a network that moves evenly lags by half-life / ln 2, at any batch size."""
     lags = []
     for batch_size in (4, 16):
         network = nn.Linear(1, 1, bias=False)
         network.weight.data.zero_()
         options = TrainingOptions(
-            8000 // batch_size, batch_size, learning_rate=1e-3 * batch_size, ema_half_life=200, save_every=10**6, seed=0
+            8000 // batch_size, batch_size, learning_rate=1e-3 * batch_size, ema_half_life=200,
+            save_every=10**6, seed=0,
         )
         # A constant gradient: Adam moves by the learning rate every step, that is 1e-3 a sample.
-        draw = lambda samples, generator: (torch.ones(len(samples), 1),)  # noqa: E731
-        train(network, draw, lambda x: (-network(x)[:, 0], None), options, tmp_path / str(batch_size), {})
+        draw = lambda samples, share, generator: (torch.ones(len(samples), 1),)
+        train(network, draw, lambda network, x: (-network(x)[:, 0], None), options,
+              tmp_path / str(batch_size), {})
         lags.append(8.0 - network.weight.item())
     expected = 1e-3 * 200 / 0.6931
     assert lags == pytest.approx([expected, expected], rel=0.1)
@@ -297,7 +335,8 @@ def test_cooldown_ends_at_zero(tmp_path):
 
 def test_shuffled_sees_everything_once_an_epoch():
     first = shuffled(torch.arange(0, 100), 50, seed=3)
-    assert sorted(first[:50].tolist()) == list(range(50)) and sorted(first[50:].tolist()) == list(range(50))
+    assert sorted(first[:50].tolist()) == list(range(50))
+    assert sorted(first[50:].tolist()) == list(range(50))
     assert not torch.equal(first[:50], first[50:])
     assert torch.equal(first[40:60], shuffled(torch.arange(40, 60), 50, seed=3))
     assert not torch.equal(first, shuffled(torch.arange(0, 100), 50, seed=4))
@@ -308,16 +347,16 @@ def test_shuffled_sees_everything_once_an_epoch():
 def test_half_precision_training_stays_finite(tmp_path):
     network = make_network()
     options = TrainingOptions(30, 8, learning_rate=1e-2)
-    draw = lambda samples, generator: (torch.randn(len(samples), 2, generator=generator),)  # noqa: E731
-    loss = lambda x: ((network(x) - x).float().square().mean(1), None)  # noqa: E731
+    draw = lambda samples, share, generator: (torch.randn(len(samples), 2, generator=generator),)
+    loss = lambda network, x: ((network(x) - x).float().square().mean(1), None)
     train(network, draw, loss, options, tmp_path, {}, "bf16", torch.bfloat16)
     assert torch.isfinite(weights(network)).all() and network[0].weight.dtype == torch.float32
 
 
 def train_in_fp16(folder, iterations, scale=1.0):
     network = make_network()
-    draw = lambda samples, generator: (torch.randn(len(samples), 2, generator=generator),)
-    loss = lambda x: (scale * (network(x) - x.flip(1)).float().square().mean(1), None)
+    draw = lambda samples, share, generator: (torch.randn(len(samples), 2, generator=generator),)
+    loss = lambda network, x: (scale * (network(x) - x.flip(1)).float().square().mean(1), None)
     options = TrainingOptions(iterations, 8, learning_rate=1e-2, save_every=1)
     train(network, draw, loss, options, folder, {}, "fp16", torch.float16)
     return network
@@ -331,20 +370,31 @@ def test_fp16_resumes_bit_for_bit_with_its_scale(tmp_path):
     for iterations in (3, 11):
         train_in_fp16(tmp_path / "b", iterations, scale)
     assert torch.equal(weights(whole), weights(train_in_fp16(tmp_path / "b", 20, scale)))
-    assert (tmp_path / "a/state.safetensors").read_bytes() == (tmp_path / "b/state.safetensors").read_bytes()
+    a, b = (tmp_path / name / "state.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
 
 
 def test_fp16_may_pass_over_every_update_before_the_first_state(tmp_path):
     network = train_in_fp16(tmp_path, 2, 1e4)
-    assert training.saved_progress(tmp_path)["updates"] == 0 and torch.equal(weights(network), weights(make_network()))
+    assert (
+        training.saved_progress(tmp_path)["updates"] == 0
+        and torch.equal(weights(network), weights(make_network()))
+    )
     assert not torch.equal(weights(train_in_fp16(tmp_path, 40, 1e4)), weights(make_network()))
 
 
 def test_fp16_does_not_pass_over_updates_for_ever(tmp_path):
-    with pytest.raises(BadInput, match="the gradient is not finite at step 27, though the loss is; no state is saved yet"):
+    with pytest.raises(
+        BadInput,
+        match="the gradient is not finite, though the loss is, at step 27, .*; no state is saved "
+        "yet",
+    ):
         network = make_network()
-        draw = lambda samples, generator: (torch.randn(len(samples), 2, generator=generator),)
-        loss = lambda x: (torch.sqrt(0 * network(x).float()).sum(1), None)  # finite, its slope is not, at any scale
+        draw = lambda samples, share, generator: (
+            torch.randn(len(samples), 2, generator=generator),
+        )
+        # It is finite, its slope is not, at any scale.
+        loss = lambda network, x: (torch.sqrt(0 * network(x).float()).sum(1), None)
         # From 2**16 on the scale is halved at every step; at the 27th it is below 2**-10.
         train(network, draw, loss, TrainingOptions(100, 8), tmp_path, {}, "fp16", torch.float16)
 

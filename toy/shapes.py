@@ -1,15 +1,17 @@
-"""The tiny world: captioned pictures of shapes, and a reader that reads the caption back from a picture.
+"""The tiny world: captioned pictures of shapes, and a reader that reads captions back from them.
 
-A scene is one or two of {circle, square, triangle} in {red, green, blue, yellow, white} on gray, 32 x 32 pixels.
-Two objects stand above one another or side by side. A caption such as
+A scene is one or two of {circle, square, triangle} in {red, green, blue, yellow, white} on gray,
+32 x 32 pixels. Two objects stand above one another or side by side. A caption such as
 
-    "a red circle above a blue square"      "a shape left of a white triangle"      "a green shape and a circle"
+    "a red circle above a blue square"    "a shape left of a white triangle"    "a green shape"
 
-leaves attributes out at random ("shape" for any shape, "and" for any arrangement), so that what a caption allows
-is many pictures, as with real captions. A picture is right when everything that its caption says is in it.
+leaves attributes out at random ("shape" for any shape, "and" for any arrangement), so that what a
+caption allows is many pictures, as with real captions. A picture is right when everything that its
+caption says is in it.
 
-`Reader` is the judge of all experiments: a small network that reads count, arrangement, shapes and colours back.
-Its last hidden layer gives the features for the Fréchet distance. It never takes part in training a model.
+`Reader` is the judge of all experiments: a small network that reads count, arrangement, shapes and
+colours back. Its last hidden layer gives the features for the Fréchet distance. It never takes part
+in training a model.
 """
 
 import hashlib
@@ -26,7 +28,8 @@ from torch import Tensor, nn
 SIZE = 32  # pixels along a side
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "white")
-RGB = torch.tensor([[220, 40, 40], [40, 160, 60], [50, 80, 225], [240, 215, 50], [245, 245, 245]]) / 127.5 - 1
+RGB = torch.tensor([[220, 40, 40], [40, 160, 60], [50, 80, 225], [240, 215, 50],
+                    [245, 245, 245]]) / 127.5 - 1
 GRAY = 120 / 127.5 - 1
 ARRANGEMENTS = ("one", "vertical", "horizontal")
 RELATIONS = ("above", "below", "left of", "right of", "and")
@@ -37,7 +40,7 @@ RADIUS = (4.5, 6.5)  # pixels from an object's centre to its edge
 READER = Path(__file__).with_name("reader.safetensors")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Captions
 
 
@@ -61,13 +64,17 @@ class Caption:
     second: Phrase | None = None
 
     def __str__(self) -> str:
-        return str(self.first) if self.second is None else f"{self.first} {self.relation} {self.second}"
+        if self.second is None:
+            return str(self.first)
+        return f"{self.first} {self.relation} {self.second}"
 
     @property
     def is_full(self) -> bool:
         """Nothing is left out, and there are two objects to tell apart."""
         phrases = (self.first, self.second)
-        return self.second is not None and self.relation != "and" and all(p.color and p.shape for p in phrases)
+        return self.second is not None and self.relation != "and" and all(
+            p.color and p.shape for p in phrases
+        )
 
 
 def parse(text: str) -> Caption:
@@ -81,13 +88,16 @@ def parse(text: str) -> Caption:
 
 def parse_phrase(text: str) -> Phrase:
     words = text.split()
-    color, shape = (words[1:] if len(words) == 3 else [None, *words[1:]]) if words[:1] == ["a"] else (None, None)
+    color, shape = (
+        (words[1:] if len(words) == 3 else [None, *words[1:]])
+        if words[:1] == ["a"] else (None, None)
+    )
     if shape not in (*SHAPES, "shape") or color not in (None, *COLORS):
         raise ValueError(f"{text!r} is not a phrase of the shapes' captions")
     return Phrase(color, None if shape == "shape" else shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scenes
 
 
@@ -135,7 +145,7 @@ def random_captions(count: int, seed: int) -> list[Caption]:
 def full_captions(count: int, seed: int) -> list[Caption]:
     """Two-object captions with nothing left out: the hardest to obey."""
     rng = random.Random(seed)
-    phrases = lambda: Phrase(rng.choice(COLORS), rng.choice(SHAPES))  # noqa: E731
+    phrases = lambda: Phrase(rng.choice(COLORS), rng.choice(SHAPES))
     return [Caption(phrases(), rng.choice(RELATIONS[:4]), phrases()) for _ in range(count)]
 
 
@@ -150,12 +160,16 @@ def chosen_captions(count: int, seed: int, wanted: Callable[[Caption], bool]) ->
 
 
 def open_captions(count: int, seed: int) -> list[Caption]:
-    """Two-object captions with the arrangement and at least two attributes left out: many pictures are right."""
+    """Two-object captions with the arrangement and at least two attributes left out.
+
+    Many pictures are right.
+    """
 
     def is_open(caption: Caption) -> bool:
         if caption.second is None or caption.relation != "and":
             return False
-        return [word for p in (caption.first, caption.second) for word in (p.color, p.shape)].count(None) >= 2
+        return [word for p in (caption.first, caption.second)
+                for word in (p.color, p.shape)].count(None) >= 2
 
     return chosen_captions(count, seed, is_open)
 
@@ -166,26 +180,35 @@ def single_captions(count: int, seed: int) -> list[Caption]:
 
 
 def is_for_measuring(caption: Caption) -> bool:
-    """Is this caption one of those that no list to train on has? Its text decides, so that it is so in every list."""
-    # The second byte, of all the one with a fifth of each kind: of one object, of two, of those that leave much open.
+    """Is this caption one of those that no list to train on has?
+
+    Its text decides, so that it is so in every list.
+    """
+    # The second byte, of all the one with a fifth of each kind: of one object, of two, of those
+    # that leave much open.
     return hashlib.sha256(str(caption).encode()).digest()[1] % MEASURED_ONE_IN == 0
 
 
 def captions_of_part(measuring: bool, count: int, seed: int, make: Callable) -> list[Caption]:
-    """The first `count` captions of make(..., seed) that are for measuring, or those that are not."""
+    """The first `count` captions of make(..., seed) that are for measuring, or that are not."""
     drawn, captions = 2 * count, []
     while len(captions) < count:
-        captions = [caption for caption in make(drawn, seed) if is_for_measuring(caption) == measuring]
+        captions = [caption for caption in make(drawn, seed)
+                    if is_for_measuring(caption) == measuring]
         drawn *= 2
     return captions[:count]
 
 
-def training_captions(count: int, seed: int, make: Callable[[int, int], list[Caption]] = random_captions) -> list[Caption]:
+def training_captions(
+    count: int, seed: int, make: Callable[[int, int], list[Caption]] = random_captions,
+) -> list[Caption]:
     """Captions to make pairs with: four fifths of all that there are."""
     return captions_of_part(False, count, seed, make)
 
 
-def measuring_captions(count: int, seed: int, make: Callable[[int, int], list[Caption]] = random_captions) -> list[Caption]:
+def measuring_captions(
+    count: int, seed: int, make: Callable[[int, int], list[Caption]] = random_captions,
+) -> list[Caption]:
     """Captions to measure on: the other fifth."""
     return captions_of_part(True, count, seed, make)
 
@@ -204,23 +227,26 @@ def obeys(scene: Scene, caption: Caption) -> bool:
     swapped = fits(caption.first, scene.objects[1]) and fits(caption.second, scene.objects[0])
     if caption.relation == "and":
         return in_order or swapped
-    if scene.arrangement != ("vertical" if caption.relation in ("above", "below") else "horizontal"):
+    if scene.arrangement != (
+        "vertical" if caption.relation in ("above", "below") else "horizontal"
+    ):
         return False
     return swapped if caption.relation in ("below", "right of") else in_order
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
 def draw(scenes: list[Scene], seed: int) -> Tensor:
     """Pictures of the scenes, (B, 3, 32, 32) in [-1, 1]; places and sizes are drawn from the seed.
 
-    Edges are anti-aliased: a pixel's coverage falls from 1 to 0 over one pixel around the signed distance 0.
+    Edges are anti-aliased: a pixel's coverage falls from 1 to 0 over one pixel around the signed
+    distance 0.
     """
     rng = torch.Generator().manual_seed(seed)
     count = len(scenes)
-    uniform = lambda *shape: 2 * torch.rand(*shape, generator=rng) - 1  # noqa: E731
+    uniform = lambda *shape: 2 * torch.rand(*shape, generator=rng) - 1
     radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * torch.rand(count, 2, generator=rng)
     centre = SIZE / 2 + 2.5 * uniform(count, 2, 2)  # (B, object, (x, y))
     alone = SIZE / 2 + 7.0 * uniform(count, 2)
@@ -235,15 +261,20 @@ def draw(scenes: list[Scene], seed: int) -> Tensor:
     images = torch.full((count, 3, SIZE, SIZE), GRAY)
     for k in range(2):
         things = [scene.objects[k] if k < len(scene.objects) else None for scene in scenes]
-        shape = torch.tensor([SHAPES.index(thing[1]) if thing else -1 for thing in things])[:, None, None]
+        shape = torch.tensor(
+            [SHAPES.index(thing[1]) if thing else -1 for thing in things]
+        )[:, None, None]
         color = RGB[[COLORS.index(thing[0]) if thing else 0 for thing in things]][:, :, None, None]
-        dx = (pixels[None, None, :] - centre[:, k, 0, None, None]).expand(-1, SIZE, -1)  # (B, 32, 32)
+        # (B, 32, 32)
+        dx = (pixels[None, None, :] - centre[:, k, 0, None, None]).expand(-1, SIZE, -1)
         dy = (pixels[None, :, None] - centre[:, k, 1, None, None]).expand(-1, -1, SIZE)
         r = radius[:, k, None, None]
         circle = (dx**2 + dy**2).sqrt() - r
         square = torch.maximum(dx.abs(), dy.abs()) - 0.9 * r
         # Upright, of height 1.9 r: the base, and both slanted sides at once.
-        triangle = torch.maximum(dy - 0.85 * r, (dx.abs() * 1.9 - (dy + 1.05 * r)) / (1 + 1.9**2) ** 0.5)
+        triangle = torch.maximum(
+            dy - 0.85 * r, (dx.abs() * 1.9 - (dy + 1.05 * r)) / (1 + 1.9**2) ** 0.5
+        )
         distance = torch.where(shape == 0, circle, torch.where(shape == 1, square, triangle))
         coverage = ((0.5 - distance).clamp(0, 1) * (shape >= 0))[:, None]  # (B, 1, 32, 32)
         images = coverage * color + (1 - coverage) * images
@@ -256,19 +287,22 @@ def drawn(captions: list[Caption], seed: int) -> Tensor:
     return draw([scene_of(caption, rng) for caption in captions], seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The reader
 
-HEADS = {"arrangement": ARRANGEMENTS, "color 0": COLORS, "shape 0": SHAPES, "color 1": COLORS, "shape 1": SHAPES}
+HEADS = {"arrangement": ARRANGEMENTS, "color 0": COLORS, "shape 0": SHAPES,
+         "color 1": COLORS, "shape 1": SHAPES}
 
 
 class Reader(nn.Module):
-    """Pictures (B, 3, 32, 32) -> features (B, 64) and, from them, logits for every attribute in HEADS."""
+    """Pictures (B, 3, 32, 32) -> features (B, 64) -> logits for every attribute in HEADS."""
 
     def __init__(self):
         super().__init__()
         widths = [3, 24, 48, 96]
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:])
+        )
         self.hidden = nn.Linear(96 * 4 * 4, 64)
         self.heads = nn.Linear(64, sum(len(values) for values in HEADS.values()))
 
@@ -284,7 +318,7 @@ class Reader(nn.Module):
 
 
 def labels_of(scenes: list[Scene]) -> Tensor:
-    """(B, 5) indices into HEADS; -100, which cross entropy passes over, for the missing second object."""
+    """(B, 5) indices into HEADS; -100, which cross entropy skips, for a missing second object."""
     rows = []
     for scene in scenes:
         row = [ARRANGEMENTS.index(scene.arrangement)]
@@ -301,7 +335,9 @@ def read(reader: Reader, images: Tensor) -> list[Scene]:
     scenes = []
     for arrangement, *things in best:
         objects = tuple((COLORS[c], SHAPES[s]) for c, s in (things[:2], things[2:]))
-        scenes.append(Scene(ARRANGEMENTS[arrangement], objects[:1] if arrangement == 0 else objects))
+        scenes.append(
+            Scene(ARRANGEMENTS[arrangement], objects[:1] if arrangement == 0 else objects)
+        )
     return scenes
 
 
@@ -311,7 +347,7 @@ def load_reader(path: str | Path = READER) -> Reader:
     return reader.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What evaluate.py asks of a judge beside measuring_captions, drawn and load_reader
 
 

@@ -1,18 +1,19 @@
-"""Make the tiny model from nothing: a miniature of Stable Diffusion that draws the shapes of shapes.py.
+"""Make the tiny model from nothing: a miniature Stable Diffusion that draws shapes.py's shapes.
 
-    python toy/train_teacher.py            writes toy/tiny_sd.safetensors, toy/reader.safetensors and figures
+    python toy/train_teacher.py     writes toy/tiny_sd.safetensors, reader.safetensors and figures
 
-Five stages, each with the project's own loop, each resumable. The classes are those of the full-size model.
+Five stages, each with the project's own loop, each resumable. The classes are those of the
+full-size model.
 
-    1. reader        the judge: reads attributes from drawn pictures (never used to train the others)
+    1. reader        the judge: reads attributes from drawn pictures; trains none of the others
     2. autoencoder   32 x 32 pictures <-> (4, 8, 8) latents: L1 + L2 + perceptual + KL
     3. text          a causal transformer that learns to say, from the end token on, what is where
-    4. U-Net         predicts the noise in latents, captions through cross-attention, 10 % of them dropped
+    4. U-Net         predicts the noise in latents; 10 % of the captions are dropped
     5. figures       how good all this is, into toy/tiny_sd.json
 
-Stage 3 is what CLIP's pre-training is to Stable Diffusion: the U-Net meets words whose meaning is already worked
-out. Without it a U-Net of this size hardly ever learns which colour belongs to which shape at which place, above
-all when the caption names the lower object first.
+Stage 3 is what CLIP's pre-training is to Stable Diffusion: the U-Net meets words whose meaning is
+already worked out. Without it a U-Net of this size hardly ever learns which colour belongs to which
+shape at which place, above all when the caption names the lower object first.
 """
 
 import json
@@ -32,28 +33,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 import shapes
-from checkpoint import StableDiffusion
-from command import HERE, Parser, check_output, machine_name, positive, run, run_seed, seeds_in, write_text, write_whole
+from command import HERE, Parser, check_output, positive, run, write_json, write_text, write_whole
+from diffusion import NoiseSchedule, noise_loss
 from distill import perceptual_distance
-from evaluate import draw_pictures, frechet_distance
-from pairs import default_guidance
-from rectified_flow import NoiseSchedule, noise_loss
-from text_encoder import TextEncoder, TextEncoderConfig
+from evaluation.figures import frechet_distance, machine_name
+from sample import draw_pictures, run_seed, seeds_in
+from stable_diffusion import StableDiffusion
+from text_encoder import TextEncoder, TextEncoderConfig, tokenize, tokenizer_from
 from training import TrainingOptions, plot_loss, read_metrics, seed_of, shuffled, train
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
 VAE = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=16)
 UNET = UNetConfig(
-    block_out_channels=(64, 128), attention_levels=(False, True), layers_per_block=1, attention_heads=4,
-    cross_attention_dim=128, norm_num_groups=16, sample_size=8,
-)  # fmt: skip
-TEXT = TextEncoderConfig(
-    max_position_embeddings=16, hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4
-)  # vocab_size is set by the vocabulary
+    block_out_channels=(64, 128), attention_levels=(False, True), layers_per_block=1,
+    attention_heads=4, cross_attention_dim=128, norm_num_groups=16, sample_size=8,
+)
+TEXT = TextEncoderConfig(  # vocab_size is set by the vocabulary
+    max_position_embeddings=16, hidden_size=128, intermediate_size=512, num_hidden_layers=3,
+    num_attention_heads=4,
+)
 
-DROP = 0.1  # share of captions replaced by the empty one, so that guidance works (Ho & Salimans 2022)
-KL_WEIGHT = 1e-4  # a number of the latent; small, as in Rombach et al. 2022: it keeps the latents near unit size
+# Share of captions replaced by the empty one, so that guidance works (Ho & Salimans 2022).
+DROP = 0.1
+# A number of the latent; small, as in Rombach et al. 2022: it keeps the latents near unit size.
+KL_WEIGHT = 1e-4
 PERCEPTUAL_WEIGHT = 0.5
 EMA_RAMP = 0.05  # the half-life of the averaged weights is at most this share of the samples seen
 CAPTIONS = 4000  # in toy/captions.txt, from which pairs are drawn
@@ -61,22 +65,30 @@ MEASURED, TEACHER_STEPS = 1000, 25  # pictures and steps behind each figure
 UNKNOWN = "unknown"  # what a caption leaves open, as a class of the text stage
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The vocabulary: CLIP's format, with one merged token for each word of the captions
 
 
 def byte_alphabet() -> list[str]:
-    """The 256 printable characters that stand for bytes in GPT-2's and CLIP's vocabularies, in CLIP's order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """The 256 printable characters that stand for bytes in GPT-2's and CLIP's vocabularies.
+
+    They come in CLIP's order.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
 
 
 def byte_pairs(word: str, merges: list[str]) -> list[str]:
-    """A word cut into tokens: of all neighbours, the pair whose merge comes first is joined, until none is left."""
+    """A word cut into tokens.
+
+    Of all neighbours, the pair whose merge comes first is joined, until none is left.
+    """
     parts = [*word[:-1], word[-1] + "</w>"]
     while True:
-        found = [(merges.index(f"{a} {b}"), k) for k, (a, b) in enumerate(zip(parts, parts[1:])) if f"{a} {b}" in merges]
+        found = [(merges.index(f"{a} {b}"), k) for k, (a, b) in enumerate(zip(parts, parts[1:]))
+                 if f"{a} {b}" in merges]
         if not found:
             return parts
         k = min(found)[1]
@@ -84,13 +96,18 @@ def byte_pairs(word: str, merges: list[str]) -> list[str]:
 
 
 def make_vocabulary() -> tuple[dict[str, int], list[str]]:
-    """(token -> id, merges), for transformers' CLIPTokenizer. Any text can be encoded, letter by letter if need be."""
-    words = {"a", "and", "of", "shape", *shapes.SHAPES, *shapes.COLORS, "above", "below", "left", "right"}
+    """(token -> id, merges), for transformers' CLIPTokenizer.
+
+    Any text can be encoded, letter by letter if need be.
+    """
+    words = {"a", "and", "of", "shape", *shapes.SHAPES, *shapes.COLORS,
+             "above", "below", "left", "right"}
     alphabet = byte_alphabet()
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     merges = []
     for word in sorted(words):
-        # The merges of earlier words go first, as they will when the word is read; what they leave is joined here.
+        # The merges of earlier words go first, as they will when the word is read; what they leave
+        # is joined here.
         first, *rest = byte_pairs(word, merges)
         for part in rest:
             merges.append(f"{first} {part}")
@@ -100,7 +117,7 @@ def make_vocabulary() -> tuple[dict[str, int], list[str]]:
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The stages
 
 
@@ -116,31 +133,35 @@ def blur(images: torch.Tensor) -> torch.Tensor:
 
 
 def classifier_options(iterations: int, seed: int) -> TrainingOptions:
-    """How the reader and the text transformer are trained, which both learn to name what a scene holds."""
+    """How reader and text transformer are trained, which both learn to name what a scene holds."""
     return TrainingOptions(
-        iterations, 128, learning_rate=1e-3, warmup_samples=12_800, ema_half_life=50_000, ema_ramp=EMA_RAMP, save_every=500,
-        seed=seed,
-    )  # fmt: skip
+        iterations, 128, learning_rate=1e-3, warmup_samples=12_800, ema_half_life=50_000,
+        ema_ramp=EMA_RAMP, save_every=500, seed=seed,
+    )
 
 
 def train_reader(iterations: int, folder: Path, seed: int) -> shapes.Reader:
     torch.manual_seed(seed_of(seed, 1))
     reader = shapes.Reader()
 
-    def draw(samples, generator):
+    def draw(samples, share, generator):
         _, scenes = scenes_for(samples, generator)
         images = shapes.draw(scenes, int(torch.randint(2**62, (1,), generator=generator)))
         # Soft and noisy pictures too, so that what is judged is what is drawn and not how cleanly.
-        images = torch.where(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.3, blur(images), images)
+        images = torch.where(
+            torch.rand(len(images), 1, 1, 1, generator=generator) < 0.3, blur(images), images
+        )
         noise = torch.randn(images.shape, generator=generator)
         images = images + 0.3 * torch.rand(len(images), 1, 1, 1, generator=generator) * noise
         return images, shapes.labels_of(scenes)
 
-    def loss(images, labels):
+    def loss(reader, images, labels):
         pairs = zip(reader(images), labels.T)
-        return sum(F.cross_entropy(logits, label, reduction="none") for logits, label in pairs), None
+        return sum(F.cross_entropy(logits, label, reduction="none")
+                   for logits, label in pairs), None
 
-    train(reader, draw, loss, classifier_options(iterations, seed), folder / "reader", {}, "1 reader")
+    train(reader, draw, loss, classifier_options(iterations, seed), folder / "reader", {},
+          "1 reader")
     return reader
 
 
@@ -149,12 +170,12 @@ def train_autoencoder(iterations: int, folder: Path, seed: int) -> AutoencoderKL
     vae = AutoencoderKL(VAE)
     perceptual = perceptual_distance("random", torch.device("cpu"))
 
-    def draw(samples, generator):
+    def draw(samples, share, generator):
         _, scenes = scenes_for(samples, generator)
         images = shapes.draw(scenes, int(torch.randint(2**62, (1,), generator=generator)))
         return images, torch.randn(len(images), 4, 8, 8, generator=generator)
 
-    def loss(images, noise):
+    def loss(vae, images, noise):
         latent = vae.encode(images)
         sample = latent.mean + (0.5 * latent.logvar).exp() * noise
         answer = vae.decode(sample * VAE.scaling_factor).float()
@@ -164,15 +185,8 @@ def train_autoencoder(iterations: int, folder: Path, seed: int) -> AutoencoderKL
         return pixels + PERCEPTUAL_WEIGHT * perceptual(answer, images) + KL_WEIGHT * kl, None
 
     options = TrainingOptions(
-        iterations,
-        64,
-        learning_rate=6e-4,
-        warmup_samples=6400,
-        cooldown=0.5,
-        ema_half_life=5_000,
-        ema_ramp=EMA_RAMP,
-        save_every=250,
-        seed=seed,
+        iterations, 64, learning_rate=6e-4, warmup_samples=6400, cooldown=0.5, ema_half_life=5_000,
+        ema_ramp=EMA_RAMP, save_every=250, seed=seed,
     )
     dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
     train(vae, draw, loss, options, folder / "autoencoder", {}, "2 autoencoder", dtype)
@@ -180,7 +194,10 @@ def train_autoencoder(iterations: int, folder: Path, seed: int) -> AutoencoderKL
 
 
 class TextReader(nn.Module):
-    """The text encoder with heads that say what is where, one answer from every token behind the caption's end."""
+    """The text encoder with heads that say what is where.
+
+    They give one answer from every token behind the caption's end.
+    """
 
     questions = {
         "arrangement": (*shapes.ARRANGEMENTS, UNKNOWN),
@@ -193,7 +210,9 @@ class TextReader(nn.Module):
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.text_encoder = TextEncoder(config)
-        self.heads = nn.Linear(config.hidden_size, sum(len(answers) for answers in self.questions.values()))
+        self.heads = nn.Linear(
+            config.hidden_size, sum(len(answers) for answers in self.questions.values())
+        )
 
     def forward(self, token_ids: torch.Tensor) -> list[torch.Tensor]:
         logits = self.heads(self.text_encoder(token_ids))  # (B, L, answers)
@@ -201,11 +220,15 @@ class TextReader(nn.Module):
 
 
 def answers_of(caption: shapes.Caption) -> list[int]:
-    """Indices into TextReader.questions. Objects in picture order where the caption fixes it, else in its own."""
+    """Indices into TextReader.questions.
+
+    Objects in picture order where the caption fixes it, else in its own.
+    """
     phrases = [caption.first] + ([caption.second] if caption.second else [])
     if caption.relation in ("below", "right of"):
         phrases.reverse()
-    known = {"above": "vertical", "below": "vertical", "left of": "horizontal", "right of": "horizontal"}
+    known = {"above": "vertical", "below": "vertical",
+             "left of": "horizontal", "right of": "horizontal"}
     words = ["one" if caption.second is None else known.get(caption.relation, UNKNOWN)]
     for phrase in phrases:
         words += [phrase.color or UNKNOWN, phrase.shape or UNKNOWN]
@@ -213,19 +236,25 @@ def answers_of(caption: shapes.Caption) -> list[int]:
     return [answers.index(word) for answers, word in zip(TextReader.questions.values(), words)]
 
 
-def train_text(iterations: int, folder: Path, seed: int, tokenize, config: TextEncoderConfig) -> TextEncoder:
+def train_text(
+    iterations: int, folder: Path, seed: int, tokenize, config: TextEncoderConfig,
+) -> TextEncoder:
     torch.manual_seed(seed_of(seed, 3))
     model = TextReader(config)
 
-    def draw(samples, generator):
+    def draw(samples, share, generator):
         captions, _ = scenes_for(samples, generator)
-        return tokenize([str(caption) for caption in captions]), torch.tensor([answers_of(c) for c in captions])
+        return (tokenize([str(caption) for caption in captions]),
+                torch.tensor([answers_of(c) for c in captions]))
 
-    def loss(token_ids, answers):
-        after_end = (token_ids == config.vocab_size - 1).float()  # the end token is the last of the vocabulary
+    def loss(model, token_ids, answers):
+        # The end token is the last of the vocabulary.
+        after_end = (token_ids == config.vocab_size - 1).float()
         total = 0
         for logits, answer in zip(model(token_ids), answers.T):
-            each = F.cross_entropy(logits.transpose(1, 2), answer[:, None].expand_as(token_ids), reduction="none")
+            each = F.cross_entropy(
+                logits.transpose(1, 2), answer[:, None].expand_as(token_ids), reduction="none"
+            )
             total = total + (each * after_end).sum(1) / after_end.sum(1)
         return total, None
 
@@ -234,7 +263,7 @@ def train_text(iterations: int, folder: Path, seed: int, tokenize, config: TextE
 
 
 def latent_data(vae: AutoencoderKL, count: int, seed: int) -> tuple[torch.Tensor, list, float]:
-    """Unscaled latent means (N, 4, 8, 8) of drawn pictures, their captions, and the standard deviation."""
+    """Unscaled latent means (N, 4, 8, 8) of drawn pictures, their captions, standard deviation."""
     captions = shapes.random_captions(count, seed)
     latents = []
     with torch.inference_mode():
@@ -249,52 +278,60 @@ def train_unet(iterations: int, folder: Path, seed: int, latents, captions, enco
     torch.manual_seed(seed_of(seed, 4))
     unet, schedule = UNet(UNET), NoiseSchedule()
 
-    def draw(samples, generator):
+    def draw(samples, share, generator):
         index = shuffled(samples, len(latents), seed)
         x1 = latents[index]
         kept = torch.rand(len(samples), generator=generator) >= DROP
-        prompts = [str(captions[i]) if keep else "" for i, keep in zip(index.tolist(), kept.tolist())]
+        prompts = [str(captions[i]) if keep else ""
+                   for i, keep in zip(index.tolist(), kept.tolist())]
         s = torch.randint(schedule.timesteps, (len(samples),), generator=generator).float()
         return x1, torch.randn(x1.shape, generator=generator), s, prompts
 
-    def loss(x1, noise, s, prompts):
+    def loss(unet, x1, noise, s, prompts):
         return noise_loss(unet, schedule, x1, noise, s, encode(prompts)), schedule.time(s)
 
     options = TrainingOptions(
-        iterations, 64, learning_rate=1e-3, weight_decay=0.01, warmup_samples=64_000, cooldown=0.3, ema_half_life=50_000,
-        ema_ramp=EMA_RAMP, save_every=500, log_every=50, seed=seed,
-    )  # fmt: skip
+        iterations, 64, learning_rate=1e-3, weight_decay=0.01, warmup_samples=64_000, cooldown=0.3,
+        ema_half_life=50_000, ema_ramp=EMA_RAMP, save_every=500, log_every=50, seed=seed,
+    )
     train(unet, draw, loss, options, folder / "unet", {"data": len(latents)}, "4 U-Net")
     return unet
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # How good it is
 
 
 def minutes_of(folder: Path, steps: int | None = None) -> float:
-    """Minutes that a stage takes, or its first steps: with the median of its seconds a step, so that pauses do not count."""
+    """Minutes that a stage takes, or its first steps.
+
+    By the median of its seconds a step, so that pauses do not count.
+    """
     rows = read_metrics(folder)
-    return round((steps or rows[-1]["step"]) * statistics.median(row["seconds_per_step"] for row in rows) / 60, 1)
+    seconds = statistics.median(row["seconds_per_step"] for row in rows)
+    return round((steps or rows[-1]["step"]) * seconds / 60, 1)
 
 
 def measure(model: StableDiffusion, reader: shapes.Reader, seed: int) -> dict:
-    """Shares of right pictures and Fréchet distances, on noises and pictures that training never saw."""
-    share = lambda pictures, captions: sum(shapes.right(reader, pictures, captions)) / len(captions)  # noqa: E731
-    seeds = list(seeds_in("evaluation", seed, MEASURED))
-    guidance = default_guidance(model)
-    figures = {"pictures": MEASURED, "teacher_steps": TEACHER_STEPS, "guidance": guidance}
-    kinds = {"full": shapes.full_captions, "open": shapes.open_captions, "mixed": shapes.random_captions}
+    """Shares of right pictures and Fréchet distances, on noises and pictures never trained on."""
+    share = lambda pictures, captions: sum(shapes.right(reader, pictures, captions)) / len(captions)
+    seeds = seeds_in("evaluation", seed, MEASURED)
+    figures = {"pictures": MEASURED, "teacher_steps": TEACHER_STEPS, "guidance": model.guidance}
+    kinds = {"full": shapes.full_captions, "open": shapes.open_captions,
+             "mixed": shapes.random_captions}
     for kind, make in kinds.items():
         captions = make(MEASURED, seed)
         drawn = shapes.drawn(captions, seed)
         prompts = [str(caption) for caption in captions]
         with tqdm(total=MEASURED, desc=f"5 figures, {kind} captions") as bar:
-            pictures = draw_pictures(model, prompts, seeds, TEACHER_STEPS, guidance, 250, bar)
+            pictures = draw_pictures(model, prompts, seeds, TEACHER_STEPS, bar=bar)
         with torch.inference_mode():
-            # Other pictures of the same captions, as the teacher's are; the same ones would flatter the autoencoder.
+            # Other pictures of the same captions, as the teacher's are; the same ones would flatter
+            # the autoencoder.
             others = shapes.drawn(captions, seed + 1)
-            rebuilt = torch.cat([model.vae.decode(model.vae.encode_latents(part)) for part in others.split(250)])
+            rebuilt = torch.cat([
+                model.vae.decode(model.vae.encode_latents(part)) for part in others.split(250)
+            ])
             real = reader.features(drawn)
             figures[kind] = {
                 "reader_on_drawn": share(drawn, captions),
@@ -307,16 +344,18 @@ def measure(model: StableDiffusion, reader: shapes.Reader, seed: int) -> dict:
     return figures
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main():
     parser = Parser("Train the tiny Stable Diffusion and its judge, from nothing.")
     parser.add_argument(
-        "--out", default=str(HERE / "toy" / "tiny_sd.safetensors"), help="the model; the reader lands beside it"
+        "--out", default=str(HERE / "toy" / "tiny_sd.safetensors"),
+        help="the model; the reader lands beside it"
     )
     parser.add_argument("--work", default="runs/teacher", help="folder of the training states")
-    parser.add_argument("--data", type=positive, default=100_000, help="pictures to draw for the U-Net")
+    parser.add_argument("--data", type=positive, default=100_000,
+                        help="pictures to draw for the U-Net")
     parser.add_argument("--reader-iterations", type=positive, default=3000)
     parser.add_argument("--autoencoder-iterations", type=positive, default=1500)
     parser.add_argument("--text-iterations", type=positive, default=2000)
@@ -328,25 +367,28 @@ def main():
 
     vocabulary, merges = make_vocabulary()
     text_config = replace(TEXT, vocab_size=len(vocabulary))
-    tokenizer = checkpoint.tokenizer_from(vocabulary, merges)
+    tokenizer = tokenizer_from(vocabulary, merges)
 
-    def tokenize(prompts: list[str]) -> torch.Tensor:
-        return checkpoint.tokenize(tokenizer, prompts, text_config.max_position_embeddings)
+    def ids_of(prompts: list[str]) -> torch.Tensor:
+        return tokenize(tokenizer, prompts, text_config.max_position_embeddings)
 
     reader = train_reader(args.reader_iterations, folder, seed)
     vae = train_autoencoder(args.autoencoder_iterations, folder, seed)
-    text_encoder = train_text(args.text_iterations, folder, seed, tokenize, text_config)
+    text_encoder = train_text(args.text_iterations, folder, seed, ids_of, text_config)
 
     @torch.no_grad()
     def encode(prompts: list[str]) -> torch.Tensor:
-        return text_encoder(tokenize(prompts))
+        return text_encoder(ids_of(prompts))
 
     latents, captions, deviation = latent_data(vae, args.data, seed)
-    vae.config = replace(vae.config, scaling_factor=1 / deviation)  # latents of unit size, as SD's 0.18215 makes them
-    unet = train_unet(args.unet_iterations, folder, seed, vae.config.scaling_factor * latents, captions, encode)
+    # Latents of unit size, as SD's 0.18215 makes them.
+    vae.config = replace(vae.config, scaling_factor=1 / deviation)
+    unet = train_unet(
+        args.unet_iterations, folder, seed, vae.config.scaling_factor * latents, captions, encode
+    )
 
     out = Path(args.out)
-    model = StableDiffusion(unet, vae, text_encoder, tokenizer, "diffusion", captions="toy/captions.txt")
+    model = StableDiffusion(unet, vae, text_encoder, tokenizer, "diffusion", family="shapes")
     checkpoint.save(model, out)
     reader_tensors = {name: tensor.half() for name, tensor in reader.state_dict().items()}
     write_whole(out.with_name("reader.safetensors"), lambda path: save_file(reader_tensors, path))
@@ -362,8 +404,10 @@ def main():
     for stage in ("reader", "autoencoder", "text", "unet"):
         figures["minutes"][stage] = minutes_of(folder / stage)
         plot_loss(folder / stage)
-    figures |= measure(checkpoint.load(out), shapes.load_reader(out.with_name("reader.safetensors")), seed + 1)
-    write_text(out.with_suffix(".json"), json.dumps(figures, indent=2) + "\n")
+    figures |= measure(
+        checkpoint.load(out), shapes.load_reader(out.with_name("reader.safetensors")), seed + 1
+    )
+    write_json(out.with_suffix(".json"), figures)
     print(json.dumps(figures, indent=2))
 
 

@@ -1,0 +1,301 @@
+"""A diffusers folder, in and out: the other door beside checkpoint.py's single file.
+
+    sd14/model_index.json                        the pipeline's class and its parts
+    sd14/unet/config.json, diffusion_pytorch_model.safetensors       vae/, text_encoder/ likewise
+    sd14/tokenizer/vocab.json, merges.txt
+
+Our modules carry the names of this layout, so tensors need no renaming; configurations do. Folders
+written here open as they are in diffusers' StableDiffusionPipeline (a diffusion) and in InstaFlow's
+own RectifiedFlowPipeline (a flow or a one-step model).
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from command import BadInput, first_line, note, write_folder_whole
+from stable_diffusion import FAMILIES, KINDS, MALFORMED, StableDiffusion, empty_networks, fill
+from text_encoder import TextEncoderConfig, merges_text, tokenizer_in, tokenizer_parts
+from unet import UNetConfig
+from vae import VAEConfig
+
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+# --------------------------------------------------------------------------------------------------
+# In
+
+
+def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDiffusion:
+    """The model in a folder. kind overrides what it says. BadInput: whatever is wrong with it."""
+    if (path / "text_encoder_2").exists():
+        raise BadInput(f"{path}: a Stable Diffusion XL folder; this project reads SD 1.4, 1.5 and "
+                       "fine-tunes of them")
+    config = {part: read_config(path, part) for part in ("unet", "vae", "text_encoder")}
+    unet = config["unet"]
+    if unet.get("use_linear_projection") or unet.get("cross_attention_dim") == 1024:
+        raise BadInput(f"{path}: a Stable Diffusion 2.x folder; this project reads SD 1.4, 1.5 and "
+                       "fine-tunes of them")
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    predicts = (read_json(scheduler).get("prediction_type", "epsilon") if scheduler.exists()
+                else "epsilon")
+    if predicts != "epsilon":
+        raise BadInput(f"{path}: a {predicts} model (scheduler/); this project reads those that "
+                       "predict the noise, as SD 1.4 does")
+    networks = empty_networks(str(path), lambda: (
+        unet_from_diffusers(config["unet"]),
+        vae_from_diffusers(config["vae"]),
+        text_from_transformers(config["text_encoder"]),
+    ), dtype)
+    for part, network in networks.items():
+        files = tensors_in(weight_files(path / part))
+        keys = {name: name for name in network.state_dict()}
+        if part == "vae" and any(".query." in key for key in files):  # SD 1.4's and 1.5's folders
+            for name in (name for name in keys if ".attentions." in name):
+                for new, old in OLD_ATTENTION.items():
+                    keys[name] = keys[name].replace(f".{new}.", f".{old}.")
+        if part == "text_encoder" and not any(key.startswith("text_model.") for key in files):
+            keys = {name: name.removeprefix("text_model.") for name in keys}  # transformers 5's
+        fill(network, part, keys, files, str(path / part), device, dtype)
+        tell_unused(path / part, set(files) - set(keys.values()))
+    index = path / "model_index.json"
+    pipeline = checked_about(index, read_json(index) if index.exists() else {})
+    kind = kind or pipeline.get("kind") or guessed_kind(path, pipeline, config["unet"])
+    tokenizer = tokenizer_in(path / "tokenizer") if (path / "tokenizer").is_dir() else None
+    return StableDiffusion(**networks, tokenizer=tokenizer, kind=kind,
+                           family=pipeline.get("family") or "sd")
+
+
+def guessed_kind(path: Path, pipeline: dict, unet: dict) -> str:
+    """The kind of a folder that does not say it. InstaFlow's say flow, and not whether one-step."""
+    if pipeline.get("_class_name") != "RectifiedFlowPipeline":
+        return "diffusion"
+    folder = path.resolve()
+    if folder.parent.name == "snapshots":  # of the hub's cache, where the folder above has the name
+        folder = folder.parent.parent
+    names = (folder.name, str(pipeline.get("_name_or_path")), str(unet.get("_name_or_path")))
+    kind = "one-step" if any("instaflow" in name.lower() for name in names) else "flow"
+    note(f"{path}: a RectifiedFlowPipeline, by its name taken for a model of kind {kind}; --kind "
+         "says otherwise")
+    return kind
+
+
+def checked_about(path: Path, about) -> dict:
+    """What a file or folder says of itself, with a kind and a family that are known here."""
+    if not isinstance(about, dict):
+        what = type(about).__name__
+        raise BadInput(f"{path}: its metadata is malformed (a {what}, not an object); get it again")
+    for name, known in (("kind", KINDS), ("family", tuple(FAMILIES))):
+        if about.get(name) is not None and about[name] not in known:
+            raise BadInput(f"{path}: its metadata names the {name} {about[name]!r}; known are "
+                           f"{', '.join(known)}")
+    return about
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; BadInput where the file holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise BadInput(f"{path}: not JSON ({first_line(problem)}); get the folder again") from None
+    if not isinstance(found, dict):
+        what = type(found).__name__
+        raise BadInput(f"{path}: holds a {what} and not an object; get the folder again")
+    return found
+
+
+def read_config(path: Path, part: str) -> dict:
+    try:
+        return read_json(path / part / "config.json")
+    except OSError:
+        raise BadInput(
+            f"{path}: has no {part}/config.json; give a whole diffusers folder of an SD 1.x model"
+        ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of one network: whole, fp16 variant, or the parts that an index names."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16"):
+            whole = folder / f"{stem}{variant}.safetensors"
+            if whole.is_file():
+                return [whole]
+            for name in (f"{stem}.safetensors.index{variant}.json",
+                         f"{stem}{variant}.safetensors.index.json"):
+                if (folder / name).is_file():
+                    return files_named_in(folder / name)
+    raise BadInput(f"{folder}: holds no .safetensors weights; pickles (.bin) are not read, save "
+                   "them as safetensors first")
+
+
+def files_named_in(index: Path) -> list[Path]:
+    """The files, beside the index, that hold a network's tensors."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        assert all(Path(name).name == name for name in names)  # beside it, and nowhere else
+    except (*MALFORMED, AssertionError):
+        raise BadInput(f"{index}: not an index of weight files; get the folder again") from None
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise BadInput(
+            f"{index.parent}: {index.name} names {missing[0]}, which is not there; get it again"
+        )
+    return [index.parent / name for name in names]
+
+
+def tensors_in(paths: list[Path]) -> dict:
+    """Tensor name -> the open safetensors file that holds it."""
+    found = {}
+    for path in paths:
+        try:
+            file = safe_open(path, "pt")
+        except (SafetensorError, OSError) as problem:
+            raise BadInput(
+                f"{path}: not a whole safetensors file ({problem}); get or make it again"
+            ) from None
+        found |= dict.fromkeys(file.keys(), file)
+    return found
+
+
+def tell_unused(where: Path, names: set[str]) -> None:
+    """Name what a file holds beyond the model; CLIP's position numbers are known not to matter."""
+    unknown = sorted(name for name in names if not name.endswith("position_ids"))
+    if unknown:
+        first = ", ".join(unknown[:3])
+        note(f"{where}: {len(unknown)} unknown tensors are not used, first {first}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Configurations
+
+
+def unet_from_diffusers(config: dict) -> UNetConfig:
+    same = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim",
+            "norm_num_groups", "sample_size")
+    return UNetConfig(
+        **{name: config[name] for name in same},
+        block_out_channels=tuple(config["block_out_channels"]),
+        attention_levels=tuple(name.startswith("CrossAttn") for name in config["down_block_types"]),
+        attention_heads=config["attention_head_dim"],
+    )
+
+
+def unet_to_diffusers(config: UNetConfig) -> dict:
+    levels = config.attention_levels
+    result = asdict(config) | {
+        "_class_name": "UNet2DConditionModel",
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in levels],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(levels)],
+        "attention_head_dim": config.attention_heads,
+    }
+    del result["attention_levels"], result["attention_heads"], result["stacked"]
+    return result
+
+
+def vae_from_diffusers(config: dict) -> VAEConfig:
+    names = ("in_channels", "out_channels", "latent_channels", "layers_per_block",
+             "norm_num_groups", "scaling_factor")
+    known = {name: config[name] for name in names if name in config}  # old ones lack the last
+    return VAEConfig(block_out_channels=tuple(config["block_out_channels"]), **known)
+
+
+def vae_to_diffusers(config: VAEConfig) -> dict:
+    levels = len(config.block_out_channels)
+    return asdict(config) | {
+        "_class_name": "AutoencoderKL", "sample_size": 512,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def text_from_transformers(config: dict) -> TextEncoderConfig:
+    names = asdict(TextEncoderConfig())
+    return TextEncoderConfig(**{name: config[name] for name in names if name in config})
+
+
+def text_to_transformers(config: TextEncoderConfig) -> dict:
+    end = config.vocab_size - 1
+    return asdict(config) | {
+        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": config.hidden_size,
+        "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Out
+
+
+def export(model: StableDiffusion, folder: str | Path, dtype=torch.float16) -> None:
+    """Write a folder, whole or not at all; dtype None keeps the model's. BadInput: it exists."""
+    folder = Path(folder)
+    if folder.exists():
+        raise BadInput(f"{folder}: exists already; name a new folder")
+    if model.unet.config.stacked:
+        raise BadInput(
+            f"{model.path}: diffusers has no class for a stacked U-Net; keep the .safetensors file"
+        )
+    if model.tokenizer is None:
+        note(f"{folder}: without a tokenizer, which other programs need; give --tokenizer")
+    write_folder_whole(folder, lambda temporary: write_folder(model, temporary, dtype))
+
+
+def write_folder(model: StableDiffusion, folder: Path, dtype) -> None:
+    """The files of `export`, into an empty folder."""
+    dtype = dtype or model.dtype
+    text = text_to_transformers(model.text_encoder.config)
+    parts = {  # its library, class, configuration and the stem of its file
+        "unet": ("diffusers", "UNet2DConditionModel", unet_to_diffusers(model.unet.config),
+                 "diffusion_pytorch_model"),
+        "vae": ("diffusers", "AutoencoderKL", vae_to_diffusers(model.vae.config),
+                "diffusion_pytorch_model"),
+        "text_encoder": ("transformers", "CLIPTextModel",
+                         text | {"torch_dtype": str(dtype).removeprefix("torch.")}, "model"),
+    }
+    diffusion = model.kind == "diffusion"
+    index = {
+        "_class_name": "StableDiffusionPipeline" if diffusion else "RectifiedFlowPipeline",
+        "kind": model.kind, "family": model.family, "requires_safety_checker": False,
+        "safety_checker": [None, None], "feature_extractor": [None, None],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    for part, (library, name, config, stem) in parts.items():
+        index[part] = [library, name]
+        write_json(folder / part / "config.json", config)
+        tensors = {
+            key: tensor.detach().to("cpu", dtype, memory_format=torch.contiguous_format)
+            for key, tensor in getattr(model, part).state_dict().items()
+        }
+        save_file(tensors, folder / part / f"{stem}.safetensors", {"format": "pt"})
+    # The steps of `sampling_timesteps`; an offset of 1 is what pipelines made for SD 1.x ask for,
+    # and has no effect on these.
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "timestep_spacing": "trailing", "prediction_type": "epsilon", "steps_offset": 1,
+    })
+    if model.tokenizer is not None:
+        write_tokenizer(model, folder / "tokenizer")
+    write_json(folder / "model_index.json", index)
+
+
+def write_tokenizer(model: StableDiffusion, folder: Path) -> None:
+    vocabulary, merges = tokenizer_parts(model.tokenizer)
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    special = {name: getattr(model.tokenizer, name) for name in names}
+    length = model.text_encoder.config.max_position_embeddings
+    write_json(folder / "vocab.json", vocabulary)
+    (folder / "merges.txt").write_text(merges_text(merges), encoding="utf-8")
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json",
+               special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": length})
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,90 @@
+"""A judge draws captions and reads pictures: what tiny models are asked, and how they are graded.
+
+A Python file such as toy/shapes.py, with
+
+    measuring_captions(n, seed)         captions that are in no list to train on
+    drawn(captions, seed)               pictures of them, (N, 3, H, W) in [-1, 1]
+    load_reader()                       a network with .features(pictures)
+    right(reader, pictures, captions)   for each picture, does it show all that its caption says?
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from command import BadInput
+from evaluation.figures import frechet_distance, precision_recall, with_interval
+from pairs import built_in_prompts, parts_of
+from sample import seeds_in
+from training import seed_of
+
+JUDGE = ("measuring_captions", "drawn", "load_reader", "right")
+GRADES = ("caption_accuracy", "frechet", "precision", "recall")
+
+
+def load_judge(path: str):
+    """The judge's module. BadInput where it is none."""
+    if not Path(path).is_file():
+        raise BadInput(f"--judge {path}: no such file; give a Python file such as toy/shapes.py")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    judge = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = judge  # dataclasses look their module up
+    spec.loader.exec_module(judge)
+    missing = [name for name in JUDGE if not hasattr(judge, name)]
+    if missing:
+        raise BadInput(f"--judge {path}: has no {missing[0]}; a judge has {', '.join(JUDGE)}, as "
+                       "toy/shapes.py does")
+    return judge
+
+
+@dataclass
+class Questions:
+    """What every model is asked: prompts and seeds, and how its pictures are graded."""
+
+    prompts: list[str]
+    seeds: range  # of the noises
+    grade: Callable[[Tensor], dict]  # pictures -> a figure for each of GRADES
+    drawn: list[Tensor]  # two sets of drawn pictures where a judge can draw; empty where none can
+    seed: int  # the --seed that all this comes from
+
+
+def questions_of(judge_path: str | None, count: int | None, seed: int, repeat: int) -> Questions:
+    """A judge's captions; without one built-in prompts nothing was trained on, and no grades."""
+    count = count or (8 if judge_path is None else 1000)
+    seeds = seeds_in("evaluation", seed, count, start=repeat * count)
+    if judge_path is None:
+        _, kept = parts_of(built_in_prompts())
+        prompts = [kept[k % len(kept)] for k in range(count)]
+        return Questions(prompts, seeds, lambda pictures: dict.fromkeys(GRADES), [], seed)
+    judge = load_judge(judge_path)
+    return judged(judge, judge.measuring_captions(count, seeds[0]), seeds, seed)
+
+
+def judged(judge, captions: list, seeds: range, seed: int) -> Questions:
+    """These captions and seeds of noises, which come from the --seed, graded by a judge."""
+    reader = judge.load_reader()
+    drawn = [judge.drawn(captions, seed_of(seeds[0], k)) for k in range(2)]
+    with torch.no_grad():
+        real = reader.features(drawn[0])
+
+    @torch.no_grad()
+    def grade(pictures: Tensor) -> dict:
+        features = reader.features(pictures)
+        accuracy = sum(judge.right(reader, pictures, captions)) / len(captions)
+        precision, recall = precision_recall(real, features)
+        return dict(zip(GRADES, (accuracy, frechet_distance(real, features), precision, recall)))
+
+    return Questions([str(caption) for caption in captions], seeds, grade, drawn, seed)
+
+
+def graded(questions: list[Questions], pictures: list[Tensor]) -> dict:
+    """The grades of a set of pictures for each of the questions, as means with intervals."""
+    each, figures = [asked.grade(drawn) for asked, drawn in zip(questions, pictures)], {}
+    for name in GRADES:
+        figures[name], figures[f"{name}_interval"] = with_interval([grade[name] for grade in each])
+    return figures

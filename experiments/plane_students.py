@@ -1,0 +1,146 @@
+"""One-step students in the plane: where does direct distillation fall behind, and does it catch up?
+
+    python experiments/plane_students.py            5 seeds; stopped, it goes on there
+
+Students of the teacher and of 2-RF (toy/demo.py), over widths, updates, starts and seeds; each seed
+is a whole run. Students start from random weights, the same for both teachers, so that only what
+they are to learn differs; at the width of the teacher also from its weights, as in the paper.
+There, direct distillation goes on for as many updates as reflow took.
+
+Writes students.json (a row for each seed), students.md (means, and from least to greatest) and
+students.png. Columns are those of toy/demo.py; endpoint_error is to the student's own teacher.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
+
+from command import (
+    Parser, check_output, not_below_zero, positive, run, write_json, write_text, write_whole,
+)
+from demo import MLP, Model, Probe, distill, rings, student_row, up_to_second_flow
+from evaluation.plots import grouped, markdown_table
+from sample import run_seed
+
+KEYS = ("teacher", "start", "width", "updates")
+FIGURES = {
+    "endpoint_error": "squared error to its own teacher",
+    "times_floor": "Wasserstein-2 to data, times the floor",
+    "on_mode": "share of points on a mode",
+}
+# The lines of the figure: teacher, start, legend, colour, marker, dashes.
+LINES = [
+    ("teacher", "random", "direct, random start", "tab:orange", "o", "-"),
+    ("2-RF", "random", "after reflow, random start", "tab:blue", "s", "-"),
+    ("teacher", "teacher", "direct, started from the teacher", "tab:orange", "^", "--"),
+    ("2-RF", "teacher", "after reflow, started from 2-RF", "tab:blue", "v", "--"),
+]
+
+
+def measure_seed(args, rows: list[dict], write) -> None:
+    """Every student of --seed that the rows do not have yet."""
+    teacher, teacher_pairs, flow, flow_pairs = up_to_second_flow(rings(), args)
+    probe = Probe(rings(), args.num_samples, args.seed)
+    for source, pairs in ((teacher, teacher_pairs), (flow, flow_pairs)):
+        starts = [(source, args.width, "teacher")]
+        for width in args.widths:
+            torch.manual_seed(args.seed)
+            starts.append((Model("", MLP(width), "flow"), width, "random"))
+        for start, width, name in starts:
+            reflow_too = [args.updates[-1] + args.iterations] * (start is teacher)
+            for updates in args.updates + reflow_too:
+                key = dict(zip(KEYS, (source.name, name, width, updates))) | {"seed": args.seed}
+                if any(key.items() <= row.items() for row in rows):
+                    continue
+                student = distill(start, pairs, args, updates,
+                                  f"{source.name} + distill, {width}, {updates}")
+                measured = student_row(student, source, probe)
+                rows.append(
+                    key | {figure: measured[figure] for figure in FIGURES}
+                    | {"samples": args.num_samples}
+                )
+                write()
+
+
+def summary_of(rows: list[dict]) -> list[dict]:
+    """Rows that differ in their seed alone, as mean, least and greatest of each figure."""
+    summary = []
+    for key, group in grouped(rows, KEYS).items():
+        line = dict(zip(KEYS, key)) | {"seeds": len(group)}
+        for name in FIGURES:
+            values = [row[name] for row in group]
+            line |= {name: sum(values) / len(values), f"{name}_min": min(values),
+                     f"{name}_max": max(values)}
+        summary.append(line)
+    return summary
+
+
+def save_figure(path: Path, summary: list[dict], width: int, updates: int) -> None:
+    """Figures against the width, at that many updates, and against updates, at that width.
+
+    Lines are means over seeds, bands go from the least to the greatest.
+    """
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    columns = figure.subplots(2, 3)
+    for column, (name, title) in zip(columns.T, FIGURES.items()):
+        fixed_by_row = ({"updates": updates}, {"width": width})
+        for axis, variable, fixed in zip(column, ("width", "updates"), fixed_by_row):
+            shown = [row for row in summary if fixed.items() <= row.items()]
+            for teacher, start, legend, colour, marker, dashes in LINES:
+                mine = [row for row in shown if (row["teacher"], row["start"]) == (teacher, start)]
+                mine.sort(key=lambda row: row[variable])  # noqa: B023
+                x, y = [row[variable] for row in mine], [row[name] for row in mine]
+                low, high = ([row[f"{name}_{end}"] for row in mine] for end in ("min", "max"))
+                axis.plot(x, y, dashes, color=colour, marker=marker, markersize=5, label=legend)
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            ticks = sorted({row[variable] for row in shown})
+            scale = "log" if name == "endpoint_error" else "linear"
+            axis.set(xscale="log", xticks=ticks, xticklabels=ticks, yscale=scale)
+            axis.xaxis.minorticks_off()
+        column[0].set(title=title, xlabel=f"width of the student ({updates} updates)")
+        column[1].set(xlabel=f"updates (width {width})")
+    columns[0, 0].legend(fontsize=8)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight"))
+
+
+def main():
+    parser = Parser("One-step students in the plane, over widths, updates, starts and seeds.")
+    add = parser.add_argument
+    add("--num-seeds", type=positive, default=5, help="whole runs, from --seed on")
+    add("--widths", type=positive, nargs="+", default=[8, 16, 32, 64, 128, 256],
+        help="of the students")
+    add("--updates", type=positive, nargs="+", default=[125, 250, 500, 1000, 2000], help="rising")
+    add("--width", type=positive, default=128, help="of the teacher and of 2-RF")
+    add("--iterations", type=positive, default=3000, help="updates of the teacher and of reflow")
+    add("--distill-iterations", type=positive, default=250,
+        help="updates at which widths are compared")
+    add("--batch-size", type=positive, default=256, help="samples of one update")
+    add("--num-pairs", type=positive, default=20_000)
+    add("--num-samples", type=positive, default=2000, help="points that a row is measured on")
+    add("--teacher-guidance", type=not_below_zero, default=1.5, help="1 is off")
+    add("--seed", type=run_seed, default=0)
+    add("--out", default="runs/plane-students", help="folder")
+    args = parser.parse_args()
+    path = Path(args.out) / "students.json"
+    check_output(path)
+    rows = json.loads(path.read_text()) if path.exists() else []
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        measure_seed(argparse.Namespace(**vars(args) | {"seed": seed}), rows,
+                     lambda: write_json(path, rows))
+    summary = summary_of(rows)
+    write_text(path.with_suffix(".md"), markdown_table(summary))
+    # Width is compared where the demo stops, or at the next number of updates that was measured.
+    at = min((n for n in args.updates if n >= args.distill_iterations), default=args.updates[-1])
+    save_figure(path.with_suffix(".png"), summary, args.width, at)
+    print(markdown_table(summary) + f"{args.out}: students.json, students.md and students.png")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,116 @@
+"""The method as a specification: what must hold, on two noises A, B and two targets P, Q.
+
+The points are narrow Gaussians, so that the best velocity E[X1 - X0 | X_t] has a closed form.
+"""
+
+import pytest
+import torch
+
+from diffusion import NoiseSchedule, diffusion_start, diffusion_velocity
+from rectified_flow import (
+    distill_loss, euler, guided, interpolate, one_step, reflow_loss, straightness,
+)
+
+NOISES, TARGETS = torch.tensor([[-1.0, 1], [-1, -1]]), torch.tensor([[1.0, 1], [1, -1]])
+WIDTH = 0.15
+
+
+def best_velocity(pairs):
+    """The average of X1 - X0 over the lines that pass a point at that time."""
+
+    def velocity(x, t, context):
+        t = t[:, None]
+        spread = (1 - t) ** 2 + t**2
+        answers, weights = [], []
+        for x0, x1 in pairs:
+            away = x - interpolate(x0[None], x1[None], t[:, 0])
+            answers.append(x1 - x0 + (2 * t - 1) / spread * away)
+            weights.append(-away.square().sum(1) / (2 * WIDTH**2 * spread[:, 0]))
+        return (torch.stack(weights).softmax(0)[..., None] * torch.stack(answers)).sum(0)
+
+    return velocity
+
+
+def sample_of(pairs, count=4000):
+    """Noises, targets and times of random pairs."""
+    generator = torch.Generator().manual_seed(0)
+    which = torch.randint(len(pairs), (count,), generator=generator)
+    x0, x1 = (
+        torch.stack(ends)[which] + WIDTH * torch.randn(count, 2, generator=generator)
+        for ends in zip(*pairs)
+    )
+    return x0, x1, torch.rand(count, generator=generator)
+
+
+CROSSING = [(x0, x1) for x0 in NOISES for x1 in TARGETS]
+FLOW = best_velocity(CROSSING)
+*_, ENDS = euler(FLOW, NOISES, 1000)
+REFLOWED = best_velocity(list(zip(NOISES, ENDS)))
+
+
+def test_a_straight_flow_is_exact_in_one_step():
+    straight = lambda x, t, context: TARGETS - NOISES
+    for steps in (1, 3, 10):
+        *_, end = euler(straight, NOISES, steps)
+        torch.testing.assert_close(end, TARGETS)
+    torch.testing.assert_close(one_step(straight, NOISES), TARGETS)
+    assert straightness(straight, NOISES, 10) < 1e-12
+
+
+def test_reflows_loss_is_least_at_the_average():
+    x0, x1, t = sample_of(CROSSING)
+    least = reflow_loss(FLOW, x0, x1, t).mean()
+    for other in (
+        lambda x, t, context: 1.1 * FLOW(x, t, context),
+        lambda x, t, context: FLOW(x, t, context) + 0.2,
+    ):
+        assert reflow_loss(other, x0, x1, t).mean() > least
+
+
+def test_one_step_of_an_average_is_a_blur():
+    torch.testing.assert_close(
+        one_step(FLOW, NOISES[:1]), torch.tensor([[1.0, 0.0]]), atol=1e-3, rtol=0
+    )
+
+
+def test_the_flow_pairs_the_points_anew_without_crossing():
+    torch.testing.assert_close(ENDS, TARGETS, atol=0.05, rtol=0)  # A to P and B to Q
+
+
+def test_reflow_straightens_and_lowers_the_transport_cost():
+    cost = lambda pairs: torch.stack([(x1 - x0).square().sum() for x0, x1 in pairs]).mean().item()
+    assert (
+        cost(CROSSING) == pytest.approx(6)
+        and cost(zip(NOISES, ENDS)) == pytest.approx(4, abs=0.2)
+    )
+    assert straightness(REFLOWED, NOISES, 100) < 1e-4 < straightness(FLOW, NOISES, 1000)
+
+
+def test_after_reflow_one_step_lands_where_many_do():
+    torch.testing.assert_close(one_step(REFLOWED, NOISES), ENDS, atol=1e-4, rtol=0)
+    assert (
+        distill_loss(REFLOWED, NOISES, ENDS).max() < 1e-8
+        < distill_loss(FLOW, NOISES, ENDS).min()
+    )
+
+
+def test_guidance_1_is_off_and_0_is_unconditional():
+    network, text, none = lambda x, t, context: x + context, torch.ones(2, 2), torch.zeros(1, 2)
+    answer = lambda scale: guided(network, none, scale)(NOISES, torch.zeros(2), text)
+    assert torch.equal(answer(1), NOISES + 1) and torch.equal(answer(0), NOISES)
+    assert torch.equal(answer(3), NOISES + 3)
+
+
+def test_ddim_is_euler_on_the_diffusion_seen_as_a_flow():
+    """DDIM as its paper writes it, equation 12 with η = 0."""
+    schedule, predict_noise = NoiseSchedule(), lambda x, s, context: torch.sin(x + s[:, None] / 400)
+    timesteps, x = schedule.sampling_timesteps(7), NOISES
+    alphas, sigmas = (
+        v.tolist() + [end] for v, end in zip(schedule.alpha_sigma(timesteps), (1.0, 0.0))
+    )
+    for k, s in enumerate(timesteps):
+        noise = predict_noise(x, s.repeat(2), None)
+        x = alphas[k + 1] * (x - sigmas[k] * noise) / alphas[k] + sigmas[k + 1] * noise
+    velocity, start = diffusion_velocity(predict_noise, schedule), diffusion_start(NOISES, schedule)
+    *_, end = euler(velocity, start, 7, None, schedule.sampling_times(7))
+    torch.testing.assert_close(end, x, atol=1e-4, rtol=1e-4)
