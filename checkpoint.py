@@ -281,6 +281,13 @@ def initial_weights(text: str) -> str:
     return text
 
 
+def model_file(text: str) -> str:
+    """argparse type of --out: the name of a single file, as `load` takes it."""
+    if not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"must end in .safetensors, got {text!r}")
+    return text
+
+
 def load_start(init: str, teacher: StableDiffusion) -> tuple[str | UNet, str]:
     """What --init says (its name, or the U-Net of a checkpoint), and how settings call it.
 
@@ -288,7 +295,7 @@ def load_start(init: str, teacher: StableDiffusion) -> tuple[str | UNet, str]:
     """
     if init in STARTS:
         return init, init
-    unet = load(init, teacher.device).unet
+    unet = load(init).unet
     if unet.config != teacher.unet.config:
         raise BadInput(f"--init {init}: its U-Net is not built like the teacher's; give one that "
                        "was made from that")
@@ -306,7 +313,8 @@ def main():
                         help="the averaged U-Net of a full checkpoint")
     args = parser.parse_args()
     model = load(args.source, kind=args.kind, tokenizer=args.tokenizer, use_ema=args.use_ema)
-    (save if args.target.endswith(".safetensors") else export)(model, args.target)
+    dtype = None if args.use_ema else torch.float16  # averages are not rounded
+    (save if args.target.endswith(".safetensors") else export)(model, args.target, dtype)
     print(f"{args.target}: a {model.kind} model")
 
 

@@ -91,6 +91,7 @@ def at_least(least: int | float, below: float = float("inf"), why: str = "") -> 
 
 
 positive, not_negative, not_below_zero = at_least(1), at_least(0), at_least(0.0)
+share = at_least(0.0, below=1.0)
 solver_steps = at_least(1, below=1001, why=", the steps of Stable Diffusion's noise schedule")
 
 
@@ -125,7 +126,8 @@ def run(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         message = "interrupted; run the same command again to continue"
     except torch.OutOfMemoryError:
-        message = "out of GPU memory; draw fewer at once (--batch-size, --teacher-batch-size)"
+        message = ("out of GPU memory; draw fewer at once (sample.py's --batch-size, "
+                   "--teacher-batch-size)")
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES,
                                  errno.EROFS):

@@ -89,6 +89,8 @@ def checked_about(path: Path, about) -> dict:
     if not isinstance(about, dict):
         what = type(about).__name__
         raise BadInput(f"{path}: its metadata is malformed (a {what}, not an object); get it again")
+    if "captions" in about and "family" not in about:
+        raise BadInput(f"{path}: written by an earlier version, of tiny models; make it again")
     for name, known in (("kind", KINDS), ("family", tuple(FAMILIES))):
         if about.get(name) is not None and about[name] not in known:
             raise BadInput(f"{path}: its metadata names the {name} {about[name]!r}; known are "

@@ -30,6 +30,7 @@ Captions, drawn pictures and the reader come from a judge (evaluation/judge.py).
 """
 
 import argparse
+import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +44,8 @@ from command import (
     HERE, TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, dtype_name,
     not_below_zero, pick_device, pick_dtype, positive, run, solver_steps, write_json, write_text,
 )
-from evaluation.figures import STRAIGHT, straightness_figures
-from evaluation.judge import GRADES, Questions, graded, questions_of
+from evaluation.figures import GRADES, STRAIGHT, straightness_figures
+from evaluation.judge import Questions, graded, questions_of
 from evaluation.plots import in_steps, label_of, markdown_table, save_comparison, save_curves
 from evaluation.real_images import Gallery, caption_score, feature_distance, read_coco, read_images
 from sample import NUMBERS_PER_BATCH, draw_pictures, drawn_at_once, read_prompts, run_seed, seeds_in
@@ -75,7 +76,8 @@ def evaluate(
             ]
         seconds = (time.perf_counter() - started) / count
         figures = graded(questions, pictures) | straight | {"seconds_per_image": seconds}
-        yield row_of(model, number, guidance, figures, questions), pictures[0]
+        shown = pictures[0][:PICTURED].clone()  # all of them would be held until the end
+        yield row_of(model, number, guidance, figures, questions), shown
 
 
 def straight_path(
@@ -108,6 +110,10 @@ def row_of(
 
 def ask_judge(args: argparse.Namespace, device: torch.device) -> tuple[list, list, list]:
     """(rows, labelled pictures, their captions). The first model decides what all are asked."""
+    for flag, given in (("--prompts", args.prompts), ("--image-size", args.image_size),
+                        ("--feature-extractor", args.feature_extractor)):
+        if given:
+            raise BadInput(f"{flag}: is for --coco or --images; give one of them too")
     rows, pictures, questions = [], [], []
     for model, guidance in models(args, device):
         if not questions:
@@ -139,7 +145,8 @@ def compare_with_images(args: argparse.Namespace, device: torch.device) -> tuple
             about = {
                 "model": Path(model.path).name, "hash": checkpoint.fingerprint(model.path),
                 "kind": model.kind, "steps": number, "guidance": guidance, "first_seed": seeds[0],
-                "dtype": dtype_name(model.dtype), "prompts": prompts,
+                "dtype": dtype_name(model.dtype), "prompts": len(prompts),
+                "prompts_hash": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
             }
 
             def draw(texts: list[str], numbers: list[int], bar: tqdm) -> Tensor:

@@ -119,7 +119,7 @@ def describe_pairs(
 def check_pairs(folder: str | Path, description: dict) -> None:
     """BadInput where the folder holds other pairs; more or fewer of the same are welcome."""
     same = {name: value for name, value in description.items() if name != "count"}
-    remedy = "ask for the same, or name another folder with --pairs"
+    remedy = "ask for the same, name another folder with --pairs, or delete this one"
     refuse_other(Path(folder) / "pairs.json", same, "other pairs", remedy)
 
 

@@ -17,7 +17,8 @@ The paper starts from the teacher's weights as they are (--init teacher). They p
 is the opposite of half the velocity; changing the sign of the last convolution (--init negated)
 removes most of the work of the tiny model. --loss pseudo-huber counts large errors less. A tenth of
 the prompts T is dropped, so that guidance works on the result. The result is 2-Rectified Flow, of
-kind "flow"; given as --teacher itself, it makes 3-Rectified Flow. InstaFlow (arXiv 2309.06380).
+kind "flow"; given as --teacher itself, it makes 3-Rectified Flow (a fourth flow wants another
+--seed). InstaFlow (arXiv 2309.06380).
 """
 
 import argparse
@@ -31,7 +32,8 @@ from torch import Tensor
 import checkpoint
 from command import (
     TINY_TEACHER, BadInput, ByModel, Parser, add_machine_options, check_output, keep_others_out,
-    not_below_zero, not_negative, pick_device, pick_dtype, positive, run, settle, solver_steps,
+    not_below_zero, not_negative, pick_device, pick_dtype, positive, run, settle, share,
+    solver_steps,
 )
 from pairs import Pairs, check_pairs, count_for, describe_pairs, make_pairs, prompts_for
 from rectified_flow import flow_velocity, pseudo_huber, reflow_loss
@@ -117,14 +119,14 @@ def arguments() -> argparse.Namespace:
         help="pseudo-huber counts large errors less (2405.20320)")
     add("--learning-rate", type=not_below_zero,
         help="default: 1e-06 from a diffusion, 1e-07 from a flow, tiny model 0.0005")
-    add("--cooldown", type=not_below_zero, default=ByModel(0.0, 0.6),
+    add("--cooldown", type=share, default=ByModel(0.0, 0.6),
         help="share of the run, at its end, over which the rate falls to 0; the paper's is "
              "constant")
     add("--warmup-samples", type=not_negative, default=ByModel(None, 6_400),
         help="samples until the full learning rate; for SD 1,000 times the batch")
     add("--ema-half-life", type=positive, default=ByModel(None, 10_000),
         help="samples until a weight counts half; for SD 6,931 times the batch")
-    add("--ema-ramp", type=not_below_zero, default=ByModel(0.0, 0.05),
+    add("--ema-ramp", type=share, default=ByModel(0.0, 0.05),
         help="the half-life is at most this share of the samples seen; 0: no limit, as in the "
              "paper")
     add("--accumulate", type=positive,
@@ -137,7 +139,7 @@ def arguments() -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile: minutes at first, faster after them")
     add("--save-every", type=positive, default=500,
         help="updates between saved states; 15 minutes at most")
-    add("--out", default="runs/2rf.safetensors",
+    add("--out", type=checkpoint.model_file, default="runs/2rf.safetensors",
         help="the flow; its training state lies in OUT.state")
     add_machine_options(parser, run_seed)
     return parser.parse_args()

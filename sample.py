@@ -9,8 +9,8 @@
     pictures = draw_pictures(model, ["a red circle"] * 4, seeds=range(4))   (4, 3, H, W) in [-1, 1]
 
 The checkpoint says what its U-Net predicts, and that decides how it is drawn from: a diffusion by
-DPM-Solver++, a flow by Euler steps, a one-step model by a single one, x1 = x0 + v(x0, 0). Pairs,
-evaluation and toys draw through `draw_latents` too.
+DPM-Solver++, a flow by Euler steps, a one-step model by a single one, x1 = x0 + v(x0, 0). Pairs
+and evaluation draw through `draw_latents` too.
 """
 
 import csv
@@ -74,11 +74,18 @@ def draw_latents(
 
 
 @torch.inference_mode()
-def draw_pictures(model, prompts, seeds, *how, batch_size: int | None = None, **more) -> Tensor:
+def draw_pictures(
+    model, prompts, seeds, *how, batch_size: int | None = None, bar: tqdm | None = None, **more,
+) -> Tensor:
     """Pictures (N, 3, H, W) in [-1, 1], fp32 on the CPU. Arguments as those of `draw_latents`."""
-    latents = draw_latents(model, prompts, seeds, *how, batch_size=batch_size, **more)
-    at_once = parts(len(latents), batch_size or drawn_at_once(latents.shape[1:]))
-    return torch.cat([model.vae.decode(latents[part]).float().cpu() for part in at_once])
+    pictures = []
+    at_once = batch_size or drawn_at_once(model.latent_shape(more.get("size")))
+    for part in parts(len(prompts), at_once):
+        latents = draw_latents(model, prompts[part], seeds[part], *how, batch_size=at_once, **more)
+        pictures.append(model.vae.decode(latents).float().cpu())
+        if bar is not None:
+            bar.update(len(latents))
+    return torch.cat(pictures)
 
 
 def sample_path(
@@ -128,7 +135,7 @@ def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 WORLDS = {"reflow": 1, "distillation": 2, "validation": 3, "evaluation": 4, "second reflow": 5}
 WORLD, RUN = 2**48, 2**24  # seeds in a world, and in what one --seed has of it
 run_seed = at_least(0, below=RUN)  # argparse types: the --seed of a run,
-noise_seed = at_least(0, below=WORLD)  # and that of a noise which a user asks for
+noise_seed = at_least(0, below=WORLD - RUN)  # and that of a noise which a user asks for
 
 
 def seeds_in(world: str, seed: int, count: int, start: int = 0) -> range:
@@ -140,6 +147,8 @@ def seeds_in(world: str, seed: int, count: int, start: int = 0) -> range:
     that users ask for. The pairs of every flow share "second reflow", so a fourth flow wants
     another --seed. BadInput: more noises than a --seed has.
     """
+    if seed >= RUN:
+        raise BadInput(f"--seed {seed}: there are {RUN:,}; take a smaller one")
     if start + count > RUN:
         raise BadInput(f"{start + count:,} noises: one --seed has {RUN:,}; ask for fewer, or give "
                        "the rest another --seed")

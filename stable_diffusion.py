@@ -117,7 +117,7 @@ class StableDiffusion:
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 over the weights in a single file or a folder, so that data can say what made it."""
+    """SHA-256 over a single file or the weights in a folder: so that data can say what made it."""
     path, digest = Path(path), hashlib.sha256()
     for file in sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path]:
         with open(file, "rb") as stream:

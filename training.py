@@ -1,4 +1,4 @@
-"""The one training loop: the teacher, reflow, both stages of distillation and the toys use `train`.
+"""The one training loop: the tiny teacher, reflow and both stages of distillation use `train`.
 
 In order: fetch a batch, set the learning rate, forward, backward, clip, AdamW, average the weights
 (EMA), log, save. Progress, warm-up and EMA half-life are counted in samples.
@@ -98,14 +98,16 @@ def train(
     that is kept); a damaged state, one of other settings or beyond the iterations asked for,
     another run at work in the folder, no room for the state.
     """
-    run = open_run(network, options, Path(folder), settings, name, dtype)
+    guard = functools.partial(explained, name, Path(folder), options)
+    with guard():
+        run = open_run(network, options, Path(folder), settings, name, dtype)
+        shared = network
+        if world_size() > 1:
+            shared = DistributedDataParallel(network, gradient_as_bucket_view=True)
     device = next(network.parameters()).device
     share = slice(*(r * options.batch_size // world_size() for r in (rank(), rank() + 1)))
     mine, part = share.stop - share.start, math.ceil(options.batch_size / options.accumulate)
     scale = world_size() / options.batch_size  # the processes' gradients are averaged
-    shared = network
-    if world_size() > 1:
-        shared = DistributedDataParallel(network, gradient_as_bucket_view=True)
     half = dtype != torch.float32
     autocast = torch.autocast(device.type, dtype, enabled=half, cache_enabled=False)
 
@@ -115,7 +117,7 @@ def train(
 
     network.train()
     losses, times, last_log = [], [], time.monotonic()
-    with explained(run), ThreadPoolExecutor(1) as ahead, progress_bar(run) as bar:
+    with guard(), ThreadPoolExecutor(1) as ahead, progress_bar(run) as bar:
         coming = ahead.submit(fetch, run.step)
         for step in range(run.step, options.iterations):
             batch = to_device(coming.result(), device)
@@ -126,7 +128,8 @@ def train(
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
 
-            run.optimizer.zero_grad(set_to_none=True)
+            # Buckets of several processes are the gradients' own memory: those are kept and zeroed.
+            run.optimizer.zero_grad(set_to_none=world_size() == 1)
             update_losses = []
             for start in range(0, mine, part):
                 alone = world_size() > 1 and start + part < mine  # only the last part is averaged
@@ -189,7 +192,7 @@ def check_finite(run: "Run", norm: float, losses: list[Tensor], step: int) -> No
     """
     if math.isfinite(norm):
         return
-    finite = torch.isfinite(torch.cat(losses)).all()
+    finite = all(from_all_processes([torch.isfinite(torch.cat(losses)).all().item()]))
     if finite and run.scaler.is_enabled() and run.scaler.get_scale() >= LEAST_SCALE:
         return
     size = run.options.batch_size
@@ -198,26 +201,32 @@ def check_finite(run: "Run", norm: float, losses: list[Tensor], step: int) -> No
         what = "the gradient is not finite, though the loss is,"
     raise BadInput(
         f"{run.name}: {what} at step {step}, samples {step * size} to {(step + 1) * size - 1}; "
-        f"{run.kept()}; try another run, with another --out, at a lower learning rate or in "
+        f"{kept(run.folder)}; try another run, with another --out, at a lower learning rate or in "
         "--dtype fp32"
     )
 
 
 @contextlib.contextmanager
-def explained(run: "Run"):
+def explained(name: str, folder: Path, options: TrainingOptions):
     """One line for what stops a run from outside, which names what of it is kept."""
     try:
         yield
     except KeyboardInterrupt:
         raise BadInput(
-            f"{run.name}: interrupted; {run.kept()}, run the same command again to continue"
+            f"{name}: interrupted; {kept(folder)}, run the same command again to continue"
         ) from None
     except torch.OutOfMemoryError:
         raise BadInput(
-            f"{run.name}: out of GPU memory; {run.kept()}, and the run goes on with what needs "
-            f"less: more parts of a batch than {run.options.accumulate} (--accumulate, in LPIPS "
+            f"{name}: out of GPU memory; {kept(folder)}, and the run goes on with what needs less: "
+            f"more parts of a batch than {options.accumulate} (--accumulate, in LPIPS "
             "--lpips-accumulate), --gradient-checkpointing, --ema-device cpu"
         ) from None
+
+
+def kept(folder: Path) -> str:
+    """What of a run is not lost."""
+    step = saved_progress(folder)["step"]
+    return f"the state of step {step} is kept in {folder}" if step else "no state is saved yet"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,10 +280,6 @@ class Run:
     @property
     def ema_device(self) -> torch.device:
         return next(iter(self.ema.values())).device
-
-    def kept(self) -> str:
-        at = f"the state of step {self.saved} is kept in {self.folder}"
-        return at if self.saved else "no state is saved yet"
 
 
 def open_run(

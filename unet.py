@@ -392,7 +392,7 @@ def started_from(unet: UNet, start: str | UNet, kind: str, seed: int) -> UNet:
     left as it is.
     """
     if isinstance(start, UNet):
-        return start
+        return start.to(unet.conv_in.weight.device)
     if start == "random":
         torch.manual_seed(seed)
         return UNet(unet.config).to(unet.conv_in.weight)

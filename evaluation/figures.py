@@ -17,6 +17,7 @@ from diffusion import as_flow
 from rectified_flow import path_bends
 from sample import noise_from_seeds
 
+GRADES = ("caption_accuracy", "frechet", "precision", "recall")
 NEIGHBOURS = 3  # of precision and recall, as in their paper
 NORMAL_95 = 1.96  # standard errors of a 95 % interval
 STRAIGHTNESS_STEPS = 25

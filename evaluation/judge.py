@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from command import BadInput
-from evaluation.figures import frechet_distance, precision_recall, with_interval
+from evaluation.figures import (
+    GRADES, NEIGHBOURS, frechet_distance, precision_recall, with_interval,
+)
 from pairs import built_in_prompts, parts_of
 from sample import seeds_in
 from training import seed_of
 
 JUDGE = ("measuring_captions", "drawn", "load_reader", "right")
-GRADES = ("caption_accuracy", "frechet", "precision", "recall")
 
 
 def load_judge(path: str):
@@ -61,6 +62,8 @@ def questions_of(judge_path: str | None, count: int | None, seed: int, repeat: i
         _, kept = parts_of(built_in_prompts())
         prompts = [kept[k % len(kept)] for k in range(count)]
         return Questions(prompts, seeds, lambda pictures: dict.fromkeys(GRADES), [], seed)
+    if count < NEIGHBOURS + 2:
+        raise BadInput(f"--num-samples {count}: precision and recall need {NEIGHBOURS + 2} or more")
     judge = load_judge(judge_path)
     return judged(judge, judge.measuring_captions(count, seeds[0]), seeds, seed)
 

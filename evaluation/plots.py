@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from command import write_whole
-from evaluation.judge import GRADES
+from evaluation.figures import GRADES
 
 
 def rounded(value, interval: float | None = None) -> str:

@@ -62,8 +62,8 @@ from command import (
 )
 from distill import distill, perceptual, perceptual_distance
 from evaluate import PICTURED, evaluate
-from evaluation.figures import machine_name, with_interval
-from evaluation.judge import GRADES, Questions, judged
+from evaluation.figures import GRADES, machine_name, with_interval
+from evaluation.judge import Questions, judged
 from evaluation.plots import grouped, in_steps, markdown_table, save_comparison
 from pairs import Pairs, describe_pairs, make_pairs
 from rectified_flow import flow_velocity, one_step, squared

@@ -420,6 +420,12 @@ def test_malformed_metadata_is_one_line(model, tmp_path, about):
     assert "\n" not in str(problem.value)
 
 
+def test_files_of_an_earlier_version_are_not_taken_for_stable_diffusion(model, tmp_path):
+    path = with_about(model, tmp_path / "a.safetensors", {"captions": "toy/captions.txt"})
+    with pytest.raises(BadInput, match="a.safetensors: written by an earlier version"):
+        checkpoint.load(path)
+
+
 def test_models_that_predict_or_take_something_else_are_refused(model, tmp_path):
     for predicts in ("v_prediction", "sample"):
         write_folder(model, tmp_path / predicts)

@@ -133,6 +133,14 @@ def in_folder(monkeypatch, folder, call, main, *arguments):
         os.chdir(real)
 
 
+def test_a_first_picture_before_anything_was_trained(call):
+    code, out, err = call(sample.main, "--num-images", 1)
+    assert code == 0 and "no runs/instaflow.safetensors yet, which `make demo` makes" in err
+    picture = Image.open("out.png")
+    assert picture.text["model"] == "tiny_instaflow.safetensors" and picture.text["steps"] == "1"
+    assert np.asarray(picture.convert("L")).std() > 3
+
+
 def test_a_third_flow_from_the_second(finished, call):
     code, out, err = call(reflow.main, "--teacher", finished / "runs/2rf.safetensors", *REFLOW)
     assert code == 0, err
@@ -513,7 +521,15 @@ BAD = {
     "guidance": (sample, ["--guidance", "nan"], "--guidance: must be a number of at least 0"),
     "unknown flag": (reflow, ["--stepz", 3], "unrecognized arguments: --stepz 3"),
     "unknown device": (reflow, ["--device", "cuda:77"], "--device cuda:77: not usable"),
-    "output is a folder": (reflow, ["--out", "."], ".: is a folder"),
+    "output is a folder": (evaluate, ["--model", TINY, "--out", "."], ".: is a folder"),
+    "output of another kind": (reflow, ["--out", "flow.pt"], "--out: must end in .safetensors"),
+    "more than a share": (distill, ["--cooldown", 5], "--cooldown: must be a number of at least 0"),
+    "too few to grade": (
+        evaluate, ["--model", TINY, "--num-samples", 3], "precision and recall need 5 or more"
+    ),
+    "useless prompts": (
+        evaluate, ["--model", TINY, "--prompts", "a.tsv"], "--prompts: is for --coco or --images"
+    ),
     "output in a file": (
         reflow, ["--out", "empty.txt/x.safetensors"], "empty.txt/x.safetensors: cannot be written"
     ),

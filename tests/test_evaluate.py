@@ -18,7 +18,7 @@ import paper_table
 from command import TINY_TEACHER
 from diffusion import NoiseSchedule
 from evaluation import figures
-from evaluation.judge import GRADES
+from evaluation.figures import GRADES
 from evaluation.plots import markdown_table
 from rectified_flow import HUBER
 

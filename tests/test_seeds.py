@@ -144,6 +144,8 @@ def test_worlds_and_seeds_share_no_noise():
     noises = noise_from_seeds([each for three in seeds for each in three], (64,))
     assert len(noises.unique(dim=0)) == 3 * len(seeds)
     assert max(seeds[-2]) < 2**63
+    with pytest.raises(BadInput, match="--seed 16777216: there are 16,777,216"):
+        seeds_in("evaluation", 2**24, 1)
     with pytest.raises(BadInput, match="16,777,217 noises: one --seed has 16,777,216"):
         seeds_in("reflow", 0, 2**24 + 1)
 

@@ -183,6 +183,18 @@ def test_no_memory_left_names_what_does_not_lose_the_run(tmp_path):
     torch.testing.assert_close(weights(resumed), weights(run(tmp_path / "b")))
 
 
+def test_no_memory_left_while_a_run_is_opened(tmp_path, monkeypatch):
+    run(tmp_path, iterations=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load_state", lambda run: raised(torch.OutOfMemoryError))
+        with pytest.raises(BadInput, match="the state of step 10 is kept.*--ema-device cpu"):
+            run(tmp_path)
+
+
+def raised(error):
+    raise error
+
+
 def test_a_run_beyond_the_iterations_asked_for_is_said(tmp_path):
     run(tmp_path, iterations=10)
     with pytest.raises(BadInput, match="its run is at iteration 10, beyond the 4 asked for"):
