@@ -22,8 +22,11 @@ import torch
 from safetensors.torch import save_file
 
 from command import BadInput, Parser, first_line, run, write_whole
-from diffusers_folder import checked_about, export, load_folder, tell_unused, tensors_in
-from stable_diffusion import KINDS, StableDiffusion, empty_networks, fill, fingerprint
+from diffusers_folder import export, load_folder
+from stable_diffusion import (
+    KINDS, StableDiffusion, checked_about, empty_networks, fill, fingerprint, tell_unused,
+    tensors_in,
+)
 from text_encoder import TextEncoderConfig, tokenizer_from, tokenizer_in, tokenizer_parts
 from unet import UNet, UNetConfig
 from vae import VAEConfig

@@ -14,11 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from command import BadInput, first_line, note, write_folder_whole
-from stable_diffusion import FAMILIES, KINDS, MALFORMED, StableDiffusion, empty_networks, fill
+from stable_diffusion import (
+    MALFORMED, StableDiffusion, checked_about, empty_networks, fill, tell_unused, tensors_in,
+)
 from text_encoder import TextEncoderConfig, merges_text, tokenizer_in, tokenizer_parts
 from unet import UNetConfig
 from vae import VAEConfig
@@ -84,20 +85,6 @@ def guessed_kind(path: Path, pipeline: dict, unet: dict) -> str:
     return kind
 
 
-def checked_about(path: Path, about) -> dict:
-    """What a file or folder says of itself, with a kind and a family that are known here."""
-    if not isinstance(about, dict):
-        what = type(about).__name__
-        raise BadInput(f"{path}: its metadata is malformed (a {what}, not an object); get it again")
-    if "captions" in about and "family" not in about:
-        raise BadInput(f"{path}: written by an earlier version, of tiny models; make it again")
-    for name, known in (("kind", KINDS), ("family", tuple(FAMILIES))):
-        if about.get(name) is not None and about[name] not in known:
-            raise BadInput(f"{path}: its metadata names the {name} {about[name]!r}; known are "
-                           f"{', '.join(known)}")
-    return about
-
-
 def read_json(path: Path) -> dict:
     """A JSON object; BadInput where the file holds something else."""
     try:
@@ -138,8 +125,9 @@ def files_named_in(index: Path) -> list[Path]:
     """The files, beside the index, that hold a network's tensors."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
-        assert all(Path(name).name == name for name in names)  # beside it, and nowhere else
-    except (*MALFORMED, AssertionError):
+        if not all(Path(name).name == name for name in names):  # beside it, and nowhere else
+            raise ValueError
+    except MALFORMED:
         raise BadInput(f"{index}: not an index of weight files; get the folder again") from None
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
@@ -147,28 +135,6 @@ def files_named_in(index: Path) -> list[Path]:
             f"{index.parent}: {index.name} names {missing[0]}, which is not there; get it again"
         )
     return [index.parent / name for name in names]
-
-
-def tensors_in(paths: list[Path]) -> dict:
-    """Tensor name -> the open safetensors file that holds it."""
-    found = {}
-    for path in paths:
-        try:
-            file = safe_open(path, "pt")
-        except (SafetensorError, OSError) as problem:
-            raise BadInput(
-                f"{path}: not a whole safetensors file ({problem}); get or make it again"
-            ) from None
-        found |= dict.fromkeys(file.keys(), file)
-    return found
-
-
-def tell_unused(where: Path, names: set[str]) -> None:
-    """Name what a file holds beyond the model; CLIP's position numbers are known not to matter."""
-    unknown = sorted(name for name in names if not name.endswith("position_ids"))
-    if unknown:
-        first = ", ".join(unknown[:3])
-        note(f"{where}: {len(unknown)} unknown tensors are not used, first {first}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from command import (
     note, pick_device, pick_dtype, positive, run, solver_steps, write_whole,
 )
 from diffusion import NoiseSchedule, as_flow, dpm_solver
-from rectified_flow import euler, guided
+from rectified_flow import Velocity, euler, guided
 from stable_diffusion import FAMILIES, KINDS
 
 NUMBERS_PER_BATCH = 2**18  # of latents that are drawn at once: 16 at 512 px
@@ -99,6 +99,16 @@ def sample_path(
         return dpm_solver(predict_noise, noise, steps, NoiseSchedule(), context)
     velocity, x, times = as_flow(model.unet, model.kind, noise, steps, null_context, guidance)
     return euler(velocity, x, steps, context, times)  # of a diffusion this is DDIM
+
+
+def as_path(
+    model, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float,
+) -> tuple[Velocity, Tensor, Tensor, Tensor]:
+    """The model as a flow on these prompts and noises: velocity, start, times and context."""
+    noise = noise_from_seeds(seeds, model.latent_shape()).to(model.device)
+    null_context = model.encode_prompts([""])
+    velocity, start, times = as_flow(model.unet, model.kind, noise, steps, null_context, guidance)
+    return velocity, start, times, model.encode_prompts(prompts)
 
 
 def parts(count: int, size: int) -> list[slice]:

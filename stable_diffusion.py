@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from command import HERE, BadInput
+from command import HERE, BadInput, note
 from text_encoder import TextEncoder, hub_tokenizer, tokenize
 from unet import StackedUNet, UNet, build_unet
 from vae import AutoencoderKL
@@ -135,6 +136,20 @@ MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDi
              RuntimeError)
 
 
+def tensors_in(paths: list[Path]) -> dict:
+    """Tensor name -> the open safetensors file that holds it."""
+    found = {}
+    for path in paths:
+        try:
+            file = safe_open(path, "pt")
+        except (SafetensorError, OSError) as problem:
+            raise BadInput(
+                f"{path}: not a whole safetensors file ({problem}); get or make it again"
+            ) from None
+        found |= dict.fromkeys(file.keys(), file)
+    return found
+
+
 def empty_networks(where: str, configs, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The networks without weights, with the order in memory in which `fill` lays them down.
 
@@ -198,3 +213,25 @@ def fill(
         raise BadInput(f"{where}: {len(wrong)} tensors have the wrong shape: "
                        f"{'; '.join(wrong[:3])}; not an SD 1.x {what}")
     module.load_state_dict(tensors, assign=True)
+
+
+def tell_unused(where: Path, names: set[str]) -> None:
+    """Name what a file holds beyond the model; CLIP's position numbers are known not to matter."""
+    unknown = sorted(name for name in names if not name.endswith("position_ids"))
+    if unknown:
+        first = ", ".join(unknown[:3])
+        note(f"{where}: {len(unknown)} unknown tensors are not used, first {first}")
+
+
+def checked_about(path: Path, about) -> dict:
+    """What a file or folder says of itself, with a kind and a family that are known here."""
+    if not isinstance(about, dict):
+        what = type(about).__name__
+        raise BadInput(f"{path}: its metadata is malformed (a {what}, not an object); get it again")
+    if "captions" in about and "family" not in about:
+        raise BadInput(f"{path}: written by an earlier version, of tiny models; make it again")
+    for name, known in (("kind", KINDS), ("family", tuple(FAMILIES))):
+        if about.get(name) is not None and about[name] not in known:
+            raise BadInput(f"{path}: its metadata names the {name} {about[name]!r}; known are "
+                           f"{', '.join(known)}")
+    return about

@@ -13,9 +13,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from diffusion import as_flow
 from rectified_flow import path_bends
-from sample import noise_from_seeds
+from sample import as_path
 
 GRADES = ("caption_accuracy", "frechet", "precision", "recall")
 NEIGHBOURS = 3  # of precision and recall, as in their paper
@@ -58,13 +57,7 @@ def straightness_figures(model, prompts: list[str], seeds, guidance: float) -> d
     A diffusion is looked at as a flow, on the part of [0, 1] that it covers. Intervals are over
     samples.
     """
-    noise = noise_from_seeds(seeds, model.latent_shape()).to(model.device)
-    null_context = model.encode_prompts([""])
-    velocity, start, times = as_flow(
-        model.unet, model.kind, noise, STRAIGHTNESS_STEPS, null_context, guidance
-    )
-    context = model.encode_prompts(prompts)
-    # (steps, B), (B,)
+    velocity, start, times, context = as_path(model, prompts, seeds, STRAIGHTNESS_STEPS, guidance)
     bends, cost = path_bends(velocity, start, STRAIGHTNESS_STEPS, context, times)
     bend = times.diff() / (times[-1] - times[0]) @ bends  # (B,)
     ratio, root = bend.mean() / cost.mean(), max(len(bend) - 1, 1) ** 0.5
