@@ -33,12 +33,12 @@ from command import (
     BadInput, ByModel, Parser, add_machine_options, check_output, keep_others_out, not_below_zero,
     not_negative, pick_device, pick_dtype, positive, run, settle, share, solver_steps,
 )
-from pairs import Pairs, check_pairs, count_for, describe_pairs, make_pairs, prompts_for
+from pairs import Pairs, make_pairs, pairs_asked
 from rectified_flow import Distance, distill_loss, flow_velocity, squared
 from sample import run_seed
 from stable_diffusion import KINDS
 from training import (
-    PAPERS_HALF_LIFE, PAPERS_WARMUP, TrainingOptions, autocast_dtype, check_stage, plot_loss,
+    TrainingOptions, autocast_dtype, check_stage, options_from, plot_loss,
     tell_what_is_kept, train,
 )
 from unet import stack, started_from
@@ -208,30 +208,17 @@ def main():
     start, start_name = checkpoint.load_start(args.init, teacher)
     lpips = perceptual_distance(args.lpips_net, device) if args.lpips_iterations else None
 
-    prompts, source = prompts_for(teacher, args.prompts, args.prompt_column)
-    count = count_for(teacher, args.num_pairs, args.prompts is not None, TINY_PAIRS)
     pairs_dtype = pick_dtype(args.dtype, device)
-    description = describe_pairs(
-        teacher, prompts, source, count, args.teacher_steps, args.teacher_guidance, args.solver,
-        pairs_dtype, "distillation", args.seed,
+    prompts, description = pairs_asked(teacher, args, pairs_dtype, "distillation", TINY_PAIRS)
+
+    rate, slower = args.learning_rate, args.lpips_learning_rate
+    slower = rate / LPIPS_SLOWER if slower is None else slower
+    batch, lpips_batch = args.batch_size, args.lpips_batch_size or args.batch_size
+    fits, lpips_fits = (batch, lpips_batch) if teacher.is_tiny else (FITS, FITS_LPIPS)
+    first = options_from(args, args.l2_iterations, batch, rate, args.accumulate, fits)
+    second = options_from(
+        args, args.lpips_iterations, lpips_batch, slower, args.lpips_accumulate, lpips_fits
     )
-    check_pairs(args.pairs, description)
-
-    def stage(iterations: int, batch: int, accumulate: int | None, fits: int, rate: float):
-        warmup, half_life = args.warmup_samples, args.ema_half_life
-        return TrainingOptions(
-            iterations, batch, rate, cooldown=args.cooldown,
-            warmup_samples=PAPERS_WARMUP * batch if warmup is None else warmup,
-            ema_half_life=half_life or PAPERS_HALF_LIFE * batch, ema_ramp=args.ema_ramp,
-            accumulate=accumulate or (1 if teacher.is_tiny else -(-batch // fits)),
-            seed=args.seed, save_every=args.save_every, ema_device=args.ema_device,
-        )
-
-    slower = args.lpips_learning_rate
-    slower = args.learning_rate / LPIPS_SLOWER if slower is None else slower
-    lpips_batch = args.lpips_batch_size or args.batch_size
-    first = stage(args.l2_iterations, args.batch_size, args.accumulate, FITS, args.learning_rate)
-    second = stage(args.lpips_iterations, lpips_batch, args.lpips_accumulate, FITS_LPIPS, slower)
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
     seen = first.iterations * first.batch_size
     first_settings = {"pairs": description, "init": start_name, "student": args.student}

@@ -141,9 +141,10 @@ def compare_with_images(args: argparse.Namespace, device: torch.device) -> tuple
     asked = [Questions(prompts, seeds, lambda pictures: {}, [], args.seed)]
     for model, guidance in models(args, device):
         straight = straight_path(model, prompts, seeds, args.steps, guidance)
+        weights_hash = checkpoint.fingerprint(model.path)
         for number in args.steps if model.kind != "one-step" else [1]:
             about = {
-                "model": Path(model.path).name, "hash": checkpoint.fingerprint(model.path),
+                "model": Path(model.path).name, "hash": weights_hash,
                 "kind": model.kind, "steps": number, "guidance": guidance, "first_seed": seeds[0],
                 "dtype": dtype_name(model.dtype), "prompts": len(prompts),
                 "prompts_hash": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),

@@ -12,6 +12,7 @@ not stored: its seed makes it again. A shard appears whole or not at all, and a 
 makes only what is missing. At 512 px a pair is 32 KB; InstaFlow's 1.6 million are 52 GB.
 """
 
+import argparse
 import functools
 import hashlib
 import json
@@ -121,6 +122,23 @@ def check_pairs(folder: str | Path, description: dict) -> None:
     same = {name: value for name, value in description.items() if name != "count"}
     remedy = "ask for the same, name another folder with --pairs, or delete this one"
     refuse_other(Path(folder) / "pairs.json", same, "other pairs", remedy)
+
+
+def pairs_asked(
+    model: StableDiffusion, args: argparse.Namespace, dtype: torch.dtype, world: str, tiny: int,
+) -> tuple[list[str], dict]:
+    """Prompts and description of the pairs that reflow.py or distill.py is asked for, checked.
+
+    args: settled. tiny: how many the command takes of a tiny model. Nothing is made yet.
+    """
+    prompts, source = prompts_for(model, args.prompts, args.prompt_column)
+    count = count_for(model, args.num_pairs, args.prompts is not None, tiny)
+    description = describe_pairs(
+        model, prompts, source, count, args.teacher_steps, args.teacher_guidance, args.solver,
+        dtype, world, args.seed,
+    )
+    check_pairs(args.pairs, description)
+    return prompts, description
 
 
 # --------------------------------------------------------------------------------------------------

@@ -35,12 +35,12 @@ from command import (
     not_below_zero, not_negative, pick_device, pick_dtype, positive, run, settle, share,
     solver_steps,
 )
-from pairs import Pairs, check_pairs, count_for, describe_pairs, make_pairs, prompts_for
+from pairs import Pairs, make_pairs, pairs_asked
 from rectified_flow import flow_velocity, pseudo_huber, reflow_loss
 from sample import run_seed
 from stable_diffusion import KINDS
 from training import (
-    PAPERS_HALF_LIFE, PAPERS_WARMUP, TrainingOptions, autocast_dtype, check_stage, plot_loss,
+    TrainingOptions, autocast_dtype, check_stage, options_from, plot_loss,
     tell_what_is_kept, train,
 )
 from unet import started_from
@@ -158,26 +158,15 @@ def main():
     keep_others_out(folder)
     start, start_name = checkpoint.load_start(args.init, teacher)
 
-    prompts, source = prompts_for(teacher, args.prompts, args.prompt_column)
-    count = count_for(teacher, args.num_pairs, args.prompts is not None, TINY_PAIRS)
     pairs_dtype = pick_dtype(args.dtype, device)
     world = "reflow" if teacher.kind == "diffusion" else "second reflow"
-    description = describe_pairs(
-        teacher, prompts, source, count, args.teacher_steps, args.teacher_guidance, args.solver,
-        pairs_dtype, world, args.seed,
-    )
-    check_pairs(args.pairs, description)
+    prompts, description = pairs_asked(teacher, args, pairs_dtype, world, TINY_PAIRS)
 
-    rate, warmup, half_life = args.learning_rate, args.warmup_samples, args.ema_half_life
+    rate = args.learning_rate
     if rate is None:
         rate = 5e-4 if teacher.is_tiny else 1e-6 if teacher.kind == "diffusion" else 1e-7
-    options = TrainingOptions(
-        args.iterations, args.batch_size, rate, cooldown=args.cooldown,
-        warmup_samples=PAPERS_WARMUP * args.batch_size if warmup is None else warmup,
-        ema_half_life=half_life or PAPERS_HALF_LIFE * args.batch_size, ema_ramp=args.ema_ramp,
-        accumulate=args.accumulate or (1 if teacher.is_tiny else -(-args.batch_size // FITS)),
-        seed=args.seed, save_every=args.save_every, ema_device=args.ema_device,
-    )
+    fits = args.batch_size if teacher.is_tiny else FITS
+    options = options_from(args, args.iterations, args.batch_size, rate, args.accumulate, fits)
     tell_what_is_kept(options)
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
     settings = {"pairs": description, "init": start_name, "loss": args.loss}

@@ -18,6 +18,7 @@ The state is one file that appears whole or not at all, `<out>.state/state.safet
 iterations, and whenever a run is logged 15 minutes after the last time.
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -73,6 +74,24 @@ class TrainingOptions:
     def __post_init__(self):
         if self.log_every is None:
             self.log_every = max(1, min(LOG_UPDATES, LOG_SAMPLES // self.batch_size))
+
+
+def options_from(
+    args: argparse.Namespace, iterations: int, batch: int, rate: float, accumulate: int | None,
+    fits: int,
+) -> TrainingOptions:
+    """Those of one stage, from what reflow.py or distill.py is asked for.
+
+    fits: samples that pass at once where accumulate is None.
+    """
+    warmup, half_life = args.warmup_samples, args.ema_half_life
+    return TrainingOptions(
+        iterations, batch, rate, cooldown=args.cooldown,
+        warmup_samples=PAPERS_WARMUP * batch if warmup is None else warmup,
+        ema_half_life=half_life or PAPERS_HALF_LIFE * batch, ema_ramp=args.ema_ramp,
+        accumulate=accumulate or math.ceil(batch / fits),
+        seed=args.seed, save_every=args.save_every, ema_device=args.ema_device,
+    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -312,12 +312,12 @@ def defaults_of(call, monkeypatch, main, *arguments):
         found.append(description["count"])
         raise BadInput("enough")
 
-    def options(*arguments, **more):
-        found.append(training.TrainingOptions(*arguments, **more))
+    def options(*arguments):
+        found.append(training.options_from(*arguments))
         return found[-1]
 
     monkeypatch.setattr(sys.modules[main.__module__], "make_pairs", make_pairs)
-    monkeypatch.setattr(sys.modules[main.__module__], "TrainingOptions", options)
+    monkeypatch.setattr(sys.modules[main.__module__], "options_from", options)
     # The default's backbone has to be downloaded.
     monkeypatch.setattr(distill, "perceptual_distance", lambda *rest: None)
     code, out, err = call(main, *arguments)
