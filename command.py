@@ -29,6 +29,7 @@ except ImportError:  # Windows has no such locks; there nobody is kept out
 HERE = Path(__file__).resolve().parent
 # What every command uses when no model is named, and the one-step model that is made of it.
 TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")
+TINY_EMOJI = str(HERE / "toy" / "tiny_emoji.safetensors")
 TINY_ONE_STEP = str(HERE / "toy" / "tiny_instaflow.safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --dtype
 

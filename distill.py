@@ -18,7 +18,8 @@ InstaFlow-1.7B.
 The perceptual distance is that of the lpips package (Zhang et al. 2018, 1801.03924) with a trained
 backbone, which it downloads when first used. "random" needs no download: the same distance on a
 SqueezeNet with random weights, of which Zhang et al. show that it already orders distortions better
-than L2. It is what the tiny model uses.
+than L2. It is what the tiny model uses. "efficientnet" is the same distance, not calibrated either,
+on an EfficientNet that pip brings with its training (evaluation/efficientnet.py).
 """
 
 import argparse
@@ -26,6 +27,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
@@ -33,6 +35,7 @@ from command import (
     BadInput, ByModel, Parser, add_machine_options, check_output, keep_others_out, not_below_zero,
     not_negative, pick_device, pick_dtype, positive, run, settle, share, solver_steps,
 )
+from evaluation.efficientnet import load_efficientnet
 from pairs import Pairs, make_pairs, pairs_asked
 from rectified_flow import Distance, distill_loss, flow_velocity, squared
 from sample import run_seed
@@ -83,9 +86,11 @@ def perceptual(vae, lpips: Distance) -> Distance:
 def perceptual_distance(net: str, device: torch.device) -> Distance:
     """LPIPS of images (B, 3, H, W) in [-1, 1]: (B,); always in fp32, frozen.
 
-    net: "vgg", "alex" or "squeeze" for lpips with its trained backbone, or "random". BadInput where
-    the backbone's weights are neither cached nor to be had.
+    net: "vgg", "alex" or "squeeze" for lpips with its trained backbone, "random" or "efficientnet".
+    BadInput where the backbone's weights are neither cached nor to be had.
     """
+    if net == "efficientnet":
+        return efficientnet_distance(device)
     import lpips  # here, since it takes seconds and most commands do without
 
     try:
@@ -105,6 +110,22 @@ def perceptual_distance(net: str, device: torch.device) -> Distance:
     def distance(images: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):  # lpips is not a number in half precision
             return network(images.float(), targets.float()).flatten()
+
+    return distance
+
+
+def efficientnet_distance(device: torch.device) -> Distance:
+    """The distance of Zhang et al. on EfficientNet's stages, all counted alike."""
+    network = load_efficientnet("--lpips-net efficientnet").to(device)
+
+    def distance(images: Tensor, targets: Tensor) -> Tensor:
+        total = 0
+        with torch.autocast(device.type, enabled=False):
+            maps = zip(network.maps(images.float()), network.maps(targets.float()))
+            for found, wanted in maps:  # (B, C, h, w)
+                apart = F.normalize(found, dim=1, eps=1e-6) - F.normalize(wanted, dim=1, eps=1e-6)
+                total = total + apart.square().sum(1).mean((1, 2))
+        return total
 
     return distance
 
@@ -152,7 +173,7 @@ def arguments() -> argparse.Namespace:
     add("--l2-iterations", type=not_negative, default=ByModel(21_500, 500),
         help="updates of the first stage")
     add("--lpips-iterations", type=not_negative, default=ByModel(18_000, 150), help="of the second")
-    add("--lpips-net", choices=["vgg", "alex", "squeeze", "random"],
+    add("--lpips-net", choices=["vgg", "alex", "squeeze", "random", "efficientnet"],
         default=ByModel("vgg", "random"))
     add("--batch-size", type=positive, default=ByModel(1024, 64), help="samples of one update")
     add("--lpips-batch-size", type=positive, help="of the second stage; default: --batch-size")

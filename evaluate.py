@@ -41,17 +41,16 @@ from tqdm import tqdm
 
 import checkpoint
 from command import (
-    HERE, TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, dtype_name,
+    TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, dtype_name,
     not_below_zero, pick_device, pick_dtype, positive, run, solver_steps, write_json, write_text,
 )
 from evaluation.figures import GRADES, STRAIGHT, straightness_figures
-from evaluation.judge import Questions, graded, questions_of
+from evaluation.judge import Questions, graded, questions_of, with_intervals
 from evaluation.plots import in_steps, label_of, markdown_table, save_comparison, save_curves
 from evaluation.real_images import Gallery, caption_score, feature_distance, read_coco, read_images
 from sample import NUMBERS_PER_BATCH, draw_pictures, drawn_at_once, read_prompts, run_seed, seeds_in
-from stable_diffusion import KINDS
+from stable_diffusion import FAMILIES, KINDS
 
-TINY_JUDGE = str(HERE / "toy" / "shapes.py")
 STRAIGHTNESS_SAMPLES = 256  # at most; 16 at 512 px, as whole paths are held at once
 PICTURED = 8  # captions in the comparison picture
 ON_IMAGES = ("fid", "clip_score")
@@ -117,13 +116,14 @@ def ask_judge(args: argparse.Namespace, device: torch.device) -> tuple[list, lis
     rows, pictures, questions = [], [], []
     for model, guidance in models(args, device):
         if not questions:
-            judge = args.judge or (TINY_JUDGE if model.is_tiny else None)
+            judge = args.judge or FAMILIES[model.family].judge
             for repeat in range(args.repeats):
                 questions.append(questions_of(judge, args.num_samples, args.seed, repeat))
-            if questions[0].drawn:
-                grades = graded(questions, [asked.drawn[1] for asked in questions])
+            if questions[0].real:
+                grades = with_intervals([asked.real for asked in questions])
                 rows.append(row_of("drawn", None, None, grades, questions))
-                pictures.append(("drawn", questions[0].drawn[0]))
+            if questions[0].drawn is not None:
+                pictures.append(("drawn", questions[0].drawn))
         for row, drawn in evaluate(model, questions, args.steps, guidance):
             rows.append(row)
             pictures.append((label_of(row, guidance=args.guidance is not None), drawn))
@@ -138,7 +138,7 @@ def compare_with_images(args: argparse.Namespace, device: torch.device) -> tuple
     """(rows, labelled pictures, their captions), for the captions of the real images."""
     rows, pictures, gallery = [], [], gallery_of(args, device)
     prompts, seeds = gallery.prompts, seeds_in("evaluation", args.seed, len(gallery.prompts))
-    asked = [Questions(prompts, seeds, lambda pictures: {}, [], args.seed)]
+    asked = [Questions(prompts, seeds, lambda pictures: {}, args.seed)]
     for model, guidance in models(args, device):
         straight = straight_path(model, prompts, seeds, args.steps, guidance)
         weights_hash = checkpoint.fingerprint(model.path)
@@ -217,7 +217,8 @@ def arguments() -> argparse.Namespace:
         help="pictures for each row; default: 1000 with a judge, else 8")
     add("--repeats", type=positive, default=1, help="times that many, for confidence intervals")
     add("--judge",
-        help="Python file that draws and reads captions; default: toy/shapes.py for the tiny model")
+        help="Python file that makes captions and grades pictures; default: the tiny model's own, "
+             "toy/shapes.py or toy/emoji.py")
     add("--tokenizer", help="folder with vocab.json and merges.txt, for models without their own")
     add("--kind", choices=["auto", *KINDS], nargs="+",
         help="what the U-Net of each --model predicts, in their order; auto: as its file says")

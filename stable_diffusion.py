@@ -32,17 +32,24 @@ WIDE = 128
 
 @dataclass(frozen=True)
 class Family:
-    """What models are made for: the captions they know, if not all, and the guidance they want."""
+    """What models are made for: the captions they know, if not all, who judges them, and the
+    guidance they want."""
 
     captions: Path | None
+    judge: Path | None
     guidance: dict[str, float]  # by kind; 1 is off
 
 
 # A flow's 1.5 and SD 1.4's 6 are the paper's, which takes 5 for SD 1.5.
 FAMILIES = {
-    "sd": Family(None, {"diffusion": 6.0, "flow": 1.5, "one-step": 1.0}),
+    "sd": Family(None, None, {"diffusion": 6.0, "flow": 1.5, "one-step": 1.0}),
     "shapes": Family(
-        HERE / "toy" / "captions.txt", {"diffusion": 2.5, "flow": 1.5, "one-step": 1.0}
+        HERE / "toy" / "captions.txt", HERE / "toy" / "shapes.py",
+        {"diffusion": 2.5, "flow": 1.5, "one-step": 1.0},
+    ),
+    "emoji": Family(
+        HERE / "toy" / "emoji_captions.txt", HERE / "toy" / "emoji.py",
+        {"diffusion": 2.5, "flow": 1.5, "one-step": 1.0},
     ),
 }
 

@@ -2,10 +2,12 @@
 
 A Python file such as toy/shapes.py, with
 
-    measuring_captions(n, seed)         captions that are in no list to train on
-    drawn(captions, seed)               pictures of them, (N, 3, H, W) in [-1, 1]
-    load_reader()                       a network with .features(pictures)
-    right(reader, pictures, captions)   for each picture, does it show all that its caption says?
+    measuring_captions(n, seed)              captions that are in no list to train on
+    load_reader()                            a network with .features(pictures) -> (N, D)
+    right(reader, features, captions)        does each picture show all that its caption says?
+    real_features(reader, captions, seed)    features of real pictures for captions, (N, D)
+    drawn(captions, seed)                    and those pictures, (N, 3, H, W) in [-1, 1]; None where
+                                             they are not at hand
 """
 
 import importlib.util
@@ -25,7 +27,7 @@ from pairs import built_in_prompts, parts_of
 from sample import seeds_in
 from training import seed_of
 
-JUDGE = ("measuring_captions", "drawn", "load_reader", "right")
+JUDGE = ("measuring_captions", "load_reader", "right", "real_features", "drawn")
 
 
 def load_judge(path: str):
@@ -50,8 +52,9 @@ class Questions:
     prompts: list[str]
     seeds: range  # of the noises
     grade: Callable[[Tensor], dict]  # pictures -> a figure for each of GRADES
-    drawn: list[Tensor]  # two sets of drawn pictures where a judge can draw; empty where none can
     seed: int  # the --seed that all this comes from
+    real: dict | None = None  # the grades of other real pictures: the best to hope for
+    drawn: Tensor | None = None  # and real pictures to look at, where they are at hand
 
 
 def questions_of(judge_path: str | None, count: int | None, seed: int, repeat: int) -> Questions:
@@ -61,7 +64,7 @@ def questions_of(judge_path: str | None, count: int | None, seed: int, repeat: i
     if judge_path is None:
         _, kept = parts_of(built_in_prompts())
         prompts = [kept[k % len(kept)] for k in range(count)]
-        return Questions(prompts, seeds, lambda pictures: dict.fromkeys(GRADES), [], seed)
+        return Questions(prompts, seeds, lambda pictures: dict.fromkeys(GRADES), seed)
     if count < NEIGHBOURS + 2:
         raise BadInput(f"--num-samples {count}: precision and recall need {NEIGHBOURS + 2} or more")
     judge = load_judge(judge_path)
@@ -70,24 +73,30 @@ def questions_of(judge_path: str | None, count: int | None, seed: int, repeat: i
 
 def judged(judge, captions: list, seeds: range, seed: int) -> Questions:
     """These captions and seeds of noises, which come from the --seed, graded by a judge."""
-    reader = judge.load_reader()
-    drawn = [judge.drawn(captions, seed_of(seeds[0], k)) for k in range(2)]
-    with torch.no_grad():
-        real = reader.features(drawn[0])
+    reader, texts = judge.load_reader(), [str(caption) for caption in captions]
+    real, others = (judge.real_features(reader, captions, seed_of(seeds[0], k)) for k in range(2))
 
-    @torch.no_grad()
-    def grade(pictures: Tensor) -> dict:
-        features = reader.features(pictures)
-        accuracy = sum(judge.right(reader, pictures, captions)) / len(captions)
+    def grade_features(features: Tensor) -> dict:
+        accuracy = sum(judge.right(reader, features, captions)) / len(captions)
         precision, recall = precision_recall(real, features)
         return dict(zip(GRADES, (accuracy, frechet_distance(real, features), precision, recall)))
 
-    return Questions([str(caption) for caption in captions], seeds, grade, drawn, seed)
+    @torch.no_grad()
+    def grade(pictures: Tensor) -> dict:
+        return grade_features(reader.features(pictures))
+
+    drawn = judge.drawn(captions, seed_of(seeds[0], 0))
+    return Questions(texts, seeds, grade, seed, grade_features(others), drawn)
 
 
 def graded(questions: list[Questions], pictures: list[Tensor]) -> dict:
     """The grades of a set of pictures for each of the questions, as means with intervals."""
-    each, figures = [asked.grade(drawn) for asked, drawn in zip(questions, pictures)], {}
+    return with_intervals([asked.grade(drawn) for asked, drawn in zip(questions, pictures)])
+
+
+def with_intervals(grades: list[dict]) -> dict:
+    figures = {}
     for name in GRADES:
-        figures[name], figures[f"{name}_interval"] = with_interval([grade[name] for grade in each])
+        each = [grade[name] for grade in grades]
+        figures[name], figures[f"{name}_interval"] = with_interval(each)
     return figures

@@ -4,6 +4,7 @@ Is distilling the teacher directly worse, and what does reflow buy?
 
     python experiments/paper_table.py                   seeds 0, 1 and 2; hours on 2 CPU cores
     python experiments/paper_table.py --num-seeds 1 --parts direct      some rows; others are kept
+    python experiments/paper_table.py --captions emoji                  the world of real pictures
 
 For each seed, on captions that leave much open ("a shape and a red square"), where a prompt has
 many right pictures:
@@ -19,8 +20,10 @@ many right pictures:
     third      3-RF, 3-RF + distill          a second reflow, and one step from it
     stacked    2-RF + distill, stacked       two U-Nets in series (distill.py --student stacked)
 
-Every student starts from its teacher's weights; where that is the diffusion, with the sign of its
-output changed, as reflow does (unet.started_from). The teacher's pairs are the same for every seed.
+The rate of every training falls over its last part (--cooldown), so each number of updates is a
+training of its own. Every student starts from its teacher's weights; where that is the diffusion,
+with the sign of its output changed, as reflow does (unet.started_from). The teacher's pairs are the
+same for every seed.
 They are drawn in 8 steps, as those of the flows: nearly as good as 25 (the table shows both), and
 three times as many in the same time. Captions and noises that figures are taken on are in none of
 the pairs. How many pairs there are decides much, since a student that sees few pairs often learns
@@ -47,6 +50,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from matplotlib.figure import Figure
@@ -55,10 +59,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 
 import checkpoint
+import emoji
 import shapes
 from command import (
-    TINY_TEACHER, Parser, add_machine_options, check_output, not_below_zero, not_negative,
-    pick_device, pick_dtype, positive, run, solver_steps, write_json, write_text, write_whole,
+    TINY_EMOJI, TINY_TEACHER, Parser, add_machine_options, check_output, not_below_zero,
+    not_negative, pick_device, pick_dtype, positive, run, share, solver_steps, write_json,
+    write_text, write_whole,
 )
 from distill import distill, perceptual, perceptual_distance
 from evaluate import PICTURED, evaluate
@@ -77,25 +83,32 @@ from unet import stack, started_from
 PARTS = ("teacher", "reflow", "direct", "third", "stacked")
 CAPTIONS = {
     "open": shapes.open_captions, "full": shapes.full_captions, "single": shapes.single_captions,
-    "mixed": shapes.random_captions,
+    "mixed": shapes.random_captions, "emoji": None,
 }
 # At 5e-4, as in L2, the LPIPS of the training pairs rises from the first updates on.
 LPIPS_LEARNING_RATE = 1e-4
 CAPTIONS_DRAWN = 1000  # different ones, among the pairs
 # Of the noises of their pairs, so that no model is sampled where it was trained. Those of the
 # teacher serve all seeds.
-WORLDS = {"tiny_sd": "reflow", "2rf": "second reflow", "3rf": "distillation"}
+WORLDS = {"tiny_sd": "reflow", "tiny_emoji": "reflow", "2rf": "second reflow",
+          "3rf": "distillation"}
 KEYS = ("row", "updates", "steps")
 FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
 COSTS = ("samples", "own_samples", "minutes")
-SETTINGS = ("iterations", "lpips_iterations", "batch_size", "num_pairs", "teacher_steps",
-            "captions", "held_out", "num_samples")
+SETTINGS = ("iterations", "lpips_iterations", "batch_size", "cooldown", "num_pairs",
+            "teacher_steps", "captions", "held_out", "num_samples")
+
+
+def world_of(captions: str) -> tuple[ModuleType, str]:
+    """The world that has captions of this name, and its teacher."""
+    return (emoji, TINY_EMOJI) if captions == "emoji" else (shapes, TINY_TEACHER)
 
 
 @functools.cache
-def captions_of(name: str, seed: int, held_out: bool) -> list[str]:
-    draw = shapes.measuring_captions if held_out else shapes.training_captions
-    return [str(caption) for caption in draw(CAPTIONS_DRAWN, seed, CAPTIONS[name])]
+def captions_of(name: str, count: int, seed: int, measuring: bool) -> list:
+    world, _ = world_of(name)
+    make = world.measuring_captions if measuring else world.training_captions
+    return make(count, seed) if name == "emoji" else make(count, seed, CAPTIONS[name])
 
 
 @dataclass
@@ -123,7 +136,8 @@ class Study:
         """
         return TrainingOptions(
             iterations, self.args.batch_size, learning_rate=learning_rate, warmup_samples=1_600,
-            ema_half_life=10_000, ema_ramp=0.05, save_every=500, seed=self.seed,
+            cooldown=self.args.cooldown, ema_half_life=10_000, ema_ramp=0.05, save_every=500,
+            seed=self.seed,
         )
 
     def pairs_of(
@@ -133,13 +147,15 @@ class Study:
 
         guidance: another than the model's own.
         """
-        shared, stem = model.path == TINY_TEACHER, Path(model.path).stem
+        shared, stem = model.kind == "diffusion", Path(model.path).stem
         folder, seed = (self.folder.parent, 0) if shared else (self.folder, self.seed)
         name, count = (
             ("held-out", self.args.held_out) if held_out else ("pairs", self.args.num_pairs)
         )
         world = "validation" if held_out else WORLDS[stem]
-        captions = captions_of(self.args.captions, seeds_in(world, seed, count)[0], held_out)
+        first = seeds_in(world, seed, count)[0]
+        captions = captions_of(self.args.captions, CAPTIONS_DRAWN, first, held_out)
+        captions = [str(caption) for caption in captions]
         folder = folder / f"{name}-{stem}{'' if guidance is None else f'-guidance-{guidance:g}'}"
         description = describe_pairs(
             model, captions, self.args.captions, count, self.args.teacher_steps, guidance, "dpm",
@@ -167,9 +183,7 @@ class Study:
         """The floor: one set of drawn pictures measured against the other."""
         key = {"row": "drawn", "updates": None, "seed": self.seed}
         if not any(key.items() <= each.items() for each in self.rows):
-            figures = (
-                dict.fromkeys((*FIGURES, *COSTS)) | self.questions.grade(self.questions.drawn[1])
-            )
+            figures = dict.fromkeys((*FIGURES, *COSTS)) | self.questions.real
             self.rows.append(key | {"steps": None} | figures)
 
     def record(
@@ -215,7 +229,7 @@ class Study:
 def measure_seed(study: Study, lpips_distance: Callable) -> None:
     """Every row of one seed, in the order in which each needs the ones before."""
     n, lpips = study.args.iterations, study.args.lpips_iterations
-    teacher = study.load(TINY_TEACHER)
+    teacher = study.load(world_of(study.args.captions)[1])
     dtype = autocast_dtype(study.args.dtype, study.device, teacher.unet)
 
     def costs(before: dict[str, int], own: dict[str, int]) -> dict:
@@ -248,8 +262,8 @@ def measure_seed(study: Study, lpips_distance: Callable) -> None:
             if stacked:
                 new.unet = stack(new.unet)
             options = study.options(updates)
-            distill(new, study.pairs_of(source), squared, options, study.folder / name, {}, "L2",
-                    dtype)
+            folder = study.folder / f"{name}-{updates}"
+            distill(new, study.pairs_of(source), squared, options, folder, {}, "L2", dtype)
 
         def finish_by_eye(new: StableDiffusion, source, name: str, options) -> None:
             folder, seen = study.folder / f"{name}-lpips", n * study.args.batch_size
@@ -258,16 +272,16 @@ def measure_seed(study: Study, lpips_distance: Callable) -> None:
             distill(new, pairs, distance, options, folder, {}, "LPIPS", dtype, seen)
 
         for updates in budgets:
+            stage = {f"{name}-{updates}": updates}
             student = study.made(f"{name}-{updates}", source, partial(train, updates=updates))
-            study.record(row, student, updates, source, **costs(before, {name: updates}))
+            study.record(row, student, updates, source, **costs(before, stage))
             if updates == n and finish and lpips:
                 options = study.options(lpips, LPIPS_LEARNING_RATE)
                 more = partial(finish_by_eye, source=source, name=name, options=options)
                 finished = study.made(f"{name}-{updates}-lpips", student, more)
-                spent = costs(before, {name: updates, f"{name}-lpips": lpips})
+                spent = costs(before, stage | {f"{name}-lpips": lpips})
                 study.record(f"{row} + LPIPS", finished, updates + lpips, source, **spent)
 
-    # Rising, since one training goes on from each to the next.
     parts, budgets = study.args.parts, sorted(round(n * budget) for budget in study.args.budgets)
     up_to_n = [updates for updates in budgets if updates <= n]
     if "teacher" in parts:
@@ -308,9 +322,9 @@ def summary_of(rows: list[dict]) -> list[dict]:
 def save_pictures(path: Path, study: Study) -> None:
     """The first captions in every row: drawn, and by every model."""
     asked = study.questions
-    captions, seeds, pictures = (
-        asked.prompts[:PICTURED], asked.seeds[:PICTURED], [("drawn", asked.drawn[0][:PICTURED])]
-    )
+    captions, seeds, pictures = asked.prompts[:PICTURED], asked.seeds[:PICTURED], []
+    if asked.drawn is not None:
+        pictures.append(("drawn", asked.drawn[:PICTURED]))
     for label, model, steps in study.shown:
         pictures.append((label, draw_pictures(model, captions, seeds, steps)))
     save_comparison(path, pictures, captions)
@@ -355,10 +369,13 @@ def study_parser(description: str) -> Parser:
     parser.add_argument("--iterations", type=positive, default=256,
                         help="updates of each reflow and distillation, the unit")
     parser.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
+    parser.add_argument("--cooldown", type=share, default=0.6,
+                        help="share of a training, at its end, over which the rate falls to 0")
     parser.add_argument("--num-pairs", type=positive, default=10_000, help="of each teacher")
     parser.add_argument("--teacher-steps", type=solver_steps, default=8, help="of the pairs")
     parser.add_argument("--captions", choices=CAPTIONS, default="open",
-                        help="much left out of two objects, nothing; one object; as in training")
+                        help="of shapes: much left out of two objects, nothing; one object; as in "
+                             "training. Or those of emoji")
     parser.add_argument("--held-out", type=positive, default=500,
                         help="pairs that nothing is trained on")
     parser.add_argument("--num-samples", type=positive, default=1000,
@@ -382,8 +399,8 @@ def study_of(
     seed: int, args: argparse.Namespace, device: torch.device, rows: list[dict], write: Callable
 ) -> Study:
     seeds = seeds_in("evaluation", seed, args.num_samples)
-    captions = shapes.measuring_captions(args.num_samples, seeds[0], CAPTIONS[args.captions])
-    questions = judged(shapes, captions, seeds, seed)
+    captions = captions_of(args.captions, args.num_samples, seeds[0], measuring=True)
+    questions = judged(world_of(args.captions)[0], captions, seeds, seed)
     return Study(seed, Path(args.out) / f"seed-{seed}", args, device, questions, rows, write)
 
 

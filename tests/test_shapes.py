@@ -86,9 +86,10 @@ def test_pictures_are_what_the_scene_says():
 
 def test_the_reader_reads_drawn_pictures(reader):
     captions = shapes.random_captions(4000, 99)
-    assert sum(shapes.right(reader, shapes.drawn(captions, 98), captions)) / 4000 >= 0.995
+    features = shapes.real_features(reader, captions, 98)
+    assert sum(shapes.right(reader, features, captions)) / 4000 >= 0.995
     wrong = captions[1:] + captions[:1]
-    assert sum(shapes.right(reader, shapes.drawn(captions, 98), wrong)) / 4000 < 0.3
+    assert sum(shapes.right(reader, features, wrong)) / 4000 < 0.3
 
 
 def test_the_tiny_checkpoint(model):
@@ -112,7 +113,7 @@ def test_each_word_of_the_captions_is_one_token(model):
 def test_the_committed_figures_are_the_models(model, reader):
     captions = shapes.full_captions(200, 7)
     pictures = draw_pictures(model, [str(c) for c in captions], range(200), 25, FIGURES["guidance"])
-    share = sum(shapes.right(reader, pictures, captions)) / 200
+    share = sum(shapes.right(reader, reader.features(pictures), captions)) / 200
     # Three standard errors of a share measured on 200 pictures.
     assert (
         abs(share - FIGURES["full"]["teacher"]) < 3 * (max(share * (1 - share), 0.02) / 200) ** 0.5

@@ -16,7 +16,7 @@ in training a model.
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -288,6 +288,36 @@ def drawn(captions: list[Caption], seed: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
+# What train_teacher.py asks of a world
+
+
+def words() -> set[str]:
+    """Every word that captions have."""
+    return {"a", "and", "of", "shape", *SHAPES, *COLORS, "above", "below", "left", "right"}
+
+
+def random_scenes(count: int, generator: torch.Generator) -> tuple[list[Caption], list[Scene]]:
+    """Random captions and a scene that obeys each."""
+    rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+    captions = [random_caption(rng) for _ in range(count)]
+    return captions, [scene_of(caption, rng) for caption in captions]
+
+
+def random_pictures(count: int, generator: torch.Generator) -> Tensor:
+    """Pictures for an autoencoder to learn from, (count, 3, 32, 32) in [-1, 1]."""
+    _, scenes = random_scenes(count, generator)
+    return draw(scenes, int(torch.randint(2**62, (1,), generator=generator)))
+
+
+def teacher_data(count: int, seed: int) -> tuple[Iterator[Tensor], Callable]:
+    """`count` pictures in batches, and caption_of(number of a picture, random.Random)."""
+    captions = random_captions(count, seed)
+    starts = range(0, count, 500)
+    batches = (drawn(captions[k : k + 500], (seed + 1) * 2**32 + k) for k in starts)
+    return batches, lambda number, rng: str(captions[number])
+
+
+# --------------------------------------------------------------------------------------------------
 # The reader
 
 HEADS = {"arrangement": ARRANGEMENTS, "color 0": COLORS, "shape 0": SHAPES,
@@ -312,9 +342,11 @@ class Reader(nn.Module):
             h = F.max_pool2d(F.relu(convolution(h)), 2)
         return F.relu(self.hidden(h.flatten(1)))
 
+    def answers(self, features: Tensor) -> tuple[Tensor, ...]:
+        return self.heads(features).split([len(values) for values in HEADS.values()], dim=1)
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        logits = self.heads(self.features(images))
-        return logits.split([len(values) for values in HEADS.values()], dim=1)
+        return self.answers(self.features(images))
 
 
 def labels_of(scenes: list[Scene]) -> Tensor:
@@ -329,9 +361,9 @@ def labels_of(scenes: list[Scene]) -> Tensor:
 
 
 @torch.no_grad()
-def read(reader: Reader, images: Tensor) -> list[Scene]:
-    """What the reader sees in each picture."""
-    best = torch.stack([logits.argmax(1) for logits in reader(images)], dim=1).tolist()
+def read(reader: Reader, features: Tensor) -> list[Scene]:
+    """What the reader sees in each picture, from its features (B, 64)."""
+    best = torch.stack([logits.argmax(1) for logits in reader.answers(features)], dim=1).tolist()
     scenes = []
     for arrangement, *things in best:
         objects = tuple((COLORS[c], SHAPES[s]) for c, s in (things[:2], things[2:]))
@@ -348,9 +380,19 @@ def load_reader(path: str | Path = READER) -> Reader:
 
 
 # --------------------------------------------------------------------------------------------------
-# What evaluate.py asks of a judge beside measuring_captions, drawn and load_reader
+# What evaluation/judge.py asks beside measuring_captions, drawn and load_reader
 
 
-def right(reader: Reader, images: Tensor, captions: list[Caption]) -> list[bool]:
+@torch.no_grad()
+def real_features(reader: Reader, captions: list[Caption], seed: int) -> Tensor:
+    """What the reader sees in drawn pictures, (N, 64)."""
+    return reader.features(drawn(captions, seed))
+
+
+def right(reader: Reader, features: Tensor, captions: list[Caption]) -> list[bool]:
     """For each picture: does it show everything that its caption says?"""
-    return [obeys(scene, caption) for scene, caption in zip(read(reader, images), captions)]
+    return [obeys(scene, caption) for scene, caption in zip(read(reader, features), captions)]
+
+
+# Which captions train_teacher.py measures a teacher on.
+KINDS = {"full": full_captions, "open": open_captions, "mixed": random_captions}

