@@ -113,7 +113,8 @@ def test_each_word_of_the_captions_is_one_token(model):
 def test_the_committed_figures_are_the_models(model, reader):
     captions = shapes.full_captions(200, 7)
     pictures = draw_pictures(model, [str(c) for c in captions], range(200), 25, FIGURES["guidance"])
-    share = sum(shapes.right(reader, reader.features(pictures), captions)) / 200
+    with torch.no_grad():
+        share = sum(shapes.right(reader, reader.features(pictures), captions)) / 200
     # Three standard errors of a share measured on 200 pictures.
     assert (
         abs(share - FIGURES["full"]["teacher"]) < 3 * (max(share * (1 - share), 0.02) / 200) ** 0.5
