@@ -24,6 +24,8 @@ on an EfficientNet that pip brings with its training (evaluation/efficientnet.py
 
 import argparse
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,22 +43,24 @@ from rectified_flow import Distance, distill_loss, flow_velocity, squared
 from sample import run_seed
 from stable_diffusion import KINDS
 from training import (
-    TrainingOptions, autocast_dtype, check_stage, options_from, plot_loss,
+    TrainingOptions, autocast_dtype, is_finished, options_from, plot_loss,
     tell_what_is_kept, train,
 )
 from unet import stack, started_from
+from watch import Stage, Watch, add_watch_options, forecast, plan, watch_for
 
 RANDOM_NET_SEED = 1
 
 
 def distill(
     model, pairs: Pairs, distance: Distance, options: TrainingOptions, folder: Path, settings: dict,
-    name: str, dtype: torch.dtype = torch.float32, seen: int = 0,
+    name: str, dtype: torch.dtype = torch.float32, seen: int = 0, watch: Callable | None = None,
+    train: Callable = train,
 ) -> None:
     """Train model.unet, in place, until one step lands near X1; model becomes one-step.
 
     distance(landing, X1) of latents. seen: samples of an earlier stage, behind which the order of
-    the pairs goes on.
+    the pairs goes on. watch: as for `train`; train: another one to measure with.
     """
 
     def draw(samples: Tensor, share: slice, generator: torch.Generator) -> tuple:
@@ -66,7 +70,7 @@ def distill(
         context = model.encode_prompts(prompts)
         return distill_loss(flow_velocity(unet), x0, x1, context, distance), None
 
-    train(model.unet, draw, loss, options, folder, settings, f"distill, {name}", dtype)
+    train(model.unet, draw, loss, options, folder, settings, f"distill, {name}", dtype, watch)
     model.kind = "one-step"
 
 
@@ -205,7 +209,8 @@ def arguments() -> argparse.Namespace:
     add("--save-every", type=positive, default=500,
         help="updates between saved states; 15 minutes at most")
     add("--out", type=checkpoint.model_file, default="runs/instaflow.safetensors",
-        help="the one-step model; its state lies in OUT.state")
+        help="the one-step model, as it is at the last save; its state lies in OUT.state")
+    add_watch_options(parser)
     add_machine_options(parser, run_seed)
     return parser.parse_args()
 
@@ -223,14 +228,13 @@ def main():
                        "diffusion as --teacher")
     if not args.l2_iterations + args.lpips_iterations:
         raise BadInput("--l2-iterations and --lpips-iterations are both 0: nothing to do")
-    check_output(args.out)
-    state = Path(args.out + ".state")
-    keep_others_out(state)
     start, start_name = checkpoint.load_start(args.init, teacher)
     lpips = perceptual_distance(args.lpips_net, device) if args.lpips_iterations else None
 
     pairs_dtype = pick_dtype(args.dtype, device)
-    prompts, description = pairs_asked(teacher, args, pairs_dtype, "distillation", TINY_PAIRS)
+    prompts, held_out, description = pairs_asked(
+        teacher, args, pairs_dtype, "distillation", TINY_PAIRS
+    )
 
     rate, slower = args.learning_rate, args.lpips_learning_rate
     slower = rate / LPIPS_SLOWER if slower is None else slower
@@ -241,48 +245,67 @@ def main():
         args, args.lpips_iterations, lpips_batch, slower, args.lpips_accumulate, lpips_fits
     )
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
-    seen = first.iterations * first.batch_size
-    first_settings = {"pairs": description, "init": start_name, "student": args.student}
-    second_settings = first_settings | {"seen": seen, "net": args.lpips_net}
-    stages = [("l2", first, first_settings), ("lpips", second, second_settings)]
-    stages = [stage for stage in stages if stage[1].iterations]
-    finished = [check_stage(state / part, *of_stage, dtype) for part, *of_stage in stages]
-    if Path(args.out).exists() and all(finished):
-        print(f"{args.out}: finished already, {args.l2_iterations} + {args.lpips_iterations} "
-              "iterations")
-        return
-    for _, options, _ in stages:
-        tell_what_is_kept(options)
+    seen, state = first.iterations * first.batch_size, Path(args.out + ".state")
+    settings = {"pairs": description, "init": start_name, "student": args.student}
+    lpips_settings = settings | {"seen": seen, "net": args.lpips_net}
+    student, drawer = replace(teacher), teacher.in_dtype(pairs_dtype)
 
-    drawer = teacher.in_dtype(pairs_dtype)
+    def l2(pairs, train: Callable = train, watch: Watch | None = None) -> None:
+        distill(student, pairs, squared, first, state / "l2", settings, "L2", dtype, watch=watch,
+                train=train)
+
+    def by_eye(pairs, train: Callable = train, watch: Watch | None = None) -> None:
+        distill(student, pairs, perceptual(student.vae, lpips), second, state / "lpips",
+                lpips_settings, "LPIPS", dtype, seen, watch, train)
+
+    def start_student() -> None:
+        student.found_tokenizer()  # to be saved along
+        student.unet = started_from(teacher.unet, start, teacher.kind, args.seed)
+        if args.student == "stacked":
+            student.unet = stack(student.unet)
+        for network in (student.unet, student.vae.decoder):
+            network.gradient_checkpointing = args.gradient_checkpointing
+        if args.compile:
+            student.compile()
+
+    stages = [Stage("L2", first, l2), Stage("LPIPS", second, by_eye)]
+    stages = [stage for stage in stages if stage.options.iterations]
+    for stage in stages:
+        tell_what_is_kept(stage.options)
+    print(plan(teacher, prompts, description, args.pairs, stages, args.student,
+               args.gradient_checkpointing))
     if args.compile:
         drawer.compile()
     at_once = args.teacher_batch_size
-    pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
-    del drawer
-    print(f"distill: {len(pairs)} pairs, {first.iterations} L2 iterations of {first.batch_size}, "
-          f"{second.iterations} LPIPS ({args.lpips_net}) of {second.batch_size}")
+    if args.dry_run:
+        start_student()
+        print(forecast(drawer, prompts, description, stages, at_once))
+        return
+    check_output(args.out)
+    keep_others_out(state)
+    parts = [(state / "l2", first, settings), (state / "lpips", second, lpips_settings)]
+    if is_finished(args.out, [part for part in parts if part[1].iterations], dtype):
+        print(f"{args.out}: finished already, {args.l2_iterations} + {args.lpips_iterations} "
+              "iterations")
+        return
 
-    student = teacher
-    student.found_tokenizer()  # to be saved along
-    student.unet = started_from(teacher.unet, start, teacher.kind, args.seed)
-    if args.student == "stacked":
-        student.unet = stack(student.unet)
-    for network in (student.unet, student.vae.decoder):
-        network.gradient_checkpointing = args.gradient_checkpointing
-    if args.compile:
-        student.compile()
+    pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
+    watch = watch_for(args, drawer, prompts, held_out, description, "one-step", state)
+    del drawer
+    start_student()
+    if watch:
+        watch.model = replace(student, kind="one-step")
     if first.iterations:
-        distill(student, pairs, squared, first, state / "l2", first_settings, "L2", dtype)
-        plot_loss(state / "l2")
+        l2(pairs, watch=watch)
         if second.iterations:
             checkpoint.save(student, args.out.removesuffix(".safetensors") + "-l2.safetensors")
     if second.iterations:
-        distance = perceptual(student.vae, lpips)
-        folder = state / "lpips"
-        distill(student, pairs, distance, second, folder, second_settings, "LPIPS", dtype, seen)
-        plot_loss(state / "lpips")
+        if watch:
+            watch.before = first.iterations
+        by_eye(pairs, watch=watch)
     checkpoint.save(student, args.out)
+    for stage in ("l2", "lpips"):
+        plot_loss(state / stage)
     print(f"{args.out}: a one-step model; its losses are in {state}")
 
 

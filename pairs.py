@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from command import (
-    BadInput, check_output, dtype_name, keep_others_out, let_others_in, note, rank, refuse_other,
-    wait_for_all, world_size, write_json, write_whole,
+    BadInput, check_output, dtype_name, from_all_processes, keep_others_out, let_others_in, note,
+    rank, refuse_other, wait_for_all, world_size, write_json, write_whole,
 )
 from sample import draw_latents, noise_from_seeds, prompts_of, read_prompts, seeds_in
 from stable_diffusion import StableDiffusion, fingerprint
@@ -70,15 +71,17 @@ def built_in_prompts() -> list[str]:
     return [every[i] for i in order]
 
 
-def prompts_for(model: StableDiffusion, path: str | None, column: str) -> tuple[list[str], str]:
-    """(prompts to train on, where they are from): the user's, the model's own, or the grammar."""
+def prompts_for(
+    model: StableDiffusion, path: str | None, column: str,
+) -> tuple[list[str], list[str], str]:
+    """(prompts to train on, held out, where from): the user's, the model's own, or the grammar."""
     if path is not None:
         every, source = read_prompts(path, column), Path(path).name
     elif model.is_tiny:
         every, source = prompts_of(model), model.family
     else:
         every, source = built_in_prompts(), "built-in"
-    return parts_of(every)[0], source
+    return *parts_of(every), source
 
 
 def count_for(model: StableDiffusion, asked: int | None, with_prompts: bool, tiny: int) -> int:
@@ -110,11 +113,15 @@ def describe_pairs(
         "kind": model.kind, "steps": steps,
         "guidance": model.guidance if guidance is None else guidance,
         "solver": solver if model.kind == "diffusion" else "euler", "dtype": dtype_name(dtype),
-        "first_seed": seeds_in(world, seed, count)[0], "prompts": source,
-        "prompts_hash": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "first_seed": seeds_in(world, seed, count)[0], **described_prompts(prompts, source),
         "latent_shape": list(model.latent_shape()), "pairs_per_shard": PAIRS_PER_SHARD,
         "count": count,
     }
+
+
+def described_prompts(prompts: list[str], source: str) -> dict:
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return {"prompts": source, "prompts_hash": digest}
 
 
 def check_pairs(folder: str | Path, description: dict) -> None:
@@ -126,19 +133,19 @@ def check_pairs(folder: str | Path, description: dict) -> None:
 
 def pairs_asked(
     model: StableDiffusion, args: argparse.Namespace, dtype: torch.dtype, world: str, tiny: int,
-) -> tuple[list[str], dict]:
-    """Prompts and description of the pairs that reflow.py or distill.py is asked for, checked.
+) -> tuple[list[str], list[str], dict]:
+    """Prompts, held-out prompts and description of the pairs that a command is asked for, checked.
 
     args: settled. tiny: how many the command takes of a tiny model. Nothing is made yet.
     """
-    prompts, source = prompts_for(model, args.prompts, args.prompt_column)
+    prompts, held_out, source = prompts_for(model, args.prompts, args.prompt_column)
     count = count_for(model, args.num_pairs, args.prompts is not None, tiny)
     description = describe_pairs(
         model, prompts, source, count, args.teacher_steps, args.teacher_guidance, args.solver,
         dtype, world, args.seed,
     )
     check_pairs(args.pairs, description)
-    return prompts, description
+    return prompts, held_out, description
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,15 +173,20 @@ def make_pairs(
 
     mine = range(rank(), len(sizes), world_size())
     missing = [i for i in mine if not shard_is_whole(folder, i, sizes[i], shape, repair)]
-    total, todo = sum(sizes[i] for i in mine), sum(sizes[i] for i in missing)
+    todo = sum(from_all_processes([sum(sizes[i] for i in missing)]))
     how = (description["steps"], description["guidance"], "", description["solver"])
-    with tqdm(total=total, initial=total - todo, desc="pairs", unit="pair", dynamic_ncols=True,
+    with tqdm(total=count, initial=count - todo, desc="pairs", unit="pair", dynamic_ncols=True,
               disable=not missing or rank() > 0) as bar:
+        # Every process draws as many as this one, so all are counted.
+        everyones = SimpleNamespace(update=lambda done: bar.update(
+            min(done * world_size(), bar.total - bar.n)))
         for i in missing:
             numbers = range(i * PAIRS_PER_SHARD, i * PAIRS_PER_SHARD + sizes[i])
             texts = [prompts[number % len(prompts)] for number in numbers]
             seeds = [first_seed + number for number in numbers]
-            latents = draw_latents(model, texts, seeds, *how, batch_size=batch_size, bar=bar).cpu()
+            latents = draw_latents(
+                model, texts, seeds, *how, batch_size=batch_size, bar=everyones
+            ).cpu()
             finite = torch.isfinite(latents).flatten(1).all(1)
             if not finite.all():
                 bad = numbers[(~finite).nonzero()[0].item()]

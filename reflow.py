@@ -23,6 +23,7 @@ kind "flow"; given as --teacher itself, it makes 3-Rectified Flow (a fourth flow
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +41,11 @@ from rectified_flow import flow_velocity, pseudo_huber, reflow_loss
 from sample import run_seed
 from stable_diffusion import KINDS
 from training import (
-    TrainingOptions, autocast_dtype, check_stage, options_from, plot_loss,
+    TrainingOptions, autocast_dtype, is_finished, options_from, plot_loss,
     tell_what_is_kept, train,
 )
 from unet import started_from
+from watch import Stage, add_watch_options, forecast, plan, watch_for
 
 LOSSES = {"l2": reflow_loss, "pseudo-huber": partial(reflow_loss, distance=pseudo_huber)}
 CAPTION_DROPOUT = 0.1  # share of prompts replaced by the empty one (Ho & Salimans 2022, 2207.12598)
@@ -56,11 +58,12 @@ def uniform_times(count: int, generator: torch.Generator) -> Tensor:
 def reflow(
     model, pairs: Pairs, options: TrainingOptions, folder: Path, settings: dict,
     dtype: torch.dtype = torch.float32, loss_of: Callable = reflow_loss,
-    times: Callable = uniform_times,
+    times: Callable = uniform_times, watch: Callable | None = None, train: Callable = train,
 ) -> None:
     """Train model.unet on the pairs, in place; model becomes a flow.
 
     loss_of(velocity, x0, x1, t, context): the loss of each sample; times(count, generator) draws t.
+    watch: as for `train`; train: another one to measure with.
     """
 
     def draw(samples: Tensor, share: slice, generator: torch.Generator) -> tuple:
@@ -73,7 +76,7 @@ def reflow(
         context = model.encode_prompts(prompts)
         return loss_of(flow_velocity(unet), x0, x1, t, context), t
 
-    train(model.unet, draw, loss, options, folder, settings, "reflow", dtype)
+    train(model.unet, draw, loss, options, folder, settings, "reflow", dtype, watch)
     model.kind = "flow"
 
 
@@ -140,7 +143,8 @@ def arguments() -> argparse.Namespace:
     add("--save-every", type=positive, default=500,
         help="updates between saved states; 15 minutes at most")
     add("--out", type=checkpoint.model_file, default="runs/2rf.safetensors",
-        help="the flow; its training state lies in OUT.state")
+        help="the flow, as it is at the last save; its training state lies in OUT.state")
+    add_watch_options(parser)
     add_machine_options(parser, run_seed)
     return parser.parse_args()
 
@@ -153,14 +157,11 @@ def main():
     if teacher.kind == "one-step":
         raise BadInput(f"{args.teacher}: a one-step model has no path to straighten; give a "
                        "diffusion or a flow as --teacher")
-    check_output(args.out)
-    folder = Path(args.out + ".state")
-    keep_others_out(folder)
     start, start_name = checkpoint.load_start(args.init, teacher)
 
     pairs_dtype = pick_dtype(args.dtype, device)
     world = "reflow" if teacher.kind == "diffusion" else "second reflow"
-    prompts, description = pairs_asked(teacher, args, pairs_dtype, world, TINY_PAIRS)
+    prompts, held_out, description = pairs_asked(teacher, args, pairs_dtype, world, TINY_PAIRS)
 
     rate = args.learning_rate
     if rate is None:
@@ -170,27 +171,43 @@ def main():
     tell_what_is_kept(options)
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
     settings = {"pairs": description, "init": start_name, "loss": args.loss}
-    if check_stage(folder, options, settings, dtype) and Path(args.out).exists():
-        print(f"{args.out}: finished already, {args.iterations} iterations")
-        return
+    folder = Path(args.out + ".state")
+    student, drawer = replace(teacher), teacher.in_dtype(pairs_dtype)
 
-    drawer = teacher.in_dtype(pairs_dtype)
+    def train_on(pairs, train: Callable = train, watch: Callable | None = None) -> None:
+        reflow(student, pairs, options, folder, settings, dtype, LOSSES[args.loss], watch=watch,
+               train=train)
+
+    def start_student() -> None:
+        student.found_tokenizer()  # to be saved along
+        student.unet = started_from(teacher.unet, start, teacher.kind, args.seed)
+        student.unet.gradient_checkpointing = args.gradient_checkpointing
+        if args.compile:
+            student.compile()
+
+    stages = [Stage("reflow", options, train_on)]
+    print(plan(teacher, prompts, description, args.pairs, stages, "unet",
+               args.gradient_checkpointing))
     if args.compile:
         drawer.compile()
     at_once = args.teacher_batch_size
-    pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
-    del drawer
-    seen = args.iterations * args.batch_size / len(pairs)
-    print(f"reflow: {len(pairs)} pairs, each seen {seen:.1f} times in {args.iterations} x "
-          f"{args.batch_size}")
+    if args.dry_run:
+        start_student()
+        print(forecast(drawer, prompts, description, stages, at_once))
+        return
+    check_output(args.out)
+    keep_others_out(folder)
+    if is_finished(args.out, [(folder, options, settings)], dtype):
+        print(f"{args.out}: finished already, {args.iterations} iterations")
+        return
 
-    student = teacher
-    student.found_tokenizer()  # to be saved along
-    student.unet = started_from(teacher.unet, start, teacher.kind, args.seed)
-    student.unet.gradient_checkpointing = args.gradient_checkpointing
-    if args.compile:
-        student.compile()
-    reflow(student, pairs, options, folder, settings, dtype, LOSSES[args.loss])
+    pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
+    watch = watch_for(args, drawer, prompts, held_out, description, "flow", folder)
+    del drawer
+    start_student()
+    if watch:
+        watch.model = replace(student, kind="flow")
+    train_on(pairs, watch=watch)
     checkpoint.save(student, args.out)
     plot_loss(folder)
     print(f"{args.out}: a rectified flow; its loss is in {folder / 'loss.png'}")

@@ -15,7 +15,8 @@ EMA, which ema_device moves into main memory.
 
 The state is one file that appears whole or not at all, `<out>.state/state.safetensors`, beside
 `settings.json` and `metrics.jsonl`, which `plot_loss` draws. It is written every `save_every`
-iterations, and whenever a run is logged 15 minutes after the last time.
+iterations, and whenever a run is logged 15 minutes after the last time. Before the first update and
+after each state a callback may look at the averaged weights (watch.py).
 """
 
 import argparse
@@ -101,6 +102,7 @@ def options_from(
 def train(
     network: nn.Module, draw: Callable, loss: Callable, options: TrainingOptions,
     folder: str | Path, settings: dict, name: str = "training", dtype: torch.dtype = torch.float32,
+    watch: Callable | None = None,
 ) -> None:
     """Train the network in place, resuming from `folder`; it ends with its averaged (EMA) weights.
 
@@ -112,6 +114,8 @@ def train(
         calls the network that it is given, once, and gets a part of a batch at a time.
     settings: what else decides the result; a run in the same folder must have the same.
     dtype: bf16 or fp16 runs the forward pass under autocast; weights, moments, EMA stay fp32.
+    watch(step, loss): called by the first process while the network has its averaged weights; what
+        it returns, a dictionary of figures, goes to metrics.jsonl.
 
     BadInput: a loss or gradient that is not finite, no memory left, Ctrl-C (each names the state
     that is kept); a damaged state, one of other settings or beyond the iterations asked for,
@@ -123,49 +127,28 @@ def train(
         shared = network
         if world_size() > 1:
             shared = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    device = next(network.parameters()).device
     share = slice(*(r * options.batch_size // world_size() for r in (rank(), rank() + 1)))
-    mine, part = share.stop - share.start, math.ceil(options.batch_size / options.accumulate)
-    scale = world_size() / options.batch_size  # the processes' gradients are averaged
-    half = dtype != torch.float32
-    autocast = torch.autocast(device.type, dtype, enabled=half, cache_enabled=False)
 
     def fetch(step: int) -> tuple:
         samples = torch.arange(step * options.batch_size, (step + 1) * options.batch_size)
         return draw(samples, share, generator_for(options.seed, step))
 
     network.train()
-    losses, times, last_log = [], [], time.monotonic()
+    losses, times = [], []
     with guard(), ThreadPoolExecutor(1) as ahead, progress_bar(run) as bar:
         coming = ahead.submit(fetch, run.step)
+        look(run, watch, loss)
+        last_log = time.monotonic()
         for step in range(run.step, options.iterations):
-            batch = to_device(coming.result(), device)
+            batch = to_device(coming.result(), run.device)
             if step + 1 < options.iterations:  # fetched while this one is computed
                 coming = ahead.submit(fetch, step + 1)
 
             rate = learning_rate_at(step, options)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
-
-            # Buckets of several processes are the gradients' own memory: those are kept and zeroed.
-            run.optimizer.zero_grad(set_to_none=world_size() == 1)
-            update_losses = []
-            for start in range(0, mine, part):
-                alone = world_size() > 1 and start + part < mine  # only the last part is averaged
-                with shared.no_sync() if alone else contextlib.nullcontext():
-                    with autocast:
-                        per_sample, t = loss(shared, *(c[start : start + part] for c in batch))
-                    run.scaler.scale(per_sample.sum() * scale).backward()
-                update_losses.append(per_sample.detach())
-                times.append(t)
-            losses += update_losses
-
-            run.scaler.unscale_(run.optimizer)
-            norm = nn.utils.clip_grad_norm_(run.weights.values(), options.clip_norm).item()
-            check_finite(run, norm, update_losses, step)
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            average(run, step)
+            update_losses, update_times, norm = update(run, shared, loss, batch)
+            losses, times = losses + update_losses, times + update_times
 
             run.step = step + 1
             last, overdue = run.step == options.iterations, False
@@ -176,11 +159,43 @@ def train(
                 bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
             if run.step % options.save_every == 0 or last or overdue:
                 save_state(run)
+                last_log += look(run, watch, loss)
             bar.update()
     run.optimizer.zero_grad(set_to_none=True)
     for key, weight in run.weights.items():
         weight.data.copy_(run.ema[key])
     network.eval()
+
+
+def update(run: "Run", shared: nn.Module, loss: Callable, batch: tuple) -> tuple[list, list, float]:
+    """One update of the weights from this process's share of a batch: losses, t, gradient's norm.
+
+    shared: the network, or DistributedDataParallel around it.
+    """
+    options, mine = run.options, len(batch[0]) if batch else 1
+    part = math.ceil(options.batch_size / options.accumulate)
+    scale = world_size() / options.batch_size  # the processes' gradients are averaged
+    half = run.dtype != torch.float32
+    autocast = torch.autocast(run.device.type, run.dtype, enabled=half, cache_enabled=False)
+    # Buckets of several processes are the gradients' own memory: those are kept and zeroed.
+    run.optimizer.zero_grad(set_to_none=world_size() == 1)
+    losses, times = [], []
+    for start in range(0, mine, part):
+        alone = world_size() > 1 and start + part < mine  # only the last part is averaged
+        with shared.no_sync() if alone else contextlib.nullcontext():
+            with autocast:
+                per_sample, t = loss(shared, *(c[start : start + part] for c in batch))
+            run.scaler.scale(per_sample.sum() * scale).backward()
+        losses.append(per_sample.detach())
+        times.append(t)
+
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.weights.values(), options.clip_norm).item()
+    check_finite(run, norm, losses)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    average(run)
+    return losses, times, norm
 
 
 def learning_rate_at(step: int, options: TrainingOptions) -> float:
@@ -194,17 +209,17 @@ def to_device(batch: tuple, device: torch.device) -> tuple:
     return tuple(c.to(device) if isinstance(c, Tensor) else c for c in batch)
 
 
-def average(run: "Run", step: int) -> None:
+def average(run: "Run") -> None:
     """Move the averaged weights towards the new ones: half the way in a half-life's samples."""
     options, half_life = run.options, run.options.ema_half_life
     if options.ema_ramp:
-        half_life = min(half_life, options.ema_ramp * step * options.batch_size)
+        half_life = min(half_life, options.ema_ramp * run.step * options.batch_size)
     kept = 0.5 ** (options.batch_size / max(1.0, half_life))
     now = [weight.detach().to(run.ema_device) for weight in run.weights.values()]
     torch._foreach_lerp_(list(run.ema.values()), now, 1 - kept)
 
 
-def check_finite(run: "Run", norm: float, losses: list[Tensor], step: int) -> None:
+def check_finite(run: "Run", norm: float, losses: list[Tensor]) -> None:
     """BadInput where the gradient is not finite, before it reaches the weights.
 
     Under fp16 the scaler passes over such an update and lowers its scale, until that is right.
@@ -214,7 +229,7 @@ def check_finite(run: "Run", norm: float, losses: list[Tensor], step: int) -> No
     finite = all(from_all_processes([torch.isfinite(torch.cat(losses)).all().item()]))
     if finite and run.scaler.is_enabled() and run.scaler.get_scale() >= LEAST_SCALE:
         return
-    size = run.options.batch_size
+    size, step = run.options.batch_size, run.step
     what = "the loss is not finite"
     if finite:
         what = "the gradient is not finite, though the loss is,"
@@ -292,42 +307,56 @@ class Run:
     ema: dict[str, Tensor]
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
+    dtype: torch.dtype  # of the forward pass
     step: int = 0  # iterations done
     saved: int = 0  # at the last state on the disk
     saved_at: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
 
     @property
     def ema_device(self) -> torch.device:
         return next(iter(self.ema.values())).device
 
 
-def open_run(
+def new_run(
     network: nn.Module, options: TrainingOptions, folder: Path, settings: dict, name: str, dtype,
 ) -> Run:
-    """The run in this folder, where it stands, or a new one. BadInput as in `train`."""
+    """A run at its start. Nothing is read or written."""
     weights = {key: weight for key, weight in network.named_parameters() if weight.requires_grad}
-    device, count = next(iter(weights.values())).device, sum(w.numel() for w in weights.values())
-    state = folder / "state.safetensors"
-    # Room for two, because the old state is replaced only when the new one is whole.
-    check_output(state, needed=(1 if state.exists() else 2) * BYTES_PER_PARAMETER * count)
-    keep_others_out(folder)
-    check_stage(folder, options, settings, dtype)
-    wait_for_all()
+    device = next(iter(weights.values())).device
     fused = device.type in ("cpu", "cuda")  # one kernel, without copies of all moments
-    run = Run(
+    return Run(
         name, folder, options, decisive(options, settings, dtype), weights,
         ema={key: w.detach().to(options.ema_device or device, copy=True)
              for key, w in weights.items()},
         optimizer=torch.optim.AdamW(weights.values(), options.learning_rate,
                                     weight_decay=options.weight_decay, fused=fused),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        saved_at=time.monotonic(),
+        dtype=dtype, saved_at=time.monotonic(),
     )
+
+
+def open_run(
+    network: nn.Module, options: TrainingOptions, folder: Path, settings: dict, name: str, dtype,
+) -> Run:
+    """The run in this folder, where it stands, or a new one. BadInput as in `train`."""
+    count = sum(w.numel() for w in network.parameters() if w.requires_grad)
+    state = folder / "state.safetensors"
+    # Room for two, because the old state is replaced only when the new one is whole.
+    check_output(state, needed=(1 if state.exists() else 2) * BYTES_PER_PARAMETER * count)
+    keep_others_out(folder)
+    check_stage(folder, options, settings, dtype)
+    wait_for_all()
+    run = new_run(network, options, folder, settings, name, dtype)
     load_state(run)
     if len(set(from_all_processes([run.step]))) > 1:
         raise BadInput(f"{folder}: the processes find states of different steps in it; name an "
                        "--out that all nodes share")
-    rows = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= run.step]
+    rows = [json.dumps(row) + "\n" for row in read_metrics(folder, "step")
+            if row["step"] <= run.step]
     write_text(folder / "metrics.jsonl", "".join(rows))
     return run
 
@@ -354,6 +383,19 @@ def check_stage(folder: str | Path, options: TrainingOptions, settings: dict, dt
         raise BadInput(f"{folder}: its run is at iteration {step}, beyond the {options.iterations} "
                        "asked for; ask for at least as many, or give another --out")
     return step == options.iterations
+
+
+def is_finished(
+    out: str | Path, stages: list[tuple[Path, TrainingOptions, dict]], dtype: torch.dtype,
+) -> bool:
+    """Are all stages of a command at their end, and is its model newer than their states?
+
+    stages: folder, options and settings of each. All are checked, as by `check_stage`.
+    """
+    ended = [check_stage(folder, options, settings, dtype) for folder, options, settings in stages]
+    out, last = Path(out), stages[-1][0] / "state.safetensors"
+    # A run that looks at its states writes a model with each, so that one may be of an earlier one.
+    return all(ended) and out.exists() and out.stat().st_mtime_ns >= last.stat().st_mtime_ns
 
 
 def decisive(options: TrainingOptions, settings: dict, dtype: torch.dtype) -> dict:
@@ -476,10 +518,39 @@ def log(
         "seconds_per_step": seconds,
         "loss_by_t": mean_by_time(losses, torch.cat(times)) if times else [],
     }
+    add_metrics(run, row)
+    return row["loss"], everyone[0][2]
+
+
+def add_metrics(run: Run, row: dict) -> None:
     if rank() == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-    return row["loss"], everyone[0][2]
+
+
+def look(run: Run, watch: Callable | None, loss: Callable) -> float:
+    """Have `watch` look at the averaged weights, unless it has at this step; the seconds it took.
+
+    A run that was killed meanwhile finds its state, and looks again.
+    """
+    if watch is None:
+        return 0.0
+    seen = any(row["step"] == run.step for row in read_metrics(run.folder, "held_out_loss"))
+    if from_all_processes([seen])[0]:
+        return 0.0
+    started = time.monotonic()
+    if rank() == 0:
+        trained = {name: w.detach().to("cpu", copy=True) for name, w in run.weights.items()}
+        for name, weight in run.weights.items():
+            weight.data.copy_(run.ema[name])
+        figures = watch(run.step, loss)
+        for name, weight in run.weights.items():
+            weight.data.copy_(trained[name])
+        samples = run.step * run.options.batch_size
+        add_metrics(run, {"step": run.step, "samples": samples} | figures)
+        plot_loss(run.folder)
+    wait_for_all()  # for the first, which may draw for minutes
+    return time.monotonic() - started
 
 
 def mean_by_time(losses: Tensor, times: Tensor) -> list[float | None]:
@@ -499,31 +570,47 @@ def tell_what_is_kept(options: TrainingOptions) -> None:
              "forgets it sooner")
 
 
-def read_metrics(folder: str | Path) -> list[dict]:
-    """The rows of metrics.jsonl; a last line that a killed run left unfinished is passed over."""
+def read_metrics(folder: str | Path, having: str = "loss") -> list[dict]:
+    """The rows of metrics.jsonl with this key: "loss" of updates, "held_out_loss" of watch.py.
+
+    A last line that a killed run left unfinished is passed over.
+    """
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [row for row in rows if having in row]
 
 
 def plot_loss(folder: str | Path) -> None:
-    """loss.png from metrics.jsonl: the loss over samples, and over t where it has one."""
-    rows = read_metrics(folder)
+    """loss.png from metrics.jsonl: the loss over samples, and over t where it has one.
+
+    With what watch.py saw: the loss on pairs that nothing is trained on.
+    """
+    rows, held_out = read_metrics(folder), read_metrics(folder, "held_out_loss")
     if not rows:
         return
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    axes[0].plot([row["samples"] for row in rows], [row["loss"] for row in rows], linewidth=1)
+    for label, key, part, style in (("training", "loss", rows, {"linewidth": 1}),
+                                    ("held out", "held_out_loss", held_out, {"marker": "o"})):
+        if part:
+            axes[0].plot([row["samples"] for row in part], [row[key] for row in part],
+                         label=label, **style)
     scale = "log" if all(row["loss"] > 0 for row in rows) else "linear"
-    axes[0].set(xlabel="samples seen", ylabel="loss", yscale=scale, title="training loss")
+    axes[0].set(xlabel="samples seen", ylabel="loss", yscale=scale, title="loss")
+    axes[0].legend()
     late = [row["loss_by_t"] for row in rows[-max(1, len(rows) // 5) :] if row["loss_by_t"]]
     if late:
         means = [[by_t[k] for by_t in late if by_t[k] is not None] for k in range(TIME_BINS)]
         centres = [(k + 0.5) / TIME_BINS for k in range(TIME_BINS)]
         heights = [sum(m) / len(m) if m else 0 for m in means]
-        axes[1].bar(centres, heights, width=0.9 / TIME_BINS, color="tab:orange")
-        axes[1].set(xlabel="t  (0 noise, 1 data)", ylabel="loss",
-                    title="loss by t, last fifth of the run")
+        axes[1].bar(centres, heights, width=0.9 / TIME_BINS, color="tab:blue",
+                    label="training, last fifth of the run")
+        if held_out and held_out[-1]["held_out_loss_by_t"]:
+            axes[1].plot(centres, held_out[-1]["held_out_loss_by_t"], "o", color="tab:orange",
+                         label="held out")
+        axes[1].set(xlabel="t  (0 noise, 1 data)", ylabel="loss", title="loss by t")
+        axes[1].legend()
     else:
         axes[1].set_visible(False)
     write_whole(Path(folder) / "loss.png", lambda path: figure.savefig(path, dpi=120))

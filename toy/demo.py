@@ -10,8 +10,9 @@ Reads from top to bottom, and stands on the pipeline's own losses, solvers and g
     pairs -> 2-RF -> 3-RF    reflow, each on the pairs of the one before
     pairs -> one step        distilled from the teacher (direct), and from 2-RF
 
-Writes into runs/toy/ (or runs/toy-DATASET/) table.json, table.md, paths.png, straight.png,
-one-step.png and flow.gif. Columns of the table, on noises that nothing was trained on:
+Writes into runs/toy/ (or runs/toy-DATASET/) table.json, table.md, ddim.png, paths.png,
+straight.png, steps.png, one-step.png and flow.gif. Columns of the table, on noises that nothing was
+trained on:
 
     times_floor             Wasserstein-2 distance to fresh data / that of fresh data to fresh data
     on_mode                 share of points within 3 standard deviations of a centre of their label
@@ -44,6 +45,7 @@ from unet import timestep_embedding
 
 TEACHER_STEPS, FINE_STEPS = 25, 250  # of pairs; of what counts as a model's exact path
 TABLE_STEPS = (1, 2, 4, 8, 25)
+DDIM_STEPS = 12  # of the figure in which it is Euler's method
 LEARNING_RATE = 4e-3
 EMA_UPDATES = 20  # half-life: short, as the runs are
 LABEL_DROPOUT = 0.1  # share of labels left out, so that guidance works (Ho & Salimans 2022)
@@ -304,6 +306,22 @@ def student_row(student: Model, teacher: Model, probe: Probe) -> dict:
     return probe.row(student.name, points, solver="euler", steps=1, endpoint_error=error)
 
 
+@torch.no_grad()
+def ddim(model: Model, noise: Tensor, labels: Tensor, steps: int) -> list[tuple[Tensor, float]]:
+    """DDIM as published, for ddim.png: its states x_s and their α + σ. Song et al. 2020, eq. 12."""
+    predict_noise = guided(model.network, NULL, model.guidance)
+    timesteps = SCHEDULE.sampling_timesteps(steps)
+    alphas, sigmas = (table.tolist() for table in SCHEDULE.alpha_sigma(timesteps))
+    alphas, sigmas = [*alphas, 1.0], [*sigmas, 0.0]
+    x, states = noise, [(noise, alphas[0] + sigmas[0])]
+    for k, s in enumerate(timesteps.tolist()):
+        predicted = predict_noise(x, torch.full((len(x),), s), context_of(labels))
+        data = (x - sigmas[k] * predicted) / alphas[k]
+        x = alphas[k + 1] * data + sigmas[k + 1] * predicted
+        states.append((x, alphas[k + 1] + sigmas[k + 1]))
+    return states
+
+
 # --------------------------------------------------------------------------------------------------
 # All of it, in order
 
@@ -367,7 +385,15 @@ def main():
         for title, model in (("teacher (1-RF)", teacher), ("2-RF", flow2), ("3-RF", flow3),
                              ("2-RF + distill, one step", student))
     ]
+    few, labels = probe.noise[:plots.TRACES], probe.labels[:plots.TRACES]
+    velocity, start, times = as_flow(
+        teacher.network, teacher.kind, few, DDIM_STEPS, NULL, teacher.guidance
+    )
+    with torch.no_grad():
+        states = list(euler(velocity, start, DDIM_STEPS, context_of(labels), times))
+    plots.save_ddim(folder / "ddim.png", ddim(teacher, few, labels, DDIM_STEPS), states, labels)
     plots.save_paths(folder / "paths.png", tracks, probe.labels[:600], probe.fresh)
+    plots.save_steps(folder / "steps.png", rows)
     plots.save_straight(folder / "straight.png", tracks[:3], probe.labels[:600])
     plots.save_landings(folder / "one-step.png", landings, probe.labels)
     plots.save_film(folder / "flow.gif", [tracks[0], tracks[1], tracks[3]], probe.labels[:600])

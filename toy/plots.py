@@ -1,4 +1,4 @@
-"""Figures of toy/demo.py: paths, where straight lines would end, where one step lands, a film."""
+"""Figures of toy/demo.py: DDIM and Euler, paths, where straight lines would end, errors, a film."""
 
 import io
 from dataclasses import dataclass
@@ -83,6 +83,44 @@ def save_paths(path: Path, tracks: list[Track], labels: Tensor, data: Tensor) ->
     figure.supxlabel(
         "coloured: the model's paths; black: one Euler step from the noise", fontsize=9
     )
+    save(figure, path)
+
+
+def save_ddim(
+    path: Path, states: list[tuple[Tensor, float]], euler_states: list[Tensor], labels: Tensor,
+) -> None:
+    """DDIM's states x_s, and divided by α + σ with those of Euler's method over them."""
+    figure, axes = panels(2, 3.4, 3.6)
+    titles = (r"DDIM, in its own $x_s$", r"$x_s / (\alpha + \sigma)$, and Euler's method")
+    for axis, title, divided in zip(axes, titles, (False, True)):
+        plane(axis, title)
+        points = torch.stack([x / (scale if divided else 1.0) for x, scale in states])
+        for k, colour in enumerate(colours(labels)):
+            axis.plot(*points[:, k].T, color=colour, linewidth=1.2, marker="o", markersize=3.5)
+    for k in range(len(labels)):
+        axes[1].plot(*torch.stack(euler_states)[:, k].T, "+", color="black", markersize=7)
+    figure.supxlabel("dots: DDIM as published; crosses: Euler's steps on the velocity", fontsize=9)
+    save(figure, path)
+
+
+def save_steps(path: Path, rows: list[dict]) -> None:
+    """How far from the exact end, against the number of Euler steps; and the straightness."""
+    figure, axes = panels(2, 4.2, 3.3)
+    models = {}
+    for row in rows:
+        if row["relative_straightness"] is not None and row["solver"] == "euler":
+            models.setdefault(row["model"], []).append(row)
+    for (name, mine), marker in zip(models.items(), "osD"):
+        steps, errors = ([row[key] for row in mine] for key in ("steps", "endpoint_error"))
+        axes[0].plot(steps, errors, marker=marker, label=name)
+    axes[0].set(xscale="log", yscale="log", xlabel="Euler steps", xticks=steps, xticklabels=steps,
+                title=r"error of the end, $E\|Z_1 - exact\|^2$")
+    axes[0].minorticks_off()
+    axes[0].legend(fontsize=8)
+    straight = [mine[0]["relative_straightness"] for mine in models.values()]
+    bars = axes[1].bar(list(models), straight, color=["tab:blue", "tab:orange", "tab:green"])
+    axes[1].bar_label(bars, fmt="%.3f")
+    axes[1].set(yscale="log", title=r"straightness, $S / E\|Z_1 - Z_0\|^2$")
     save(figure, path)
 
 

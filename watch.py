@@ -1,0 +1,279 @@
+"""A long run that sees where it is going: the plan before it, and at every save what was learned.
+
+    python reflow.py --teacher sd14.safetensors --dry-run      the plan, timed; writes nothing
+
+The plan counts prompts, pairs, updates and memory, and forecasts days from the time of one batch of
+pairs and of one update. During the run, before the first update and at every saved state, `Watch`
+looks at the averaged weights:
+
+    held_out_loss          the run's own loss on pairs of captions and noises that nothing is
+                           trained on, at fixed t, and by t
+    straightness           of the paths on the validation prompts (evaluation/figures.py)
+    OUT.state/samples/     the same prompts and noises in 1, 4 and 25 steps, beside the teacher
+    OUT                    the model as it is by then, so that sample.py and evaluate.py can read it
+
+The captions are the last hundredth of the list, which no pair for training is made from; their
+pairs lie in the pairs' folder as held-out/.
+"""
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import checkpoint
+from command import ByModel, note, not_negative, world_size
+from evaluation.figures import straightness_figures
+from evaluation.plots import in_steps, save_comparison
+from pairs import PAIRS_PER_SHARD, Pairs, described_prompts, make_pairs, shard_path
+from sample import draw_latents, draw_pictures, parts, read_prompts, seeds_in
+from stable_diffusion import StableDiffusion
+from training import TIME_BINS, TrainingOptions, generator_for, new_run, update
+
+STEPS = (1, 4, 25)  # of the pictures; a one-step model takes 1
+PICTURED = 8  # validation prompts
+LOOKED_AT_ONCE = 64  # held-out pairs that pass the network together; 4 at 512 px
+DAY = 24 * 3600
+# Bytes a parameter on a device: weights, gradients, two moments and the average, in fp32.
+FIXED = 20
+# GB of activations a sample at 512 px in bf16, without and with checkpointing, by
+# benchmarks/README.md.
+ACTIVATIONS = {("unet", False): 0.97, ("unet", True): 0.36, ("stacked", False): 1.93,
+               ("stacked", True): 0.38, ("unet lpips", False): 7.5, ("unet lpips", True): 4.1,
+               ("stacked lpips", False): 8.4, ("stacked lpips", True): 4.2}
+
+
+def add_watch_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("seeing where it goes").add_argument
+    add("--dry-run", action="store_true",
+        help="print the plan, time one batch of pairs and one update, and write nothing")
+    add("--validation-pairs", type=not_negative, default=ByModel(64, 128),
+        help="pairs of held-out captions and noises that the loss is measured on at every save; "
+             "0: nothing is looked at")
+    add("--validation-prompts",
+        help=f"file whose first {PICTURED} prompts are drawn at every save; default: held-out "
+             "captions")
+    add("--keep", type=not_negative, default=0,
+        help="models of earlier saves to keep in OUT.state/models/")
+
+
+# --------------------------------------------------------------------------------------------------
+# Before the run
+
+
+@dataclass
+class Stage:
+    """One training of a command, for the plan."""
+
+    name: str
+    options: TrainingOptions
+    train: Callable  # train(pairs, with this in place of training.train)
+
+
+def plan(
+    model: StableDiffusion, prompts: list[str], description: dict, folder: str,
+    stages: list[Stage], student: str, checkpointing: bool,
+) -> str:
+    """What a run is going to do, in lines."""
+    count, size = description["count"], torch.Size(description["latent_shape"]).numel()
+    shards = range(-(-count // PAIRS_PER_SHARD))
+    there = sum(shard_path(Path(folder), i).exists() for i in shards)
+    lines = [
+        f"plan: {len(prompts):,} prompts of {description['prompts']}, each used "
+        f"{count / len(prompts):.3g} times",
+        f"plan: {count:,} pairs of {description['steps']} steps at guidance "
+        f"{description['guidance']:g}, {2 * count * size / 1e9:.3g} GB in {folder}, "
+        f"{there} of {len(shards)} shards are there",
+    ]
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    parameters *= 2 if student == "stacked" else 1
+    for stage in stages:
+        options = stage.options
+        samples, at_once = options.iterations * options.batch_size, samples_at_once(options)
+        memory = FIXED * parameters / 1e9
+        text = f"{memory:.3g} GB of weights, gradients, moments and averages"
+        if not model.is_tiny:
+            each = ACTIVATIONS[student + " lpips" * (stage.name == "LPIPS"), checkpointing]
+            text += f" and {each * at_once:.3g} GB of activations at 512 px in bf16"
+        lines.append(
+            f"plan: {stage.name}, {options.iterations:,} updates of {options.batch_size}, "
+            f"{samples:,} samples, each pair {samples / count:.3g} times; {parameters:,} "
+            f"parameters, {at_once} at once: {text} on each of {world_size()} devices"
+        )
+    return "\n".join(lines)
+
+
+def samples_at_once(options: TrainingOptions) -> int:
+    """Samples that pass the network together on one device."""
+    return max(1, min(-(-options.batch_size // options.accumulate),
+                      options.batch_size // world_size()))
+
+
+class PretendedPairs:
+    """Random latents in place of pairs that are not made yet."""
+
+    def __init__(self, description: dict, prompts: list[str]):
+        self.shape, self.prompts = tuple(description["latent_shape"]), prompts
+        self.description = description
+
+    def __len__(self) -> int:
+        return self.description["count"]
+
+    def batch(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+        x0, x1 = torch.randn(2, len(samples), *self.shape)
+        return x0, x1, [self.prompts[int(k) % len(self.prompts)] for k in samples]
+
+
+def forecast(
+    teacher: StableDiffusion, prompts: list[str], description: dict, stages: list[Stage],
+    batch_size: int | None,
+) -> str:
+    """Time one batch of pairs and one update of each stage; the days that all of it takes."""
+    how = (description["steps"], description["guidance"], "", description["solver"])
+    count, processes = description["count"], world_size()
+    at_once = batch_size or 16 if not teacher.is_tiny else batch_size or 128
+    some = [prompts[k % len(prompts)] for k in range(at_once)]
+    seeds = range(description["first_seed"], description["first_seed"] + at_once)
+    for _ in range(2):  # the first is slower
+        started = time.monotonic()
+        draw_latents(teacher, some, seeds, *how, batch_size=at_once)
+    a_pair = (time.monotonic() - started) / at_once
+    total = a_pair * count / processes
+    lines = [f"forecast: {1 / a_pair:.3g} pairs a second on a device, {spoken(total)} for all"]
+    for stage in stages:
+        seconds = []
+
+        def timed(network, draw, loss, options, folder, settings, name, dtype, watch=None):
+            run = new_run(network, options, Path(folder), settings, name, dtype)
+            share = slice(0, options.batch_size // processes)
+            network.train()
+            for step in range(3):  # the first are slower  # noqa: B007
+                started = time.monotonic()
+                samples = torch.arange(options.batch_size)
+                batch = draw(samples, share, generator_for(options.seed, step))
+                batch = tuple(c.to(run.device) if isinstance(c, Tensor) else c for c in batch)
+                losses, *_ = update(run, network, loss, batch)
+                torch.cat(losses).sum().item()
+                seconds.append(time.monotonic() - started)  # noqa: B023
+
+        stage.train(PretendedPairs(description, prompts), timed)
+        spent = min(seconds) * stage.options.iterations
+        total += spent
+        lines.append(f"forecast: {min(seconds):.3g} s an update of {stage.name}, {spoken(spent)}")
+    lines.append(f"forecast: {spoken(total)} in all on {processes} device{'s' * (processes > 1)}, "
+                 f"{total * processes / DAY:.3g} device-days, without looking and saving")
+    return "\n".join(lines)
+
+
+def spoken(seconds: float) -> str:
+    for unit, name in ((DAY, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+# --------------------------------------------------------------------------------------------------
+# During the run
+
+
+@dataclass
+class Watch:
+    """Looks at a run's averaged weights: watch(step, loss), as training.train calls it."""
+
+    batches: list[tuple]  # held-out pairs as the loss takes them
+    times: list[float]  # the t of each batch, none where the loss has no t
+    prompts: list[str]
+    seeds: range
+    teacher: Tensor  # its pictures of them
+    teacher_steps: int
+    out: str
+    folder: Path  # OUT.state
+    keep: int
+    model: StableDiffusion | None = None  # the student, as the kind that it is to become
+    before: int = 0  # updates of an earlier stage
+
+    @torch.no_grad()
+    def __call__(self, step: int, loss: Callable) -> dict:
+        by_t = {}
+        for batch, t in zip(self.batches, self.times or [None] * len(self.batches)):
+            batch = tuple(c.to(self.model.device) if isinstance(c, Tensor) else c for c in batch)
+            by_t.setdefault(t, []).append(loss(self.model.unet, *batch)[0].float().cpu())
+        means = [torch.cat(losses).mean().item() for losses in by_t.values()]
+        figures = {"held_out_loss": sum(means) / len(means),
+                   "held_out_loss_by_t": means if self.times else []}
+        rows = [(f"teacher\n{in_steps(self.teacher_steps)}", self.teacher)]
+        for steps in STEPS if self.model.kind != "one-step" else STEPS[:1]:
+            pictures = draw_pictures(self.model, self.prompts, self.seeds, steps)
+            rows.append((f"{self.before + step:,} updates\n{in_steps(steps)}", pictures))
+        path = self.folder / "samples" / f"{self.before + step:07d}.png"
+        save_comparison(str(path), rows, self.prompts)
+        if self.model.kind != "one-step":
+            guidance = self.model.guidance
+            straight = straightness_figures(self.model, self.prompts, self.seeds, guidance)
+            figures["relative_straightness"] = straight["relative_straightness"]
+        if step:
+            self.save(self.before + step)
+        return figures
+
+    def save(self, step: int) -> None:
+        """The model as it is: OUT, and OUT of earlier saves."""
+        checkpoint.save(self.model, self.out)
+        if self.keep:
+            models = self.folder / "models"
+            models.mkdir(exist_ok=True)
+            shutil.copyfile(self.out, models / f".{step:07d}.tmp")
+            (models / f".{step:07d}.tmp").replace(models / f"{step:07d}.safetensors")
+            for old in sorted(models.glob("*.safetensors"))[: -self.keep]:
+                old.unlink()
+
+
+def watch_for(
+    args: argparse.Namespace, teacher: StableDiffusion, prompts: list[str], held_out: list[str],
+    description: dict, kind: str, folder: Path,
+) -> Watch | None:
+    """What looks at a run of reflow.py (kind "flow") or distill.py ("one-step"), but its model.
+
+    teacher: in the dtype of the pairs. held_out: captions that are kept from training.
+    """
+    count = args.validation_pairs
+    if not count:
+        return None
+    if not held_out:
+        note("too few prompts to hold a hundredth of them back; what is watched is drawn for "
+             "prompts of training, on noises of its own")
+    captions = held_out or prompts
+    asked = description | described_prompts(captions, f"{description['prompts']}, held out") | {
+        "first_seed": seeds_in("validation", args.seed, count)[0], "count": count,
+    }
+    pairs = make_pairs(teacher, captions, asked, Path(args.pairs) / "held-out",
+                       args.teacher_batch_size, args.repair)
+    shown = captions
+    if args.validation_prompts:
+        shown = read_prompts(args.validation_prompts, args.prompt_column)
+    pictured = min(PICTURED, len(shown))
+    shown = [shown[k * len(shown) // pictured] for k in range(pictured)]
+    seeds = seeds_in("validation", args.seed, len(shown), start=count)
+    pictures = draw_pictures(teacher, shown, seeds, description["steps"], description["guidance"])
+    batches, times = batches_of(pairs, kind, LOOKED_AT_ONCE if teacher.is_tiny else 4)
+    return Watch(batches, times, shown, seeds, pictures, description["steps"], args.out, folder,
+                 args.keep)
+
+
+def batches_of(pairs: Pairs, kind: str, size: int) -> tuple[list[tuple], list[float]]:
+    """Held-out pairs as the losses of reflow and of distillation take them."""
+    batches, times = [], []
+    for part in parts(len(pairs), size):
+        x0, x1, prompts = pairs[torch.arange(len(pairs))[part]]
+        if kind == "one-step":
+            batches.append((x0, x1, prompts))
+            continue
+        for k in range(TIME_BINS):
+            t = (k + 0.5) / TIME_BINS
+            batches.append((x0, x1, torch.full((len(x0),), t), prompts))
+            times.append(t)
+    return batches, times
