@@ -54,6 +54,7 @@ from stable_diffusion import FAMILIES, KINDS
 STRAIGHTNESS_SAMPLES = 256  # at most; 16 at 512 px, as whole paths are held at once
 PICTURED = 8  # captions in the comparison picture
 ON_IMAGES = ("fid", "clip_score")
+CLIP = "openai/clip-vit-large-patch14"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,11 +111,15 @@ def row_of(
 def ask_judge(args: argparse.Namespace, device: torch.device) -> tuple[list, list, list]:
     """(rows, labelled pictures, their captions). The first model decides what all are asked."""
     for flag, given in (("--prompts", args.prompts), ("--image-size", args.image_size),
-                        ("--feature-extractor", args.feature_extractor)):
+                        ("--feature-extractor", args.feature_extractor), ("--clip", args.clip)):
         if given:
             raise BadInput(f"{flag}: is for --coco or --images; give one of them too")
-    rows, pictures, questions = [], [], []
+    rows, pictures, questions, first = [], [], [], None
     for model, guidance in models(args, device):
+        first = first or model
+        if (model.family, model.latent_shape()) != (first.family, first.latent_shape()):
+            raise BadInput(f"{model.path}: draws other captions or sizes than {first.path}; "
+                           "measure them one after the other, each with its own --out")
         if not questions:
             judge = args.judge or FAMILIES[model.family].judge
             for repeat in range(args.repeats):
@@ -167,6 +172,8 @@ def gallery_of(args: argparse.Namespace, device: torch.device) -> Gallery:
     """The real images that a command's arguments name."""
     if args.coco and args.images:
         raise BadInput("--coco and --images: give one of them")
+    if args.judge:
+        raise BadInput("--judge: grades tiny models; leave it away with --coco and --images")
     if args.images and not args.prompts:
         raise BadInput("--images: needs --prompts too, a file with captions to draw")
     if args.repeats > 1:
@@ -176,7 +183,8 @@ def gallery_of(args: argparse.Namespace, device: torch.device) -> Gallery:
     else:
         prompts = read_prompts(args.prompts, args.prompt_column)[: args.num_samples]
         images, side = read_images(args.images), 512
-    fid, clip = feature_distance(args.feature_extractor, device), caption_score(args.clip, device)
+    fid = feature_distance(args.feature_extractor, device)
+    clip = caption_score(args.clip or CLIP, device)
     folder = Path(args.out.removesuffix(".json") + "-pictures")
     return Gallery(prompts, images, args.image_size or side, folder, fid, clip)
 
@@ -237,8 +245,7 @@ def arguments() -> argparse.Namespace:
         help="pixels at which images are compared; default: COCO's, else 512")
     add("--feature-extractor",
         help="TorchScript file instead of Inception: uint8 images to features")
-    add("--clip", default="openai/clip-vit-large-patch14",
-        help="CLIP of the score: a folder or a hub id")
+    add("--clip", help=f"CLIP of the score, a folder or a hub id; default: {CLIP}")
     add_machine_options(parser, run_seed)
     return parser.parse_args()
 

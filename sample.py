@@ -61,7 +61,7 @@ def draw_latents(
     bar: told of each batch.
     """
     shape = model.latent_shape(size)
-    null_context = model.encode_prompts([negative])
+    null_context = model.encode_prompts([negative])  # (1, L, D)
     latents = []
     for part in parts(len(prompts), batch_size or drawn_at_once(shape)):
         noise = noise_from_seeds(seeds[part], shape).to(model.device)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "toy"))
 import checkpoint
 import shapes
 from command import (
-    TINY_TEACHER, Parser, add_machine_options, pick_device, positive, run, solver_steps,
+    TINY_TEACHER, BadInput, Parser, add_machine_options, pick_device, positive, run, solver_steps,
 )
 from diffusion import NoiseSchedule, dpm_solver
 from rectified_flow import guided
@@ -53,6 +53,8 @@ def main():
     add_machine_options(parser, run_seed)
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.dtype not in ("auto", "bf16"):
+        raise BadInput(f"--dtype {args.dtype}: it is bf16 that is set against fp32 here")
     exact, rough = (
         checkpoint.load(TINY_TEACHER, device, dtype) for dtype in (torch.float32, torch.bfloat16)
     )

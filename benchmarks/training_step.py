@@ -91,6 +91,8 @@ def main():
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--teacher-steps", type=solver_steps, default=25)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--contiguous", action="store_true",
+                        help="updates without channels last, the order in memory that is taken")
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype, batch, rows = pick_dtype(args.dtype, device), args.batch_size, []
@@ -157,7 +159,8 @@ def main():
     updates = [stage for stage in args.stages if stage in ("reflow", "l2", "lpips")]
     if updates:
         model = make_model("full", args.seed)
-        unet = model.unet.to(device, memory_format=torch.channels_last).train()
+        order = torch.contiguous_format if args.contiguous else torch.channels_last
+        unet = model.unet.to(device, memory_format=order).train()
         unet.gradient_checkpointing = args.gradient_checkpointing
         model.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
         text = model.text_encoder.to(device).requires_grad_(False)
@@ -183,8 +186,9 @@ def main():
             row |= dict.fromkeys(("diffusers, s", "ratio", "quartiles", "differ by"))
             rows.append(row | {"peak GB": peak_memory(device)})
     about = {"batch": batch, "teacher_steps": args.teacher_steps,
-             "gradient_checkpointing": args.gradient_checkpointing}
-    report("training_step", device, dtype, rows, **about)
+             "gradient_checkpointing": args.gradient_checkpointing,
+             "channels_last": not args.contiguous}
+    report("training_step" + "-contiguous" * args.contiguous, device, dtype, rows, **about)
 
 
 if __name__ == "__main__":

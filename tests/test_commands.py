@@ -34,10 +34,11 @@ from stable_diffusion import StableDiffusion
 from training import read_metrics, saved_progress
 from unet import started_from
 
-REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4,
-          "--save-every", 1]
-DISTILL = ["--num-pairs", 40, "--teacher-steps", 3, "--l2-iterations", 4, "--lpips-iterations", 3,
-           "--batch-size", 4, "--save-every", 1, "--cooldown", 0]
+REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--validation-pairs", 0,
+          "--iterations", 6, "--batch-size", 4, "--save-every", 1]
+DISTILL = ["--num-pairs", 40, "--teacher-steps", 3, "--validation-pairs", 0,
+           "--l2-iterations", 4, "--lpips-iterations", 3, "--batch-size", 4, "--save-every", 1,
+           "--cooldown", 0]
 
 
 @pytest.fixture(autouse=True)
@@ -423,10 +424,16 @@ def test_the_second_stage_goes_on_in_the_order_of_the_first(finished, call, monk
     assert sorted(seen) == list(range(40))  # 24 in the first stage, the other 16 in the second
 
 
+def wait_for(process: subprocess.Popen, path: Path) -> None:
+    """Until a process has written a file; it fails where the process ends without."""
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
 def test_two_runs_at_once(call, tmp_path):
     first = start("reflow", [*REFLOW[:2], "--teacher-steps", 900, "--iterations", 1], tmp_path)
-    while not (tmp_path / "runs/pairs/pairs.json").exists():
-        time.sleep(0.05)
+    wait_for(first, tmp_path / "runs/pairs/pairs.json")
     for out, folder in (
         ("runs/2rf.safetensors", "runs/2rf.safetensors.state"),
         ("other.safetensors", "runs/pairs"),
@@ -468,8 +475,7 @@ def test_killed_and_continued(finished, tmp_path, name, arguments, reached):
 
 def test_ctrl_c_while_pairs_are_made(tmp_path):
     process = start("reflow", [*REFLOW[:2], "--teacher-steps", 200], tmp_path)
-    while not (tmp_path / "runs/pairs/pairs.json").exists():
-        time.sleep(0.05)
+    wait_for(process, tmp_path / "runs/pairs/pairs.json")
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 2

@@ -25,6 +25,7 @@ from conftest import ROOT, relative_error
 from training import read_metrics, saved_progress
 
 REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4,
+          "--validation-pairs", 0,
           "--accumulate", 2, "--save-every", 1,
           "--cooldown", 0]  # at a constant rate, so that a run may go on to more iterations
 

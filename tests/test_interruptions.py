@@ -24,7 +24,7 @@ from conftest import ROOT
 
 # The pairs fill three shards.
 FEW_PAIRS = ["--num-pairs", "2500", "--teacher-steps", "2", "--teacher-guidance", "1"]
-FEW_UPDATES = ["--batch-size", "8", "--save-every", "4"]
+FEW_UPDATES = ["--batch-size", "8", "--save-every", "4", "--validation-pairs", "8"]
 COMMANDS = [
     ["reflow.py", *FEW_PAIRS, *FEW_UPDATES, "--iterations", "40"],
     ["distill.py", *FEW_PAIRS, *FEW_UPDATES, "--l2-iterations", "24", "--lpips-iterations", "8"],
