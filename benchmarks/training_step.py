@@ -10,7 +10,8 @@ Samples a second of every stage, and peak memory of every update:
 Stable Diffusion's size at 512 px, random weights and random data. "pairs" draws latents with
 guidance by DPM-Solver, beside diffusers' pipeline and its DPM-Solver; "gradients" is the forward
 and backward pass of reflow, beside the same with diffusers' U-Net. The other stages are whole
-updates as training.py makes them: text encoder, loss, backward, clip, AdamW and EMA. Writes
+updates as training.py makes them: text encoder, loss, backward, clip, AdamW and EMA; "rest" is
+such an update with a loss that touches every weight once, all but forward and backward. Writes
 benchmarks/results/training_step-<dtype>-<device>.json.
 """
 
@@ -38,7 +39,7 @@ from stable_diffusion import FAMILIES
 from timing import TOKENS, forget_peak, peak_memory, report, side_by_side, timing_parser
 
 GUIDANCE = FAMILIES["sd"].guidance["diffusion"]
-STAGES = ("pairs", "gradients", "reflow", "l2", "lpips")
+STAGES = ("pairs", "gradients", "reflow", "l2", "lpips", "rest")
 
 
 def diffusers_unet(unet, device: torch.device, dtype: torch.dtype):
@@ -156,7 +157,7 @@ def main():
                 lambda: gradients(theirs, their_velocity))
         del unet, theirs, their_velocity
 
-    updates = [stage for stage in args.stages if stage in ("reflow", "l2", "lpips")]
+    updates = [stage for stage in args.stages if stage not in ("pairs", "gradients")]
     if updates:
         model = make_model("full", args.seed)
         order = torch.contiguous_format if args.contiguous else torch.channels_last
@@ -170,6 +171,7 @@ def main():
             "reflow": lambda unet: reflow_loss(flow_velocity(unet), x0, x1, t, text(tokens)),
             "l2": lambda unet: distill_loss(flow_velocity(unet), x0, x1, text(tokens)),
             "lpips": lambda unet: distill_loss(flow_velocity(unet), x0, x1, text(tokens), distance),
+            "rest": lambda unet: sum(weight.flatten()[0] for weight in unet.parameters()),
         }
         training.save_state = lambda run: None  # the loop itself is timed, without its saves
         for stage in updates:
