@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from command import BadInput, Parser, first_line, run, write_whole
-from diffusers_folder import export, load_folder
+from diffusers_folder import export, family_of_folder, load_folder
 from stable_diffusion import (
     KINDS, StableDiffusion, checked_about, empty_networks, fill, fingerprint, tell_unused,
     tensors_in,
@@ -185,6 +185,15 @@ def about_of(path: Path, files: dict) -> dict:
     except ValueError as problem:
         why = first_line(problem)
         raise BadInput(f"{path}: its metadata is malformed ({why}); get it again") from None
+
+
+def family_of(path: str | Path) -> str:
+    """The name in stable_diffusion.FAMILIES of a checkpoint, without loading it."""
+    path = Path(path)
+    if path.is_dir():
+        return family_of_folder(path)
+    files = tensors_in([path]) if path.suffix == ".safetensors" else {}
+    return about_of(path, files).get("family") or "sd"
 
 
 def configs_in(about: dict) -> tuple[UNetConfig, VAEConfig, TextEncoderConfig]:

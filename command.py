@@ -369,6 +369,13 @@ def let_others_in(folder: str | os.PathLike | None = None) -> None:
             file.close()
 
 
+def refuse_overwriting(out: str | os.PathLike, inputs: dict[str, str]) -> None:
+    """BadInput where the file to write is one that is read, by the flags of those."""
+    for flag, path in inputs.items():
+        if Path(path).exists() and Path(path).resolve() == Path(out).resolve():
+            raise BadInput(f"--out {out}: would overwrite {flag}; name another file")
+
+
 def check_output(path: str | os.PathLike, needed: int = 0) -> None:
     """Find out before the work whether `needed` bytes can be written beside path, else BadInput."""
     folder = Path(path).parent

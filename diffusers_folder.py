@@ -71,6 +71,11 @@ def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDif
                            family=pipeline.get("family") or "sd")
 
 
+def family_of_folder(path: Path) -> str:
+    index = path / "model_index.json"
+    return checked_about(index, read_json(index) if index.exists() else {}).get("family") or "sd"
+
+
 def guessed_kind(path: Path, pipeline: dict, unet: dict) -> str:
     """The kind of a folder that does not say it. InstaFlow's say flow, and not whether one-step."""
     if pipeline.get("_class_name") != "RectifiedFlowPipeline":

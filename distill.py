@@ -35,7 +35,8 @@ from torch import Tensor
 import checkpoint
 from command import (
     BadInput, ByModel, Parser, add_machine_options, check_output, keep_others_out, not_below_zero,
-    not_negative, pick_device, pick_dtype, positive, run, settle, share, solver_steps,
+    not_negative, pick_device, pick_dtype, positive, refuse_overwriting, run, settle, share,
+    solver_steps,
 )
 from evaluation.efficientnet import load_efficientnet
 from pairs import Pairs, make_pairs, pairs_asked
@@ -43,11 +44,14 @@ from rectified_flow import Distance, distill_loss, flow_velocity, squared
 from sample import run_seed
 from stable_diffusion import KINDS
 from training import (
-    TrainingOptions, autocast_dtype, is_finished, options_from, plot_loss,
+    TrainingOptions, autocast_dtype, is_finished, options_from, plot_loss, saved_progress,
     tell_what_is_kept, train,
 )
 from unet import stack, started_from
-from watch import Stage, Watch, add_watch_options, forecast, plan, watch_for
+from watch import (
+    Stage, Watch, add_watch_options, forecast, plan, time_of_pairs, time_of_update,
+    validation_prompts, watch_for,
+)
 
 RANDOM_NET_SEED = 1
 
@@ -226,6 +230,8 @@ def main():
     if teacher.kind == "one-step":
         raise BadInput(f"{args.teacher}: a one-step model is distilled already; give a flow or a "
                        "diffusion as --teacher")
+    if args.student == "stacked" and teacher.unet.config.stacked:
+        raise BadInput(f"{args.teacher}: its U-Net is a stacked one already; take --student unet")
     if not args.l2_iterations + args.lpips_iterations:
         raise BadInput("--l2-iterations and --lpips-iterations are both 0: nothing to do")
     start, start_name = checkpoint.load_start(args.init, teacher)
@@ -235,6 +241,7 @@ def main():
     prompts, held_out, description = pairs_asked(
         teacher, args, pairs_dtype, "distillation", TINY_PAIRS
     )
+    shown = validation_prompts(args, prompts, held_out)
 
     rate, slower = args.learning_rate, args.lpips_learning_rate
     slower = rate / LPIPS_SLOWER if slower is None else slower
@@ -263,6 +270,7 @@ def main():
         student.unet = started_from(teacher.unet, start, teacher.kind, args.seed)
         if args.student == "stacked":
             student.unet = stack(student.unet)
+        teacher.unet = student.unet  # so that no other is held
         for network in (student.unet, student.vae.decoder):
             network.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:
@@ -277,20 +285,31 @@ def main():
     if args.compile:
         drawer.compile()
     at_once = args.teacher_batch_size
+    parts = [(state / "l2", first, settings), (state / "lpips", second, lpips_settings)]
+    finished = is_finished(args.out, [part for part in parts if part[1].iterations], dtype)
+    # A stage that is not asked for now may have written OUT.
+    finished &= not any(saved_progress(folder)["step"] for folder, options, _ in parts
+                        if not options.iterations)
     if args.dry_run:
+        a_pair = time_of_pairs(drawer, prompts, description, at_once)
+        del drawer
         start_student()
-        print(forecast(drawer, prompts, description, stages, at_once))
+        updates = [time_of_update(stage, description, prompts) for stage in stages]
+        print(forecast(a_pair, description["count"], stages, updates))
         return
+    l2_out = args.out.removesuffix(".safetensors") + "-l2.safetensors"
+    for out in (args.out, l2_out):
+        refuse_overwriting(out, {"--teacher": args.teacher, "--init": args.init})
     check_output(args.out)
     keep_others_out(state)
-    parts = [(state / "l2", first, settings), (state / "lpips", second, lpips_settings)]
-    if is_finished(args.out, [part for part in parts if part[1].iterations], dtype):
+    if finished:
         print(f"{args.out}: finished already, {args.l2_iterations} + {args.lpips_iterations} "
               "iterations")
         return
 
     pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
-    watch = watch_for(args, drawer, prompts, held_out, description, "one-step", state)
+    captions = held_out or prompts
+    watch = watch_for(args, drawer, shown, captions, description, "one-step", state)
     del drawer
     start_student()
     if watch:
@@ -298,7 +317,7 @@ def main():
     if first.iterations:
         l2(pairs, watch=watch)
         if second.iterations:
-            checkpoint.save(student, args.out.removesuffix(".safetensors") + "-l2.safetensors")
+            checkpoint.save(student, l2_out)
     if second.iterations:
         if watch:
             watch.before = first.iterations

@@ -114,12 +114,13 @@ def ask_judge(args: argparse.Namespace, device: torch.device) -> tuple[list, lis
                         ("--feature-extractor", args.feature_extractor), ("--clip", args.clip)):
         if given:
             raise BadInput(f"{flag}: is for --coco or --images; give one of them too")
-    rows, pictures, questions, first = [], [], [], None
+    families = {checkpoint.family_of(path): path for path in args.model}
+    if len(families) > 1:
+        one, other = list(families.values())[:2]
+        raise BadInput(f"{one}: was made for other captions than {other}; measure them one after "
+                       "the other, each with its own --out")
+    rows, pictures, questions = [], [], []
     for model, guidance in models(args, device):
-        first = first or model
-        if (model.family, model.latent_shape()) != (first.family, first.latent_shape()):
-            raise BadInput(f"{model.path}: draws other captions or sizes than {first.path}; "
-                           "measure them one after the other, each with its own --out")
         if not questions:
             judge = args.judge or FAMILIES[model.family].judge
             for repeat in range(args.repeats):
@@ -172,6 +173,8 @@ def gallery_of(args: argparse.Namespace, device: torch.device) -> Gallery:
     """The real images that a command's arguments name."""
     if args.coco and args.images:
         raise BadInput("--coco and --images: give one of them")
+    if args.coco and args.prompts:
+        raise BadInput("--prompts: COCO has captions of its own; give --images, or leave it away")
     if args.judge:
         raise BadInput("--judge: grades tiny models; leave it away with --coco and --images")
     if args.images and not args.prompts:

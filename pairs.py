@@ -139,6 +139,9 @@ def pairs_asked(
     args: settled. tiny: how many the command takes of a tiny model. Nothing is made yet.
     """
     prompts, held_out, source = prompts_for(model, args.prompts, args.prompt_column)
+    if not held_out and args.validation_pairs:
+        note("too few prompts to hold a hundredth of them back; what is watched is drawn for "
+             "prompts of training, on noises of its own")
     count = count_for(model, args.num_pairs, args.prompts is not None, tiny)
     description = describe_pairs(
         model, prompts, source, count, args.teacher_steps, args.teacher_guidance, args.solver,

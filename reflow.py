@@ -33,8 +33,8 @@ from torch import Tensor
 import checkpoint
 from command import (
     TINY_TEACHER, BadInput, ByModel, Parser, add_machine_options, check_output, keep_others_out,
-    not_below_zero, not_negative, pick_device, pick_dtype, positive, run, settle, share,
-    solver_steps,
+    not_below_zero, not_negative, pick_device, pick_dtype, positive, refuse_overwriting, run,
+    settle, share, solver_steps,
 )
 from pairs import Pairs, make_pairs, pairs_asked
 from rectified_flow import flow_velocity, pseudo_huber, reflow_loss
@@ -45,7 +45,10 @@ from training import (
     tell_what_is_kept, train,
 )
 from unet import started_from
-from watch import Stage, add_watch_options, forecast, plan, watch_for
+from watch import (
+    Stage, add_watch_options, forecast, plan, time_of_pairs, time_of_update, validation_prompts,
+    watch_for,
+)
 
 LOSSES = {"l2": reflow_loss, "pseudo-huber": partial(reflow_loss, distance=pseudo_huber)}
 CAPTION_DROPOUT = 0.1  # share of prompts replaced by the empty one (Ho & Salimans 2022, 2207.12598)
@@ -162,6 +165,7 @@ def main():
     pairs_dtype = pick_dtype(args.dtype, device)
     world = "reflow" if teacher.kind == "diffusion" else "second reflow"
     prompts, held_out, description = pairs_asked(teacher, args, pairs_dtype, world, TINY_PAIRS)
+    shown = validation_prompts(args, prompts, held_out)
 
     rate = args.learning_rate
     if rate is None:
@@ -182,6 +186,7 @@ def main():
         student.found_tokenizer()  # to be saved along
         student.unet = started_from(teacher.unet, start, teacher.kind, args.seed)
         student.unet.gradient_checkpointing = args.gradient_checkpointing
+        teacher.unet = student.unet  # so that no other is held
         if args.compile:
             student.compile()
 
@@ -191,18 +196,24 @@ def main():
     if args.compile:
         drawer.compile()
     at_once = args.teacher_batch_size
+    finished = is_finished(args.out, [(folder, options, settings)], dtype)
     if args.dry_run:
+        a_pair = time_of_pairs(drawer, prompts, description, at_once)
+        del drawer
         start_student()
-        print(forecast(drawer, prompts, description, stages, at_once))
+        updates = [time_of_update(stage, description, prompts) for stage in stages]
+        print(forecast(a_pair, description["count"], stages, updates))
         return
+    refuse_overwriting(args.out, {"--teacher": args.teacher, "--init": args.init})
     check_output(args.out)
     keep_others_out(folder)
-    if is_finished(args.out, [(folder, options, settings)], dtype):
+    if finished:
         print(f"{args.out}: finished already, {args.iterations} iterations")
         return
 
     pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
-    watch = watch_for(args, drawer, prompts, held_out, description, "flow", folder)
+    captions = held_out or prompts
+    watch = watch_for(args, drawer, shown, captions, description, "flow", folder)
     del drawer
     start_student()
     if watch:

@@ -282,7 +282,7 @@ def main():
         read_prompts(args.prompts, args.prompt_column) if args.prompts else []
     )
     if not prompts:
-        prompts = prompts_of(model)[:1] or ["a photo of a small house on a beach"]
+        prompts = [FAMILIES[model.family].example]
         note(f"no --prompt given; drawing {prompts[0]!r}")
 
     size = None

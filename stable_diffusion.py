@@ -32,23 +32,31 @@ WIDE = 128
 
 @dataclass(frozen=True)
 class Family:
-    """What models are made for: the captions they know, if not all, who judges them, and the
-    guidance they want."""
+    """What models are made for.
+
+    captions: those that they know, if not all; judge: who grades their pictures (evaluation/);
+    example: a prompt that shows them; guidance: that they are drawn with, by kind; 1 is off.
+    """
 
     captions: Path | None
     judge: Path | None
-    guidance: dict[str, float]  # by kind; 1 is off
+    example: str
+    guidance: dict[str, float]
 
 
+TOY = HERE / "toy"
 # A flow's 1.5 and SD 1.4's 6 are the paper's, which takes 5 for SD 1.5.
 FAMILIES = {
-    "sd": Family(None, None, {"diffusion": 6.0, "flow": 1.5, "one-step": 1.0}),
+    "sd": Family(
+        None, None, "a photo of a small house on a beach",
+        {"diffusion": 6.0, "flow": 1.5, "one-step": 1.0},
+    ),
     "shapes": Family(
-        HERE / "toy" / "captions.txt", HERE / "toy" / "shapes.py",
+        TOY / "captions.txt", TOY / "shapes.py", "a red circle above a blue square",
         {"diffusion": 2.5, "flow": 1.5, "one-step": 1.0},
     ),
     "emoji": Family(
-        HERE / "toy" / "emoji_captions.txt", HERE / "toy" / "emoji.py",
+        TOY / "emoji_captions.txt", TOY / "emoji.py", "red apple",
         {"diffusion": 2.5, "flow": 1.5, "one-step": 1.0},
     ),
 }

@@ -124,9 +124,7 @@ def train(
     guard = functools.partial(explained, name, Path(folder), options)
     with guard():
         run = open_run(network, options, Path(folder), settings, name, dtype)
-        shared = network
-        if world_size() > 1:
-            shared = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        shared = shared_by_processes(network)
     share = slice(*(r * options.batch_size // world_size() for r in (rank(), rank() + 1)))
 
     def fetch(step: int) -> tuple:
@@ -137,7 +135,8 @@ def train(
     losses, times = [], []
     with guard(), ThreadPoolExecutor(1) as ahead, progress_bar(run) as bar:
         coming = ahead.submit(fetch, run.step)
-        look(run, watch, loss)
+        if is_looked_at(run):  # at its start, or where a killed run had no time for it
+            look(run, watch, loss)
         last_log = time.monotonic()
         for step in range(run.step, options.iterations):
             batch = to_device(coming.result(), run.device)
@@ -159,12 +158,19 @@ def train(
                 bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
             if run.step % options.save_every == 0 or last or overdue:
                 save_state(run)
-                last_log += look(run, watch, loss)
+                last_log += look(run, watch, loss) if is_looked_at(run) else 0.0
             bar.update()
     run.optimizer.zero_grad(set_to_none=True)
     for key, weight in run.weights.items():
         weight.data.copy_(run.ema[key])
     network.eval()
+
+
+def shared_by_processes(network: nn.Module) -> nn.Module:
+    """The network, under several processes with its gradients averaged over them."""
+    if world_size() == 1:
+        return network
+    return DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 
 def update(run: "Run", shared: nn.Module, loss: Callable, batch: tuple) -> tuple[list, list, float]:
@@ -253,7 +259,7 @@ def explained(name: str, folder: Path, options: TrainingOptions):
         raise BadInput(
             f"{name}: out of GPU memory; {kept(folder)}, and the run goes on with what needs less: "
             f"more parts of a batch than {options.accumulate} (--accumulate, in LPIPS "
-            "--lpips-accumulate), --gradient-checkpointing, --ema-device cpu"
+            "--lpips-accumulate), --gradient-checkpointing, --ema-device cpu, --validation-pairs 0"
         ) from None
 
 
@@ -355,8 +361,9 @@ def open_run(
     if len(set(from_all_processes([run.step]))) > 1:
         raise BadInput(f"{folder}: the processes find states of different steps in it; name an "
                        "--out that all nodes share")
+    # Those of a run that has no state yet may be of other settings.
     rows = [json.dumps(row) + "\n" for row in read_metrics(folder, "step")
-            if row["step"] <= run.step]
+            if 0 < run.step >= row["step"]]
     write_text(folder / "metrics.jsonl", "".join(rows))
     return run
 
@@ -395,7 +402,8 @@ def is_finished(
     ended = [check_stage(folder, options, settings, dtype) for folder, options, settings in stages]
     out, last = Path(out), stages[-1][0] / "state.safetensors"
     # A run that looks at its states writes a model with each, so that one may be of an earlier one.
-    return all(ended) and out.exists() and out.stat().st_mtime_ns >= last.stat().st_mtime_ns
+    newer = out.exists() and last.exists() and out.stat().st_mtime_ns >= last.stat().st_mtime_ns
+    return from_all_processes([all(ended) and newer])[0]
 
 
 def decisive(options: TrainingOptions, settings: dict, dtype: torch.dtype) -> dict:
@@ -528,6 +536,11 @@ def add_metrics(run: Run, row: dict) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def is_looked_at(run: Run) -> bool:
+    """Not at states that are written for their age alone: looking is dear."""
+    return run.step % run.options.save_every == 0 or run.step == run.options.iterations
+
+
 def look(run: Run, watch: Callable | None, loss: Callable) -> float:
     """Have `watch` look at the averaged weights, unless it has at this step; the seconds it took.
 
@@ -539,11 +552,15 @@ def look(run: Run, watch: Callable | None, loss: Callable) -> float:
     if from_all_processes([seen])[0]:
         return 0.0
     started = time.monotonic()
+    if world_size() == 1:
+        run.optimizer.zero_grad(set_to_none=True)  # room for what is looked at
+    half = run.dtype != torch.float32
     if rank() == 0:
         trained = {name: w.detach().to("cpu", copy=True) for name, w in run.weights.items()}
         for name, weight in run.weights.items():
             weight.data.copy_(run.ema[name])
-        figures = watch(run.step, loss)
+        with torch.autocast(run.device.type, run.dtype, enabled=half):
+            figures = watch(run.step, loss)
         for name, weight in run.weights.items():
             weight.data.copy_(trained[name])
         samples = run.step * run.options.batch_size

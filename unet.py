@@ -391,11 +391,12 @@ def started_from(unet: UNet, start: str | UNet, kind: str, seed: int) -> UNet:
     of 64 is 0.06, where the paper's start has 0.95 and after 1400 updates 0.07 (seed 0). A flow is
     left as it is.
     """
-    if isinstance(start, UNet):
-        return start.to(unet.conv_in.weight.device)
+    like = next(unet.parameters())
+    if isinstance(start, nn.Module):
+        return start.to(like.device)
     if start == "random":
         torch.manual_seed(seed)
-        return UNet(unet.config).to(unet.conv_in.weight)
+        return build_unet(unet.config).to(like)
     if start == "negated" and kind == "diffusion":
         with torch.no_grad():
             unet.conv_out.weight.neg_()

@@ -27,20 +27,27 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from command import ByModel, note, not_negative, world_size
+from command import BadInput, ByModel, not_negative, world_size, write_whole
 from evaluation.figures import straightness_figures
 from evaluation.plots import in_steps, save_comparison
 from pairs import PAIRS_PER_SHARD, Pairs, described_prompts, make_pairs, shard_path
-from sample import draw_latents, draw_pictures, parts, read_prompts, seeds_in
+from sample import (
+    draw_latents, draw_pictures, drawn_at_once, parts, read_prompts, seeds_in,
+)
 from stable_diffusion import StableDiffusion
-from training import TIME_BINS, TrainingOptions, generator_for, new_run, update
+from training import (
+    TIME_BINS, TrainingOptions, explained, generator_for, new_run, shared_by_processes, to_device,
+    update,
+)
 
+TIMED = 3  # updates of a dry run
 STEPS = (1, 4, 25)  # of the pictures; a one-step model takes 1
 PICTURED = 8  # validation prompts
+VALIDATION_PAIRS = ByModel(64, 128)
 LOOKED_AT_ONCE = 64  # held-out pairs that pass the network together; 4 at 512 px
 DAY = 24 * 3600
-# Bytes a parameter on a device: weights, gradients, two moments and the average, in fp32.
-FIXED = 20
+# Bytes a parameter on a device, fp32: weights, gradients, two moments; the average, if it is there.
+FIXED, AVERAGE = 16, 4
 # GB of activations a sample at 512 px in bf16, without and with checkpointing, by
 # benchmarks/README.md.
 ACTIVATIONS = {("unet", False): 0.97, ("unet", True): 0.36, ("stacked", False): 1.93,
@@ -52,14 +59,14 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("seeing where it goes").add_argument
     add("--dry-run", action="store_true",
         help="print the plan, time one batch of pairs and one update, and write nothing")
-    add("--validation-pairs", type=not_negative, default=ByModel(64, 128),
+    add("--validation-pairs", type=not_negative, default=VALIDATION_PAIRS,
         help="pairs of held-out captions and noises that the loss is measured on at every save; "
-             "0: nothing is looked at")
+             "0: nothing is looked at, and OUT is written at the end alone")
     add("--validation-prompts",
         help=f"file whose first {PICTURED} prompts are drawn at every save; default: held-out "
              "captions")
     add("--keep", type=not_negative, default=0,
-        help="models of earlier saves to keep in OUT.state/models/")
+        help="models of earlier saves to keep in OUT.state/models/, beside the last")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,12 +97,15 @@ def plan(
         f"{description['guidance']:g}, {2 * count * size / 1e9:.3g} GB in {folder}, "
         f"{there} of {len(shards)} shards are there",
     ]
-    parameters = sum(p.numel() for p in model.unet.parameters())
-    parameters *= 2 if student == "stacked" else 1
+    count_of = lambda *networks: sum(p.numel() for n in networks for p in n.parameters())
+    parameters = count_of(model.unet)
+    if student == "stacked":  # without the joint of the two
+        unet = model.unet
+        parameters += parameters - count_of(unet.conv_norm_out, unet.conv_out, unet.conv_in)
     for stage in stages:
         options = stage.options
         samples, at_once = options.iterations * options.batch_size, samples_at_once(options)
-        memory = FIXED * parameters / 1e9
+        memory = (FIXED + AVERAGE * (options.ema_device is None)) * parameters / 1e9
         text = f"{memory:.3g} GB of weights, gradients, moments and averages"
         if not model.is_tiny:
             each = ACTIVATIONS[student + " lpips" * (stage.name == "LPIPS"), checkpointing]
@@ -129,44 +139,52 @@ class PretendedPairs:
         return x0, x1, [self.prompts[int(k) % len(self.prompts)] for k in samples]
 
 
-def forecast(
-    teacher: StableDiffusion, prompts: list[str], description: dict, stages: list[Stage],
-    batch_size: int | None,
-) -> str:
-    """Time one batch of pairs and one update of each stage; the days that all of it takes."""
+def time_of_pairs(
+    teacher: StableDiffusion, prompts: list[str], description: dict, batch_size: int | None,
+) -> float:
+    """Seconds that a pair takes on this device."""
     how = (description["steps"], description["guidance"], "", description["solver"])
-    count, processes = description["count"], world_size()
-    at_once = batch_size or 16 if not teacher.is_tiny else batch_size or 128
+    at_once = batch_size or drawn_at_once(teacher.latent_shape())
     some = [prompts[k % len(prompts)] for k in range(at_once)]
     seeds = range(description["first_seed"], description["first_seed"] + at_once)
     for _ in range(2):  # the first is slower
         started = time.monotonic()
         draw_latents(teacher, some, seeds, *how, batch_size=at_once)
-    a_pair = (time.monotonic() - started) / at_once
-    total = a_pair * count / processes
-    lines = [f"forecast: {1 / a_pair:.3g} pairs a second on a device, {spoken(total)} for all"]
-    for stage in stages:
-        seconds = []
+    return (time.monotonic() - started) / at_once
 
-        def timed(network, draw, loss, options, folder, settings, name, dtype, watch=None):
-            run = new_run(network, options, Path(folder), settings, name, dtype)
-            share = slice(0, options.batch_size // processes)
-            network.train()
-            for step in range(3):  # the first are slower  # noqa: B007
+
+def time_of_update(stage: Stage, description: dict, prompts: list[str]) -> float:
+    """Seconds that an update of the stage takes, by the loop's own."""
+    seconds = []
+
+    def timed(network, draw, loss, options, folder, settings, name, dtype, watch=None):
+        run = new_run(network, options, Path(folder), settings, name, dtype)
+        shared, share = shared_by_processes(network), slice(0, options.batch_size // world_size())
+        samples = torch.arange(options.batch_size)
+        network.train()
+        with explained(name, Path(folder), options):
+            for step in range(TIMED):
                 started = time.monotonic()
-                samples = torch.arange(options.batch_size)
                 batch = draw(samples, share, generator_for(options.seed, step))
-                batch = tuple(c.to(run.device) if isinstance(c, Tensor) else c for c in batch)
-                losses, *_ = update(run, network, loss, batch)
-                torch.cat(losses).sum().item()
-                seconds.append(time.monotonic() - started)  # noqa: B023
+                losses, *_ = update(run, shared, loss, to_device(batch, run.device))
+                torch.cat(losses).sum().item()  # waits for the device
+                seconds.append(time.monotonic() - started)
 
-        stage.train(PretendedPairs(description, prompts), timed)
-        spent = min(seconds) * stage.options.iterations
+    stage.train(PretendedPairs(description, prompts), timed)
+    return min(seconds)  # the first are slower
+
+
+def forecast(a_pair: float, count: int, stages: list[Stage], updates: list[float]) -> str:
+    """What all of it takes, at these seconds a pair on a device and an update of each stage."""
+    devices = world_size()
+    total = a_pair * count / devices
+    lines = [f"forecast: {1 / a_pair:.3g} pairs a second on a device, {spoken(total)} for all"]
+    for stage, seconds in zip(stages, updates):
+        spent = seconds * stage.options.iterations
         total += spent
-        lines.append(f"forecast: {min(seconds):.3g} s an update of {stage.name}, {spoken(spent)}")
-    lines.append(f"forecast: {spoken(total)} in all on {processes} device{'s' * (processes > 1)}, "
-                 f"{total * processes / DAY:.3g} device-days, without looking and saving")
+        lines.append(f"forecast: {seconds:.3g} s an update of {stage.name}, {spoken(spent)}")
+    lines.append(f"forecast: {spoken(total)} in all on {devices} device{'s' * (devices > 1)}, "
+                 f"{total * devices / DAY:.3g} device-days, without looking and saving")
     return "\n".join(lines)
 
 
@@ -194,6 +212,7 @@ class Watch:
     out: str
     folder: Path  # OUT.state
     keep: int
+    at_once: int | None  # pictures drawn at once
     model: StableDiffusion | None = None  # the student, as the kind that it is to become
     before: int = 0  # updates of an earlier stage
 
@@ -208,7 +227,9 @@ class Watch:
                    "held_out_loss_by_t": means if self.times else []}
         rows = [(f"teacher\n{in_steps(self.teacher_steps)}", self.teacher)]
         for steps in STEPS if self.model.kind != "one-step" else STEPS[:1]:
-            pictures = draw_pictures(self.model, self.prompts, self.seeds, steps)
+            pictures = draw_pictures(
+                self.model, self.prompts, self.seeds, steps, batch_size=self.at_once
+            )
             rows.append((f"{self.before + step:,} updates\n{in_steps(steps)}", pictures))
         path = self.folder / "samples" / f"{self.before + step:07d}.png"
         save_comparison(str(path), rows, self.prompts)
@@ -225,43 +246,54 @@ class Watch:
         checkpoint.save(self.model, self.out)
         if self.keep:
             models = self.folder / "models"
-            models.mkdir(exist_ok=True)
-            shutil.copyfile(self.out, models / f".{step:07d}.tmp")
-            (models / f".{step:07d}.tmp").replace(models / f"{step:07d}.safetensors")
-            for old in sorted(models.glob("*.safetensors"))[: -self.keep]:
+            write_whole(models / f"{step:07d}.safetensors",
+                        lambda path: shutil.copyfile(self.out, path))
+            for old in sorted(models.glob("*.safetensors"))[: -self.keep - 1]:
                 old.unlink()
 
 
+def validation_prompts(
+    args: argparse.Namespace, prompts: list[str], held_out: list[str],
+) -> list[str]:
+    """What is drawn at every save, before any work. BadInput: no such file, too many pairs."""
+    if not args.validation_pairs:
+        for flag, given in (("--validation-prompts", args.validation_prompts),
+                            ("--keep", args.keep)):
+            if given:
+                raise BadInput(f"{flag}: nothing is looked at with --validation-pairs 0; "
+                               "leave one of them away")
+        return []
+    seeds_in("validation", args.seed, args.validation_pairs + PICTURED)
+    if args.validation_prompts:
+        return read_prompts(args.validation_prompts, args.prompt_column)[:PICTURED]
+    every = held_out or prompts
+    pictured = min(PICTURED, len(every))
+    return [every[k * len(every) // pictured] for k in range(pictured)]
+
+
 def watch_for(
-    args: argparse.Namespace, teacher: StableDiffusion, prompts: list[str], held_out: list[str],
+    args: argparse.Namespace, teacher: StableDiffusion, shown: list[str], captions: list[str],
     description: dict, kind: str, folder: Path,
 ) -> Watch | None:
     """What looks at a run of reflow.py (kind "flow") or distill.py ("one-step"), but its model.
 
-    teacher: in the dtype of the pairs. held_out: captions that are kept from training.
+    teacher: in the dtype of the pairs. shown: prompts to draw; captions: of the held-out pairs.
     """
     count = args.validation_pairs
     if not count:
         return None
-    if not held_out:
-        note("too few prompts to hold a hundredth of them back; what is watched is drawn for "
-             "prompts of training, on noises of its own")
-    captions = held_out or prompts
     asked = description | described_prompts(captions, f"{description['prompts']}, held out") | {
         "first_seed": seeds_in("validation", args.seed, count)[0], "count": count,
     }
     pairs = make_pairs(teacher, captions, asked, Path(args.pairs) / "held-out",
                        args.teacher_batch_size, args.repair)
-    shown = captions
-    if args.validation_prompts:
-        shown = read_prompts(args.validation_prompts, args.prompt_column)
-    pictured = min(PICTURED, len(shown))
-    shown = [shown[k * len(shown) // pictured] for k in range(pictured)]
     seeds = seeds_in("validation", args.seed, len(shown), start=count)
-    pictures = draw_pictures(teacher, shown, seeds, description["steps"], description["guidance"])
+    at_once = None if teacher.is_tiny else 1  # beside a training, there is not much room
+    pictures = draw_pictures(teacher, shown, seeds, description["steps"], description["guidance"],
+                             batch_size=at_once)
     batches, times = batches_of(pairs, kind, LOOKED_AT_ONCE if teacher.is_tiny else 4)
     return Watch(batches, times, shown, seeds, pictures, description["steps"], args.out, folder,
-                 args.keep)
+                 args.keep, at_once)
 
 
 def batches_of(pairs: Pairs, kind: str, size: int) -> tuple[list[tuple], list[float]]:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything that is measured on a GPU, in one call of at most nine minutes; writes JSON.
+# Everything that is measured on a GPU, in one call: nine minutes by the limits below; writes JSON.
 #
 #     sh benchmarks/gpu.sh                                    one CUDA GPU of 80 GB
 #     DEVICE=cpu SIZE="--latent-size 8 --rounds 1" COUNTS="--num-pairs 64" sh benchmarks/gpu.sh
@@ -25,27 +25,27 @@ try() {  # seconds, what it is called, command
 # One step at 512 px beside diffusers in the same run; the paper has 0.09 s a picture on an A100.
 for dtype in bf16 fp16; do
     for batch in 1 16; do
-        try 90 "sampling-$dtype-$batch" $PYTHON benchmarks/sampling.py --device "$DEVICE" \
+        try 50 "sampling-$dtype-$batch" $PYTHON benchmarks/sampling.py --device "$DEVICE" \
             --dtype $dtype --batch-size $batch $SIZE
     done
 done
-try 150 sampling-compiled $PYTHON benchmarks/sampling.py --device "$DEVICE" --dtype bf16 --compile \
+try 80 sampling-compiled $PYTHON benchmarks/sampling.py --device "$DEVICE" --dtype bf16 --compile \
     $SIZE
 
 # Updates, with time and peak memory; beside the derived table of benchmarks/README.md.
 for order in "" --contiguous; do
-    try 120 "training-step$order" $PYTHON benchmarks/training_step.py --device "$DEVICE" \
+    try 50 "training-step$order" $PYTHON benchmarks/training_step.py --device "$DEVICE" \
         --dtype bf16 --stages reflow l2 lpips --batch-size 8 --gradient-checkpointing $order $SIZE
 done
 
 # The demo's four commands.
-try 90 reflow $PYTHON reflow.py --device "$DEVICE" --pairs "$OUT/pairs" \
+try 45 reflow $PYTHON reflow.py --device "$DEVICE" --pairs "$OUT/pairs" \
     --out "$OUT/2rf.safetensors" $COUNTS
-try 90 distill $PYTHON distill.py --device "$DEVICE" --teacher "$OUT/2rf.safetensors" \
+try 50 distill $PYTHON distill.py --device "$DEVICE" --teacher "$OUT/2rf.safetensors" \
     --pairs "$OUT/pairs-2rf" --out "$OUT/instaflow.safetensors" $COUNTS
-try 30 sample $PYTHON sample.py --device "$DEVICE" --model "$OUT/instaflow.safetensors" \
+try 15 sample $PYTHON sample.py --device "$DEVICE" --model "$OUT/instaflow.safetensors" \
     --out "$OUT/sample.png"
-try 60 evaluate $PYTHON evaluate.py --device "$DEVICE" --steps 8,4,2,1 --out "$OUT/evaluate.json" \
+try 40 evaluate $PYTHON evaluate.py --device "$DEVICE" --steps 8,4,2,1 --out "$OUT/evaluate.json" \
     --model toy/tiny_sd.safetensors "$OUT/2rf.safetensors" "$OUT/instaflow.safetensors"
 echo "failed:${FAILED:- nothing}"
 test -z "$FAILED"

@@ -4,7 +4,8 @@ A Python file such as toy/shapes.py, with
 
     measuring_captions(n, seed)              captions that are in no list to train on
     load_reader()                            a network with .features(pictures) -> (N, D)
-    right(reader, features, captions)        does each picture show all that its caption says?
+    right(reader, features, captions)        does each picture show what its caption says? Of shapes
+                                             all of it, of emoji the thing and not its style
     real_features(reader, captions, seed)    features of real pictures for captions, (N, D)
     drawn(captions, seed)                    and those pictures, (N, 3, H, W) in [-1, 1]; None where
                                              they are not at hand

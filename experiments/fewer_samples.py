@@ -39,12 +39,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 
-from command import TINY_TEACHER, pick_device, run, write_text, write_whole
+from command import pick_device, run, write_text, write_whole
 from diffusion import NoiseSchedule
 from distill import perceptual_distance
 from evaluation.figures import with_interval
 from evaluation.plots import grouped, in_steps, markdown_table
-from paper_table import Study, footer, open_table, study_of, study_parser
+from paper_table import Study, footer, open_table, study_of, study_parser, world_of
 from rectified_flow import Distance, like, pseudo_huber, reflow_loss
 from reflow import LOSSES, reflow, uniform_times
 from training import autocast_dtype
@@ -105,7 +105,7 @@ def measure_seed(study: Study, lpips: Distance) -> None:
 
     The paper's after 2 and 4 times too.
     """
-    teacher = study.load(TINY_TEACHER)
+    teacher = study.load(world_of(study.args.captions)[1])
     dtype = autocast_dtype(study.args.dtype, study.device, teacher.unet)
     for way in study.args.ways:
         measure_way(study, way, teacher, dtype, lpips)
@@ -187,7 +187,7 @@ def main():
     parser.set_defaults(steps=[8, 1], cooldown=0.0)
     args = parser.parse_args()
     device = pick_device(args.device)
-    rows, write = open_table(Path(args.out) / "fewer_samples.json")
+    rows, write = open_table(Path(args.out) / "fewer_samples.json", args)
     distance = perceptual_distance("random", device)
     for seed in range(args.seed, args.seed + args.num_seeds):
         measure_seed(study_of(seed, args, device, rows, write), distance)

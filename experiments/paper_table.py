@@ -63,8 +63,8 @@ import emoji
 import shapes
 from command import (
     TINY_EMOJI, TINY_TEACHER, Parser, add_machine_options, check_output, not_below_zero,
-    not_negative, pick_device, pick_dtype, positive, run, share, solver_steps, write_json,
-    write_text, write_whole,
+    not_negative, pick_device, pick_dtype, positive, refuse_other, run, share, solver_steps,
+    write_json, write_text, write_whole,
 )
 from distill import distill, perceptual, perceptual_distance
 from evaluate import PICTURED, evaluate
@@ -388,9 +388,16 @@ def study_parser(description: str) -> Parser:
     return parser
 
 
-def open_table(path: Path) -> tuple[list[dict], Callable[[], None]]:
-    """The rows that are there already, and a function that writes them with what was added."""
+def open_table(path: Path, args: argparse.Namespace) -> tuple[list[dict], Callable[[], None]]:
+    """The rows that are there already, and a function that writes them with what was added.
+
+    BadInput where those are of other settings.
+    """
     check_output(path)
+    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    told = path.with_suffix(".settings.json")
+    refuse_other(told, settings, "another study", "name another folder with --out")
+    write_json(told, settings)
     rows = json.loads(path.read_text()) if path.exists() else []
     return rows, lambda: write_json(path, rows)
 
@@ -423,7 +430,7 @@ def main():
     parser.add_argument("--lpips-iterations", type=not_negative, default=64)
     args = parser.parse_args()
     folder, device = Path(args.out), pick_device(args.device)
-    rows, write = open_table(folder / "study.json")
+    rows, write = open_table(folder / "study.json", args)
     distance = perceptual_distance("random", device)
     for seed in range(args.seed, args.seed + args.num_seeds):
         study = study_of(seed, args, device, rows, write)

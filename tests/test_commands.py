@@ -27,6 +27,7 @@ import pairs
 import reflow
 import sample
 import training
+import watch
 from command import BadInput
 from conftest import ROOT, relative_error
 from make_checkpoint import make_model, write_folder, write_single_file
@@ -44,6 +45,7 @@ DISTILL = ["--num-pairs", 40, "--teacher-steps", 3, "--validation-pairs", 0,
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(pairs, "PAIRS_PER_SHARD", 16)
+    monkeypatch.setattr(watch, "VALIDATION_PAIRS", 0)  # tests/test_watch.py is about those
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +294,7 @@ def test_compiled_networks_do_the_same(finished, call, monkeypatch):
                      "--out", f"{name}.png", *options]
         assert call(sample.main, *arguments)[0] == 0
         pictures[name] = torch.from_numpy(np.asarray(Image.open(f"{name}.png")).astype(int))
-        pairs_and_length = [*REFLOW[:4], "--iterations", 2, "--batch-size", 4, "--init", "random",
+        pairs_and_length = [*REFLOW[:6], "--iterations", 2, "--batch-size", 4, "--init", "random",
                             "--out", f"{name}.safetensors"]
         assert call(reflow.main, *pairs_and_length, *options)[0] == 0
         weights[name] = checkpoint.load(f"{name}.safetensors").unet.conv_out.weight
@@ -419,7 +421,7 @@ def test_the_second_stage_goes_on_in_the_order_of_the_first(finished, call, monk
         lambda self, indices: seen.extend(indices.tolist()) or get(self, indices),
     )
     few = ["--num-pairs", 40, "--teacher-steps", 1, "--l2-iterations", 6, "--lpips-iterations", 4,
-           "--batch-size", 4]
+           "--batch-size", 4, "--validation-pairs", 0]
     assert call(distill.main, "--teacher", finished / "runs/2rf.safetensors", *few)[0] == 0
     assert sorted(seen) == list(range(40))  # 24 in the first stage, the other 16 in the second
 

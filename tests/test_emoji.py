@@ -102,8 +102,9 @@ def test_the_distance_of_efficientnet():
     assert other.grad.isfinite().all() and other.grad.abs().sum() > 0
 
 
-def test_pictures_are_made_from_the_packages(tmp_path, monkeypatch, call):
-    """Three packages with one thing each, in place of the published ones."""
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder with archives of one thing each, in place of the published ones."""
     folder = tmp_path / "emoji"
     folder.mkdir()
     picture = BytesIO()
@@ -127,24 +128,56 @@ def test_pictures_are_made_from_the_packages(tmp_path, monkeypatch, call):
                 tar.addfile(info, BytesIO(data))
     monkeypatch.setattr(emoji, "CONCEPTS", tmp_path / "emoji.json")
     monkeypatch.setattr(emoji, "SEEN", tmp_path / "seen.safetensors")
-    emoji.concepts.cache_clear()
-    try:
-        code, output = call(emoji.main, "--out", folder / "pictures.safetensors")[:2]
-        assert code == 0, output
-        assert [(c.name, c.tags, c.group, c.styles) for c in emoji.concepts()] == [
-            ("red apple", (), "food fruit", ("google", "twitter", "fluent"))
-        ]
-        pictures = load_file(folder / "pictures.safetensors")["pictures"]
-        assert pictures.shape == (3, 3, 32, 32)
-        assert (pictures[:, 0] == 255).all() and (pictures[:, 1:] == 0).all()
-        # Without an archive, and without a network or npm: one line.
-        (folder / "emojibase-data-17.0.0.tgz").unlink()
-        monkeypatch.setenv("PATH", "")
-        assert call(emoji.main, "--out", folder / "pictures.safetensors")[0] == 2
-    finally:
-        for cached in (emoji.concepts, emoji.rows, emoji.allowed, emoji.held_out_captions,
-                       emoji.training_rows):
-            cached.cache_clear()
+    monkeypatch.setattr(emoji, "PICTURES", folder / "pictures.safetensors")
+    forget()
+    yield folder
+    forget()
+
+
+def forget() -> None:
+    for cached in (emoji.concepts, emoji.rows, emoji.allowed, emoji.held_out_captions,
+                   emoji.training_rows, emoji.pictures):
+        cached.cache_clear()
+
+
+def test_pictures_are_made_from_the_packages(packages, call):
+    code, _, err = call(emoji.main, "--judge")
+    assert code == 0, err
+    assert [(c.name, c.tags, c.group, c.styles) for c in emoji.concepts()] == [
+        ("red apple", (), "food fruit", ("google", "twitter", "fluent"))
+    ]
+    found = load_file(emoji.PICTURES)["pictures"]
+    assert found.shape == (3, 3, 32, 32)
+    assert (found[:, 0] == 255).all() and (found[:, 1:] == 0).all()
+    assert len(load_file(emoji.SEEN)["features"]) == 3
+    # Pictures alone, of the same words.
+    before = emoji.CONCEPTS.read_bytes(), emoji.SEEN.read_bytes()
+    emoji.PICTURES.unlink()
+    assert call(emoji.main)[0] == 0 and len(emoji.pictures()) == 3
+    assert (emoji.CONCEPTS.read_bytes(), emoji.SEEN.read_bytes()) == before
+
+
+def test_what_is_wrong_with_the_packages_is_one_line(packages, call, monkeypatch):
+    assert call(emoji.main, "--judge")[0] == 0
+    words = packages / "emojibase-data-17.0.0.tgz"
+    whole = words.read_bytes()
+    words.write_bytes(whole[: len(whole) // 2])
+    code, _, err = call(emoji.main)
+    assert code == 2 and "damaged or another package" in err and err.count("\n") == 0
+    words.write_bytes((packages / "emoji-datasource-google-16.0.0.tgz").read_bytes())
+    assert call(emoji.main)[0] == 2
+    words.unlink()
+    monkeypatch.setenv("PATH", "")
+    code, _, err = call(emoji.main)
+    assert code == 2 and "npm: not installed" in err
+    words.write_bytes(whole)
+    emoji.CONCEPTS.write_text(emoji.CONCEPTS.read_text().replace("red apple", "green apple"))
+    forget()
+    code, _, err = call(emoji.main)
+    assert code == 2 and "other words or pictures" in err
+    emoji.PICTURES.write_bytes(b"half")
+    with pytest.raises(BadInput, match="damaged"):
+        emoji.pictures()
 
 
 def str_of(value) -> bytes:

@@ -22,6 +22,7 @@ import training
 import watch
 from command import TINY_TEACHER
 from conftest import ROOT
+from evaluation import figures
 from pairs import Pairs, parts_of
 from sample import prompts_of, seeds_in
 from training import read_metrics
@@ -29,6 +30,14 @@ from training import read_metrics
 FEW = ["--num-pairs", 40, "--teacher-steps", 2, "--batch-size", 4, "--validation-pairs", 6]
 REFLOW = [*FEW, "--iterations", 5, "--save-every", 2]
 STATE = Path("runs/2rf.safetensors.state")
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    """In as few steps as will do: what is tested is not how pictures look."""
+    monkeypatch.setattr(watch, "STEPS", (1, 2))
+    monkeypatch.setattr(watch, "PICTURED", 2)
+    monkeypatch.setattr(figures, "STRAIGHTNESS_STEPS", 3)
 
 
 def test_a_dry_run_forecasts_and_writes_nothing(call):
@@ -52,20 +61,21 @@ def test_the_plan_knows_what_is_there(call):
     assert code == 0 and "1 of 1 shards are there" in out
 
 
-def test_the_forecast_is_of_the_loop(call, monkeypatch):
-    """Days are counted from the measured times alone: 100 s a batch, 7 s an update."""
+def test_the_forecast_is_of_the_loop(monkeypatch):
+    """Days are counted from the measured times alone: 100 s a batch of pairs, 100 s an update."""
     clock = iter(range(0, 10**6, 100))
     monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
     description = {"count": 12_800, "steps": 2, "guidance": 1.0, "solver": "dpm", "first_seed": 0,
                    "latent_shape": [4, 8, 8], "prompts": "some"}
-    model = checkpoint.load(TINY_TEACHER)
-    options = training.TrainingOptions(10, 4)
+    model, options = checkpoint.load(TINY_TEACHER), training.TrainingOptions(10, 4)
 
     def train_on(pairs, train, watch=None):
         reflow.reflow(model, pairs, options, Path("nowhere"), {}, train=train)
 
-    text = watch.forecast(model, ["a shape"], description,
-                          [watch.Stage("reflow", options, train_on)], None)
+    stage = watch.Stage("reflow", options, train_on)
+    a_pair = watch.time_of_pairs(model, ["a shape"], description, None)
+    update = watch.time_of_update(stage, description, ["a shape"])
+    text = watch.forecast(a_pair, description["count"], [stage], [update])
     assert "1.28 pairs a second on a device, 2.8 hours for all" in text
     assert "100 s an update of reflow, 16.7 minutes" in text
     assert f"{(10_000 + 1_000) / 86_400:.3g} device-days" in text
@@ -81,9 +91,10 @@ def test_what_is_seen_at_every_save(call):
     assert all(row["relative_straightness"] > 0 for row in seen)
     pictures = sorted((STATE / "samples").iterdir())
     assert [path.stem for path in pictures] == ["0000000", "0000002", "0000004", "0000005"]
-    assert Image.open(pictures[0]).size[0] > 500
+    assert Image.open(pictures[0]).size[0] > 300
     # What is there at each save is the model then, and at the end the last.
-    assert [path.stem for path in (STATE / "models").iterdir()] == ["0000005"]
+    models = sorted(path.stem for path in (STATE / "models").iterdir())
+    assert models == ["0000004", "0000005"]
     kept, last = STATE / "models/0000005.safetensors", Path("runs/2rf.safetensors")
     assert kept.read_bytes() == last.read_bytes()
 
@@ -170,17 +181,65 @@ def test_distillation_is_seen_too(call):
 
 
 def test_own_validation_prompts(call, monkeypatch):
-    drawn = []
-    whole = watch.draw_pictures
-    monkeypatch.setattr(watch, "draw_pictures",
-                        lambda model, prompts, *how: drawn.append(prompts) or whole(
-                            model, prompts, *how))
-    Path("mine.txt").write_text("a red circle\na blue square\n")
+    """The first of the file, and a bad file is told before any pair is made."""
+    drawn, whole = [], watch.draw_pictures
+
+    def draw(model, prompts, *how, **more):
+        drawn.append(prompts)
+        return whole(model, prompts, *how, **more)
+
+    monkeypatch.setattr(watch, "draw_pictures", draw)
+    Path("mine.txt").write_text("a red circle\na blue square\na shape\n")
+    code, _, err = call(reflow.main, *REFLOW, "--validation-prompts", "none.txt")
+    assert code == 2 and "none.txt" in err and err.count("\n") == 0
+    assert not Path("runs/pairs").exists()
     assert call(reflow.main, *REFLOW, "--validation-prompts", "mine.txt")[0] == 0
     assert drawn and all(prompts == ["a red circle", "a blue square"] for prompts in drawn)
-    code, _, err = call(reflow.main, *REFLOW, "--validation-prompts", "none.txt",
-                        "--out", "runs/other.safetensors")
-    assert code == 2 and "none.txt" in err and err.count("\n") == 0
+
+
+def test_what_the_flags_of_looking_refuse(call):
+    for flags, said in ((["--keep", 1], "--keep: nothing is looked at"),
+                        (["--validation-prompts", "a.txt"], "--validation-prompts: nothing")):
+        code, _, err = call(reflow.main, *REFLOW, *flags, "--validation-pairs", 0)
+        assert code == 2 and said in err
+    code, _, err = call(reflow.main, *REFLOW, "--validation-pairs", 2**24)
+    assert code == 2 and "one --seed has" in err
+    assert not list(Path(".").iterdir())
+
+
+def test_nothing_that_is_read_is_overwritten(call):
+    assert call(reflow.main, *REFLOW)[0] == 0
+    flow = Path("runs/2rf.safetensors")
+    whole = flow.read_bytes()
+    code, _, err = call(reflow.main, *REFLOW, "--teacher", flow, "--pairs", "runs/p", "--out", flow)
+    assert code == 2 and "would overwrite --teacher" in err
+    assert call(distill.main, *FEW, "--init", flow, "--out", flow)[0] == 2
+    assert flow.read_bytes() == whole
+
+
+def test_what_was_seen_before_the_first_state_is_of_this_run(call, monkeypatch):
+    """Killed after its first look, and started again with other settings."""
+    def kill(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_state", kill)
+    assert call(reflow.main, *REFLOW)[0] == 2
+    before = read_metrics(STATE, "held_out_loss")[0]
+    monkeypatch.undo()
+    assert call(reflow.main, *REFLOW, "--init", "teacher")[0] == 0
+    after = read_metrics(STATE, "held_out_loss")[0]
+    assert (before["step"], after["step"]) == (0, 0)
+    assert before["held_out_loss"] != after["held_out_loss"]
+
+
+def test_a_stage_that_is_not_asked_for_any_more(call):
+    """After L2 and LPIPS the model of L2 alone is asked for, and is not that which lies there."""
+    few = [*FEW, "--teacher", TINY_TEACHER, "--l2-iterations", 2]
+    assert call(distill.main, *few, "--lpips-iterations", 1)[0] == 0
+    out, l2 = Path("runs/instaflow.safetensors"), Path("runs/instaflow-l2.safetensors")
+    assert out.read_bytes() != l2.read_bytes()
+    assert call(distill.main, *few, "--lpips-iterations", 0)[0] == 0
+    assert out.read_bytes() == l2.read_bytes()
 
 
 def test_the_bar_counts_all_processes(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """The second tiny world: emoji, real pictures that people drew, with captions in their own words.
 
-    python toy/emoji.py     fetches packages (npm, 160 MB), writes runs/emoji/pictures.safetensors
+    python toy/emoji.py             fetches the pictures (npm, 160 MB) into runs/emoji/
+    python toy/emoji.py --judge     and makes emoji.json and emoji.safetensors again
 
 Some 830 things (animals, food, places, vehicles, objects) in three styles of drawing, on white,
 32 x 32 pixels. A caption says what is on the picture by its name, by one of its tags or by its
@@ -23,14 +24,18 @@ all real pictures, that whose features are nearest must be of a thing that the c
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import unicodedata
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import permutations
@@ -39,6 +44,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -225,9 +231,17 @@ def teacher_data(count: int, seed: int) -> tuple[Sequence[Tensor], Callable]:
 @lru_cache(maxsize=1)
 def pictures() -> Tensor:
     """All pictures, (N, 3, 32, 32) in [-1, 1]. BadInput where they were not fetched."""
+    fetch = "python toy/emoji.py fetches them"
     if not PICTURES.exists():
-        raise BadInput(f"{PICTURES}: the pictures are not here; python toy/emoji.py fetches them")
-    return load_file(PICTURES)["pictures"].float() / 127.5 - 1
+        raise BadInput(f"{PICTURES}: the pictures are not here; {fetch}")
+    try:
+        found = load_file(PICTURES)["pictures"]
+    except (SafetensorError, KeyError):
+        raise BadInput(f"{PICTURES}: damaged; delete it, and {fetch}") from None
+    if len(found) != len(rows()):
+        raise BadInput(f"{PICTURES}: {len(found)} pictures, and emoji.json has {len(rows())}; "
+                       f"delete it, and {fetch}")
+    return found.float() / 127.5 - 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,21 +307,34 @@ KINDS = {"trained on": training_captions, "not trained on": measuring_captions,
 # Made from the published packages
 
 
-def fetched(package: str, folder: Path) -> Path:
+def archive_of(package: str, folder: Path) -> Path:
     """The package's archive, in the folder. BadInput where npm cannot fetch it."""
     path = folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
-    if not path.exists():
-        if shutil.which("npm") is None:
-            raise BadInput(f"npm: not installed; install it, or put the archive of {package} "
-                           f"from its registry at {path}")
-        folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return path
+    by_hand = f"put the archive of {package} from its registry at {path}"
+    if shutil.which("npm") is None:
+        raise BadInput(f"npm: not installed; install it, or {by_hand}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as half:  # a killed run leaves no half archive
         pack = ["npm", "pack", package]
-        answer = subprocess.run(pack, cwd=folder, capture_output=True, text=True)
-        if answer.returncode or not path.exists():
+        answer = subprocess.run(pack, cwd=half, capture_output=True, text=True)
+        if answer.returncode or not (Path(half) / path.name).exists():
             last = (answer.stderr.strip() or "no message").splitlines()[-1]
-            raise BadInput(f"npm pack {package}: failed ({last}); see to the network, or put the "
-                           f"archive at {path}")
+            raise BadInput(f"npm pack {package}: failed ({last}); see to the network, or {by_hand}")
+        os.replace(Path(half) / path.name, path)
     return path
+
+
+@contextmanager
+def opened(archive: Path):
+    """The archive, open. BadInput where it is damaged or another package."""
+    try:
+        with tarfile.open(archive) as tar:
+            yield tar
+    except (tarfile.TarError, EOFError, zlib.error, KeyError, OSError) as problem:
+        raise BadInput(f"{archive}: damaged or another package ({problem}); delete it, and run "
+                       "this again") from None
 
 
 def plain(text: str) -> str:
@@ -318,7 +345,7 @@ def plain(text: str) -> str:
 
 def read_words(archive: Path) -> dict[str, tuple[str, list[str], str]]:
     """Code point of an emoji -> its name, tags and group."""
-    with tarfile.open(archive) as tar:
+    with opened(archive) as tar:
         data, messages = (json.load(tar.extractfile(name)) for name in WORDS[1:])
     groups = {group["order"]: plain(group["key"]) for group in messages["subgroups"]}
     found = {}
@@ -347,7 +374,7 @@ def small(image: Image.Image) -> Tensor:
 def read_pictures(archive: Path, folder: str, wanted: set[str]) -> dict[str, Tensor]:
     """Code point -> picture, of all that are wanted and there."""
     found = {}
-    with tarfile.open(archive) as tar:
+    with opened(archive) as tar:
         for member in tqdm(tar, desc=archive.name, unit="file", leave=False):
             code = code_of(Path(member.name).stem)
             if member.name.startswith(folder) and member.isfile() and code in wanted:
@@ -386,22 +413,26 @@ def seen(pictures: Tensor) -> dict[str, Tensor]:
 
 
 def main():
-    parser = Parser("Fetch the emoji and write their pictures, words and features.")
-    parser.add_argument("--out", default=str(PICTURES), help="the pictures; beside it the archives")
+    parser = Parser("Fetch the pictures of emoji.")
+    parser.add_argument("--judge", action="store_true",
+                        help="make emoji.json and emoji.safetensors again too: what models are "
+                             "measured with, and what they were trained on, is then another")
     args = parser.parse_args()
-    check_output(args.out)
-    folder = Path(args.out).parent
-    words = read_words(fetched(WORDS[0], folder))
-    drawings = {style: read_pictures(fetched(package, folder), inside, set(words))
+    check_output(PICTURES)
+    folder = PICTURES.parent
+    known = read_words(archive_of(WORDS[0], folder))
+    drawings = {style: read_pictures(archive_of(package, folder), inside, set(known))
                 for style, (package, inside) in STYLES.items()}
-    things, images = described(words, drawings)
-    lines = ",\n".join(json.dumps(asdict(thing)) for thing in things)
-    write_text(CONCEPTS, f"[\n{lines}\n]\n")
-    write_whole(args.out, partial(save_file, {"pictures": images}))
-    write_whole(SEEN, partial(save_file, seen(images.float() / 127.5 - 1)))
-    concepts.cache_clear()
-    print(f"{args.out}: {len(images)} pictures of {len(things)} things, {len(words)} known; "
-          f"{len(held_out_captions())} held out")
+    things, images = described(known, drawings)
+    if args.judge:
+        write_whole(SEEN, partial(save_file, seen(images.float() / 127.5 - 1)))
+        lines = ",\n".join(json.dumps(asdict(thing)) for thing in things)
+        write_text(CONCEPTS, f"[\n{lines}\n]\n")
+    elif things != concepts():
+        raise BadInput(f"{folder}: its packages hold other words or pictures than emoji.json; "
+                       f"delete them, and fetch those of {', '.join((*STYLES, WORDS[0]))} again")
+    write_whole(PICTURES, partial(save_file, {"pictures": images}))
+    print(f"{PICTURES}: {len(images)} pictures of {len(things)} things")
 
 
 if __name__ == "__main__":

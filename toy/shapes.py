@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from training import seed_of
+
 SIZE = 32  # pixels along a side
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "white")
@@ -313,7 +315,7 @@ def teacher_data(count: int, seed: int) -> tuple[Iterator[Tensor], Callable]:
     """`count` pictures in batches, and caption_of(number of a picture, random.Random)."""
     captions = random_captions(count, seed)
     starts = range(0, count, 500)
-    batches = (drawn(captions[k : k + 500], (seed + 1) * 2**32 + k) for k in starts)
+    batches = (drawn(captions[k : k + 500], seed_of(seed, k)) for k in starts)
     return batches, lambda number, rng: str(captions[number])
 
 

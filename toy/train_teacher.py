@@ -225,9 +225,8 @@ def minutes_of(folder: Path, steps: int | None = None) -> float:
     return round((steps or rows[-1]["step"]) * seconds / 60, 1)
 
 
-def measure(model: StableDiffusion, world: ModuleType, seed: int) -> dict:
+def measure(model: StableDiffusion, world: ModuleType, reader, seed: int) -> dict:
     """Shares of right pictures and Fréchet distances, on noises and pictures never trained on."""
-    reader = world.load_reader()
     seeds = seeds_in("evaluation", seed, MEASURED)
     figures = {"pictures": MEASURED, "teacher_steps": TEACHER_STEPS, "guidance": model.guidance}
     for kind, make in world.KINDS.items():
@@ -260,10 +259,10 @@ def main():
     parser.add_argument("--world", choices=WORLDS, default="shapes")
     parser.add_argument("--out", help="the model; what else is made lands beside it; default: toy/")
     parser.add_argument("--work", help="folder of the training states; default: runs/teacher-WORLD")
-    parser.add_argument("--data", type=positive, default=100_000,
-                        help="pictures of shapes to draw for the U-Net")
-    parser.add_argument("--reader-iterations", type=positive, default=3000)
-    parser.add_argument("--text-iterations", type=positive, default=2000)
+    of_shapes = parser.add_argument_group("shapes alone").add_argument
+    of_shapes("--data", type=positive, default=100_000, help="pictures to draw for the U-Net")
+    of_shapes("--reader-iterations", type=positive, default=3000)
+    of_shapes("--text-iterations", type=positive, default=2000)
     parser.add_argument("--autoencoder-iterations", type=positive, default=1500)
     parser.add_argument("--unet-iterations", type=positive, help="default: 6000 shapes, 5000 emoji")
     parser.add_argument("--seed", type=run_seed, default=0)
@@ -319,7 +318,9 @@ def main():
     for stage in sorted(path.parent.name for path in folder.glob("*/metrics.jsonl")):
         figures["minutes"][stage] = minutes_of(folder / stage)
         plot_loss(folder / stage)
-    figures |= measure(checkpoint.load(out), world.module, seed + 1)
+    readers = [out.with_name("reader.safetensors")] if args.world == "shapes" else []
+    reader = world.module.load_reader(*readers)
+    figures |= measure(checkpoint.load(out), world.module, reader, seed + 1)
     write_json(out.with_suffix(".json"), figures)
     print(json.dumps(figures, indent=2))
 
