@@ -9,20 +9,7 @@ BIN = .venv/bin
 .PHONY: demo test quick test-slow lint clean
 
 demo: .venv/installed
-	@echo "1/5  a picture now, by the one-step model that is shipped: runs/shipped.png"
-	$(BIN)/python sample.py --model toy/tiny_instaflow.safetensors --out runs/shipped.png
-	@echo "2/5  pairs of the teacher, and reflow: the paths become straight"
-	$(BIN)/python reflow.py
-	@echo "3/5  pairs of the flow, and distillation: one step lands where the flow ends"
-	$(BIN)/python distill.py
-	@echo "4/5  a picture by the one-step model that was just made: runs/sample.png"
-	$(BIN)/python sample.py --out runs/sample.png
-	@echo "5/5  teacher, flow and one step side by side"
-	if test runs/evaluate.json -nt runs/instaflow.safetensors; \
-	then cat runs/evaluate.md; else $(BIN)/python evaluate.py --steps 8,4,2,1; fi
-	@echo "Look at runs/evaluate.png and runs/sample.png, and go on with"
-	@echo "    $(BIN)/python sample.py --prompt \"a red circle above a blue square\" --num-images 8"
-	@echo "    $(BIN)/python toy/demo.py      the same in the plane, with its paths"
+	RUN=$(BIN)/python sh recipes/laptop.sh
 
 test: .venv/installed-dev lint
 	$(BIN)/python -m pytest tests

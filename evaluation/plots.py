@@ -12,6 +12,9 @@ from torchvision.utils import make_grid
 from command import write_whole
 from evaluation.figures import GRADES
 
+# Of models in all figures: the teacher, 2-RF, one step; 3-RF is green.
+COLOURS = {"diffusion": "tab:blue", "flow": "tab:orange", "one-step": "tab:red"}
+
 
 def rounded(value, interval: float | None = None) -> str:
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -77,13 +80,14 @@ def save_curves(path: str, rows: list[dict]) -> None:
     models = grouped([row for row in rows if row["kind"]], ("model", "guidance"))
     for ((model, guidance), mine), marker in zip(models.items(), itertools.cycle("osD^v<>P")):
         label = f"{model.replace('.safetensors', '')}, guidance {guidance:g}"
+        look = {"color": COLOURS[mine[0]["kind"]], "label": label}
         for name in GRADES:
             if mine[0][name] is not None:
                 x, y = [row["steps"] for row in mine], [row[name] for row in mine]
                 bars = [row[f"{name}_interval"] or 0 for row in mine]
-                axes[name].errorbar(x, y, bars, marker=marker, label=label)
+                axes[name].errorbar(x, y, bars, marker=marker, **look)
         if mine[0]["straightness_profile"]:
-            axes["profile"].plot(*zip(*mine[0]["straightness_profile"]), label=label)
+            axes["profile"].plot(*zip(*mine[0]["straightness_profile"]), **look)
     steps = sorted({row["steps"] for row in rows if row["steps"]})
     for name in GRADES:
         if drawn:

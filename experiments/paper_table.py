@@ -70,7 +70,7 @@ from distill import distill, perceptual, perceptual_distance
 from evaluate import PICTURED, evaluate
 from evaluation.figures import GRADES, machine_name, with_interval
 from evaluation.judge import Questions, judged
-from evaluation.plots import grouped, in_steps, markdown_table, save_comparison
+from evaluation.plots import COLOURS, grouped, in_steps, markdown_table, save_comparison
 from pairs import Pairs, describe_pairs, make_pairs
 from rectified_flow import flow_velocity, one_step, squared
 from reflow import reflow
@@ -343,7 +343,7 @@ def save_curves(path: Path, summary: list[dict]) -> None:
             bars, values = (
                 [line[f"{name}_interval"] or 0 for line in mine], [line[name] for line in mine]
             )
-            colour = "tab:orange" if row.startswith("teacher") else "tab:blue"
+            colour = COLOURS["diffusion" if row.startswith("teacher") else "flow"]
             if row in ("teacher + distill", "2-RF + distill"):
                 axis.errorbar(thousand(mine), values, bars, color=colour, marker="o", capsize=2,
                               label=row)
@@ -375,7 +375,7 @@ def study_parser(description: str) -> Parser:
     parser.add_argument("--teacher-steps", type=solver_steps, default=8, help="of the pairs")
     parser.add_argument("--captions", choices=CAPTIONS, default="open",
                         help="of shapes: much left out of two objects, nothing; one object; as in "
-                             "training. Or those of emoji")
+                             "training. Or those of emoji, whose teacher train_teacher.py makes")
     parser.add_argument("--held-out", type=positive, default=500,
                         help="pairs that nothing is trained on")
     parser.add_argument("--num-samples", type=positive, default=1000,

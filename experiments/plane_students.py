@@ -26,7 +26,7 @@ from command import (
     Parser, check_output, not_below_zero, positive, run, write_json, write_text, write_whole,
 )
 from demo import MLP, Model, Probe, distill, rings, student_row, up_to_second_flow
-from evaluation.plots import grouped, markdown_table
+from evaluation.plots import COLOURS, grouped, markdown_table
 from sample import run_seed
 
 KEYS = ("teacher", "start", "width", "updates")
@@ -37,10 +37,10 @@ FIGURES = {
 }
 # The lines of the figure: teacher, start, legend, colour, marker, dashes.
 LINES = [
-    ("teacher", "random", "direct, random start", "tab:orange", "o", "-"),
-    ("2-RF", "random", "after reflow, random start", "tab:blue", "s", "-"),
-    ("teacher", "teacher", "direct, started from the teacher", "tab:orange", "^", "--"),
-    ("2-RF", "teacher", "after reflow, started from 2-RF", "tab:blue", "v", "--"),
+    ("teacher", "random", "direct, random start", COLOURS["diffusion"], "o", "-"),
+    ("2-RF", "random", "after reflow, random start", COLOURS["flow"], "s", "-"),
+    ("teacher", "teacher", "direct, started from the teacher", COLOURS["diffusion"], "^", "--"),
+    ("2-RF", "teacher", "after reflow, started from 2-RF", COLOURS["flow"], "v", "--"),
 ]
 
 

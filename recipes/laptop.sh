@@ -1,11 +1,25 @@
 #!/bin/sh
-# The tiny model on a laptop: what a healthy run looks like, in minutes. README.md has its figures.
+# The whole method on the tiny model, on a laptop: what `make demo` runs. README.md beside this file
+# says what a healthy run looks like.
 #
 #     sh recipes/laptop.sh
 set -eu
 RUN="${RUN:-python}"
 
-$RUN reflow.py --save-every 100
-$RUN distill.py --save-every 100
+echo "1/5  pictures now, by the one-step model that is shipped: runs/shipped.png"
+$RUN sample.py --model toy/tiny_instaflow.safetensors --out runs/shipped.png
+echo "2/5  pairs of the teacher, and reflow: the paths become straight"
+$RUN reflow.py --save-every 200
+echo "3/5  pairs of the flow, and distillation: one step lands where the flow ends"
+$RUN distill.py --save-every 200
+echo "4/5  a picture by the one-step model that was just made: runs/sample.png"
 $RUN sample.py --out runs/sample.png
-$RUN evaluate.py --steps 8,4,2,1
+echo "5/5  teacher, flow and one step side by side"
+if test runs/evaluate.json -nt runs/instaflow.safetensors
+then cat runs/evaluate.md
+else $RUN evaluate.py --steps 8,4,2,1
+fi
+echo "Look at runs/evaluate.png, at runs/sample.png and at what the model drew while it learned,"
+echo "runs/2rf.safetensors.state/samples/, and go on with"
+echo "    $RUN sample.py --prompt \"a red circle above a blue square\" --num-images 8"
+echo "    $RUN toy/demo.py      the same in the plane, with its paths"

@@ -18,6 +18,7 @@ from distill import perceptual_distance
 from evaluation import efficientnet
 from evaluation.judge import judged
 from stable_diffusion import FAMILIES
+from text_encoder import tokenize, tokenizer_from
 
 ROWS = range(len(emoji.rows()))
 
@@ -52,6 +53,15 @@ def test_what_is_held_out_is_in_no_caption_to_train_on():
 def test_the_committed_captions_are_those_to_train_on():
     lines = FAMILIES["emoji"].captions.read_text().splitlines()
     assert lines == emoji.training_captions(train_teacher.CAPTIONS, 0)
+
+
+def test_each_word_of_the_captions_is_one_token():
+    vocabulary, merges = train_teacher.make_vocabulary(emoji.words())
+    tokenizer = tokenizer_from(vocabulary, merges)
+    longest = max(emoji.allowed(), key=lambda what: len(what.split()))
+    ids = tokenize(tokenizer, [f"{longest} twitter", "red apple google"], 16)
+    assert (ids[:, -1] == tokenizer.eos_token_id).all()
+    assert len(tokenizer("red apple google")["input_ids"]) == 5
 
 
 def test_the_judge_knows_real_pictures_again():
@@ -190,6 +200,7 @@ def test_the_teachers_training_runs(tmp_path, monkeypatch, call):
     noise = torch.randint(256, (len(ROWS), 3, 32, 32), dtype=torch.uint8)
     save_file({"pictures": noise}, pictures)
     monkeypatch.setattr(emoji, "PICTURES", pictures)
+    monkeypatch.setattr(emoji, "training_rows", lambda: list(range(64)))
     monkeypatch.setattr(train_teacher, "MEASURED", 8)
     emoji.pictures.cache_clear()
     arguments = ["--world", "emoji", "--autoencoder-iterations=3", "--unet-iterations=3",

@@ -128,6 +128,8 @@ def test_the_study(call, tmp_path):
     more = json.loads(Path("runs/study/study.json").read_text())
     assert [row["row"] for row in more if row["seed"] == 1] == ["drawn", "teacher", "teacher"]
     assert more[: len(again)] == again and more[-1]["frechet"] != at("teacher", 0)["frechet"]
+    code, _, err = call(paper_table.main, *STUDY, "--captions", "emoji")
+    assert code == 2 and "holds another study (captions was 'open', now 'emoji')" in err
 
 
 # --------------------------------------------------------------------------------------------------

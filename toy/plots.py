@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from command import write_whole
+from evaluation.plots import COLOURS
 from rectified_flow import euler, one_step
 
 LIMIT = 2.6  # the plane is drawn from -LIMIT to LIMIT
@@ -110,15 +111,16 @@ def save_steps(path: Path, rows: list[dict]) -> None:
     for row in rows:
         if row["relative_straightness"] is not None and row["solver"] == "euler":
             models.setdefault(row["model"], []).append(row)
-    for (name, mine), marker in zip(models.items(), "osD"):
+    colours = [COLOURS["diffusion"], COLOURS["flow"], "tab:green"]
+    for (name, mine), marker, colour in zip(models.items(), "osD", colours):
         steps, errors = ([row[key] for row in mine] for key in ("steps", "endpoint_error"))
-        axes[0].plot(steps, errors, marker=marker, label=name)
+        axes[0].plot(steps, errors, marker=marker, color=colour, label=name)
     axes[0].set(xscale="log", yscale="log", xlabel="Euler steps", xticks=steps, xticklabels=steps,
                 title=r"error of the end, $E\|Z_1 - exact\|^2$")
     axes[0].minorticks_off()
     axes[0].legend(fontsize=8)
     straight = [mine[0]["relative_straightness"] for mine in models.values()]
-    bars = axes[1].bar(list(models), straight, color=["tab:blue", "tab:orange", "tab:green"])
+    bars = axes[1].bar(list(models), straight, color=colours[: len(models)])
     axes[1].bar_label(bars, fmt="%.3f")
     axes[1].set(yscale="log", title=r"straightness, $S / E\|Z_1 - Z_0\|^2$")
     save(figure, path)
