@@ -234,6 +234,9 @@ def main():
         raise BadInput(f"{args.teacher}: its U-Net is a stacked one already; take --student unet")
     if not args.l2_iterations + args.lpips_iterations:
         raise BadInput("--l2-iterations and --lpips-iterations are both 0: nothing to do")
+    l2_out = args.out.removesuffix(".safetensors") + "-l2.safetensors"
+    for out in (args.out, l2_out):
+        refuse_overwriting(out, {"--teacher": args.teacher, "--init": args.init})
     start, start_name = checkpoint.load_start(args.init, teacher)
     lpips = perceptual_distance(args.lpips_net, device) if args.lpips_iterations else None
 
@@ -297,9 +300,6 @@ def main():
         updates = [time_of_update(stage, description, prompts) for stage in stages]
         print(forecast(a_pair, description["count"], stages, updates))
         return
-    l2_out = args.out.removesuffix(".safetensors") + "-l2.safetensors"
-    for out in (args.out, l2_out):
-        refuse_overwriting(out, {"--teacher": args.teacher, "--init": args.init})
     check_output(args.out)
     keep_others_out(state)
     if finished:

@@ -160,6 +160,7 @@ def main():
     if teacher.kind == "one-step":
         raise BadInput(f"{args.teacher}: a one-step model has no path to straighten; give a "
                        "diffusion or a flow as --teacher")
+    refuse_overwriting(args.out, {"--teacher": args.teacher, "--init": args.init})
     start, start_name = checkpoint.load_start(args.init, teacher)
 
     pairs_dtype = pick_dtype(args.dtype, device)
@@ -204,7 +205,6 @@ def main():
         updates = [time_of_update(stage, description, prompts) for stage in stages]
         print(forecast(a_pair, description["count"], stages, updates))
         return
-    refuse_overwriting(args.out, {"--teacher": args.teacher, "--init": args.init})
     check_output(args.out)
     keep_others_out(folder)
     if finished:
