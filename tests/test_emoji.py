@@ -203,8 +203,9 @@ def test_the_teachers_training_runs(tmp_path, monkeypatch, call):
     monkeypatch.setattr(emoji, "training_rows", lambda: list(range(64)))
     monkeypatch.setattr(train_teacher, "MEASURED", 8)
     emoji.pictures.cache_clear()
-    arguments = ["--world", "emoji", "--autoencoder-iterations=3", "--unet-iterations=3",
-                 "--out", tmp_path / "t.safetensors", "--work", tmp_path / "work"]
+    arguments = ["--world", "emoji", "--text-iterations=3", "--autoencoder-iterations=3",
+                 "--unet-iterations=3", "--out", tmp_path / "t.safetensors",
+                 "--work", tmp_path / "work"]
     try:
         assert call(train_teacher.main, *arguments)[0] == 0
         first = (tmp_path / "t.safetensors").read_bytes()

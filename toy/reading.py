@@ -1,20 +1,25 @@
-"""What the world of shapes learns to read before its teacher is trained: pictures, and captions.
+"""What a world's captions mean, learned before its teacher is trained; and the judge of shapes.
 
     reader   the judge: names count, arrangement, shapes and colours of drawn pictures; it trains no
              other network
-    text     a causal transformer that learns to say, from the end token on, what is where
+    text     a causal transformer that answers, from the end token on, what a caption asks for: of
+             shapes, what is where; of emoji, which of all pictures it belongs to, in EfficientNet's
+             features (CLIP's question, Radford et al. 2021, arXiv 2103.00020)
 
 The second is what CLIP's pre-training is to Stable Diffusion: the U-Net meets words whose meaning
 is already worked out. Without it a U-Net of this size hardly ever learns which colour belongs to
 which shape at which place, above all when the caption names the lower object first.
 """
 
+import math
+import random
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import emoji
 import shapes
 from text_encoder import TextEncoder, TextEncoderConfig
 from training import TrainingOptions, seed_of, train
@@ -60,11 +65,8 @@ def train_reader(iterations: int, folder: Path, seed: int) -> shapes.Reader:
     return reader
 
 
-class TextReader(nn.Module):
-    """The text encoder with heads that say what is where.
-
-    They give one answer from every token behind the caption's end.
-    """
+class ShapesText(nn.Module):
+    """The text encoder with heads that say what is where: one answer from every token."""
 
     questions = {
         "arrangement": (*shapes.ARRANGEMENTS, UNKNOWN),
@@ -85,12 +87,15 @@ class TextReader(nn.Module):
         logits = self.heads(self.text_encoder(token_ids))  # (B, L, answers)
         return logits.split([len(answers) for answers in self.questions.values()], dim=-1)
 
+    @staticmethod
+    def draw(count: int, generator: torch.Generator) -> tuple[list[str], torch.Tensor]:
+        """Captions, and the right answers as indices into `questions`, (count, 5)."""
+        captions, _ = shapes.random_scenes(count, generator)
+        return [str(caption) for caption in captions], torch.tensor([*map(answers_of, captions)])
+
 
 def answers_of(caption: shapes.Caption) -> list[int]:
-    """Indices into TextReader.questions.
-
-    Objects in picture order where the caption fixes it, else in its own.
-    """
+    """Objects in picture order where the caption fixes it, else in its own."""
     phrases = [caption.first] + ([caption.second] if caption.second else [])
     if caption.relation in ("below", "right of"):
         phrases.reverse()
@@ -100,19 +105,47 @@ def answers_of(caption: shapes.Caption) -> list[int]:
     for phrase in phrases:
         words += [phrase.color or UNKNOWN, phrase.shape or UNKNOWN]
     words += [UNKNOWN] * (5 - len(words))
-    return [answers.index(word) for answers, word in zip(TextReader.questions.values(), words)]
+    return [answers.index(word) for answers, word in zip(ShapesText.questions.values(), words)]
+
+
+class EmojiText(nn.Module):
+    """The text encoder beside a linear map of the pictures' features, both into one space."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.text_encoder = TextEncoder(config)
+        features = emoji.features()[emoji.training_rows()]  # (N, emoji.FEATURES)
+        self.register_buffer("features", features / features.std(0))
+        self.of_text = nn.Linear(config.hidden_size, emoji.FEATURES)
+        self.of_pictures = nn.Linear(emoji.FEATURES, emoji.FEATURES)
+        self.sharpness = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as CLIP begins
+
+    def forward(self, token_ids: torch.Tensor) -> list[torch.Tensor]:
+        text = F.normalize(self.of_text(self.text_encoder(token_ids)), dim=-1)  # (B, L, features)
+        pictures = F.normalize(self.of_pictures(self.features), dim=-1)
+        return [self.sharpness.exp() * text @ pictures.T]  # (B, L, N)
+
+    @staticmethod
+    def draw(count: int, generator: torch.Generator) -> tuple[list[str], torch.Tensor]:
+        """Captions, and the picture of each, (count, 1)."""
+        rows = emoji.training_rows()
+        chosen = torch.randint(len(rows), (count, 1), generator=generator)
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        return [emoji.training_caption(rows[k], rng) for k in chosen[:, 0].tolist()], chosen
+
+
+TEXT_STAGES = {"shapes": ShapesText, "emoji": EmojiText}
 
 
 def train_text(
-    iterations: int, folder: Path, seed: int, tokenize, config: TextEncoderConfig,
+    world: str, iterations: int, folder: Path, seed: int, tokenize, config: TextEncoderConfig,
 ) -> TextEncoder:
     torch.manual_seed(seed_of(seed, 3))
-    model = TextReader(config)
+    model = TEXT_STAGES[world](config)
 
     def draw(samples, share, generator):
-        captions, _ = shapes.random_scenes(len(samples), generator)
-        return (tokenize([str(caption) for caption in captions]),
-                torch.tensor([answers_of(c) for c in captions]))
+        captions, answers = model.draw(len(samples), generator)
+        return tokenize(captions), answers
 
     def loss(model, token_ids, answers):
         # The end token is the last of the vocabulary.
@@ -125,5 +158,5 @@ def train_text(
             total = total + (each * after_end).sum(1) / after_end.sum(1)
         return total, None
 
-    train(model, draw, loss, classifier_options(iterations, seed), folder / "text", {}, "3 text")
+    train(model, draw, loss, classifier_options(iterations, seed), folder / "text", {}, "1 text")
     return model.text_encoder

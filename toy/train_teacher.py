@@ -6,10 +6,10 @@
 The classes are those of the full-size model. Each stage passes through the project's own loop and
 is resumable:
 
-    1. reading       shapes alone (reading.py): the judge, and what the captions' words mean
+    1. reading       what the captions' words mean, and of shapes the judge (reading.py)
     2. autoencoder   32 x 32 pictures <-> (4, 8, 8) latents: L1 + L2 + perceptual + KL
-    3. U-Net         predicts the noise in latents; 10 % of the captions are dropped. Where words
-                     were not learned before, the text transformer is trained along
+    3. U-Net         predicts the noise in latents; 10 % of the captions are dropped. That of emoji
+                     trains the text transformer along
     4. figures       how good all this is, beside the model, as .json
 
 A world is a Python file that has words, random_pictures and teacher_data to learn from, and what
@@ -57,6 +57,7 @@ class World:
     out: str
     autoencoder_widths: tuple[int, ...]
     unet_widths: tuple[int, ...]
+    text_iterations: int
     unet_iterations: int
 
     @property
@@ -78,8 +79,8 @@ TEXT = TextEncoderConfig(  # vocab_size is set by the vocabulary
     num_attention_heads=4,
 )
 WORLDS = {
-    "shapes": World(shapes, "tiny_sd.safetensors", (32, 64, 64), (64, 128), 6000),
-    "emoji": World(emoji, "tiny_emoji.safetensors", (48, 96, 96), (80, 160), 5000),
+    "shapes": World(shapes, "tiny_sd.safetensors", (32, 64, 64), (64, 128), 2000, 6000),
+    "emoji": World(emoji, "tiny_emoji.safetensors", (48, 96, 96), (80, 160), 1000, 5000),
 }
 
 # Share of captions replaced by the empty one, so that guidance works (Ho & Salimans 2022).
@@ -262,7 +263,7 @@ def main():
     of_shapes = parser.add_argument_group("shapes alone").add_argument
     of_shapes("--data", type=positive, default=100_000, help="pictures to draw for the U-Net")
     of_shapes("--reader-iterations", type=positive, default=3000)
-    of_shapes("--text-iterations", type=positive, default=2000)
+    parser.add_argument("--text-iterations", type=positive, help="default: 2000 shapes, 1000 emoji")
     parser.add_argument("--autoencoder-iterations", type=positive, default=1500)
     parser.add_argument("--unet-iterations", type=positive, help="default: 6000 shapes, 5000 emoji")
     parser.add_argument("--seed", type=run_seed, default=0)
@@ -284,10 +285,11 @@ def main():
         reader = train_reader(args.reader_iterations, folder, seed)
         tensors = {name: tensor.half() for name, tensor in reader.state_dict().items()}
         write_whole(out.with_name("reader.safetensors"), lambda path: save_file(tensors, path))
-        text_encoder = train_text(args.text_iterations, folder, seed, ids_of, text_config)
-        text_encoder.requires_grad_(False)
-    else:
-        text_encoder = TextEncoder(text_config)
+    text_encoder = train_text(
+        args.world, args.text_iterations or world.text_iterations, folder, seed, ids_of, text_config
+    )
+    # Shapes' answers say all that their captions do; of emoji the U-Net learns more.
+    text_encoder.requires_grad_(args.world == "emoji")
     vae = train_autoencoder(world, args.autoencoder_iterations, folder, seed)
 
     pictures, caption_of = world.module.teacher_data(args.data, seed)
