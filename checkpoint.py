@@ -105,7 +105,7 @@ def load_single_file(path: Path, device, dtype, use_ema: bool = False) -> Stable
     tell_unused(path, {key for key in set(files) - used if not key.startswith(KNOWN_EXTRAS)})
     return StableDiffusion(
         **networks, tokenizer=stored_tokenizer(path, about), kind=about.get("kind") or "diffusion",
-        family=about.get("family") or "sd",
+        family=about.get("family") or "sd", method=about.get("method") or "",
     )
 
 
@@ -259,7 +259,7 @@ def save(
     Configurations, kind, family and vocabulary lie in its metadata. dtype None keeps each tensor's.
     """
     parts = ("unet", "vae", "text_encoder")
-    about = {"kind": model.kind, "family": model.family,
+    about = {"kind": model.kind, "family": model.family, "method": model.method,
              "config": {part: asdict(getattr(model, part).config) for part in parts}}
     if model.tokenizer is not None:
         vocabulary, merges = tokenizer_parts(model.tokenizer)

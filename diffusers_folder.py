@@ -68,7 +68,8 @@ def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDif
     kind = kind or pipeline.get("kind") or guessed_kind(path, pipeline, config["unet"])
     tokenizer = tokenizer_in(path / "tokenizer") if (path / "tokenizer").is_dir() else None
     return StableDiffusion(**networks, tokenizer=tokenizer, kind=kind,
-                           family=pipeline.get("family") or "sd")
+                           family=pipeline.get("family") or "sd",
+                           method=pipeline.get("method") or "")
 
 
 def family_of_folder(path: Path) -> str:
@@ -165,7 +166,8 @@ def unet_to_diffusers(config: UNetConfig) -> dict:
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(levels)],
         "attention_head_dim": config.attention_heads,
     }
-    del result["attention_levels"], result["attention_heads"], result["stacked"]
+    for ours in ("attention_levels", "attention_heads", "stacked", "second_time"):
+        del result[ours]
     return result
 
 
@@ -208,10 +210,11 @@ def export(model: StableDiffusion, folder: str | Path, dtype=torch.float16) -> N
     folder = Path(folder)
     if folder.exists():
         raise BadInput(f"{folder}: exists already; name a new folder")
-    if model.unet.config.stacked:
-        raise BadInput(
-            f"{model.path}: diffusers has no class for a stacked U-Net; keep the .safetensors file"
-        )
+    unet = model.unet.config
+    if unet.stacked or unet.second_time:
+        what = "a stacked U-Net" if unet.stacked else "a U-Net with a second time"
+        raise BadInput(f"{model.path}: diffusers has no class for {what}; keep the .safetensors "
+                       "file")
     if model.tokenizer is None:
         note(f"{folder}: without a tokenizer, which other programs need; give --tokenizer")
     write_folder_whole(folder, lambda temporary: write_folder(model, temporary, dtype))
@@ -232,7 +235,8 @@ def write_folder(model: StableDiffusion, folder: Path, dtype) -> None:
     diffusion = model.kind == "diffusion"
     index = {
         "_class_name": "StableDiffusionPipeline" if diffusion else "RectifiedFlowPipeline",
-        "kind": model.kind, "family": model.family, "requires_safety_checker": False,
+        "kind": model.kind, "family": model.family, "method": model.method,
+        "requires_safety_checker": False,
         "safety_checker": [None, None], "feature_extractor": [None, None],
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

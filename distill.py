@@ -49,7 +49,7 @@ from training import (
 )
 from unet import stack, started_from
 from watch import (
-    Stage, Watch, add_watch_options, forecast, plan, time_of_pairs, time_of_update,
+    Stage, Watch, add_watch_options, forecast, plain_batches, plan, time_of_pairs, time_of_update,
     validation_prompts, watch_for,
 )
 
@@ -309,7 +309,7 @@ def main():
 
     pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
     captions = held_out or prompts
-    watch = watch_for(args, drawer, shown, captions, description, "one-step", state)
+    watch = watch_for(args, drawer, shown, captions, description, plain_batches, state)
     del drawer
     start_student()
     if watch:

@@ -64,10 +64,10 @@ CLIP = "openai/clip-vit-large-patch14"
 def evaluate(
     model, questions: list[Questions], steps: list[int], guidance: float,
 ) -> Iterator[tuple[dict, Tensor]]:
-    """A row and the first questions' pictures for each number of steps; one-step models take 1."""
+    """A row and the first questions' pictures for each number of steps that the model takes."""
     straight = straight_path(model, questions[0].prompts, questions[0].seeds, steps, guidance)
     count = sum(len(asked.prompts) for asked in questions)
-    for number in steps if model.kind != "one-step" else [1]:
+    for number in steps_of(model, steps):
         started, name = time.perf_counter(), f"{Path(model.path).stem}, {in_steps(number)}"
         with tqdm(total=count, desc=name, unit="picture", leave=False, dynamic_ncols=True) as bar:
             pictures = [
@@ -80,11 +80,16 @@ def evaluate(
         yield row_of(model, number, guidance, figures, questions), shown
 
 
+def steps_of(model, steps: list[int]) -> list[int]:
+    """Those of the numbers of steps that the model takes; if none, its own."""
+    return [number for number in steps if model.takes(number)] or [model.steps]
+
+
 def straight_path(
     model, prompts: list[str], seeds: range, steps: list[int], guidance: float,
 ) -> dict:
-    """The figures of straightness, of models that take more than one step."""
-    if model.kind == "one-step" or max(steps) == 1:
+    """The figures of straightness, of models that follow a velocity in more than one step."""
+    if model.kind == "one-step" or model.method or max(steps) == 1:
         return {}
     fit = NUMBERS_PER_BATCH // torch.Size(model.latent_shape()).numel()
     count = min(STRAIGHTNESS_SAMPLES, max(1, fit))
@@ -148,7 +153,7 @@ def compare_with_images(args: argparse.Namespace, device: torch.device) -> tuple
     for model, guidance in models(args, device):
         straight = straight_path(model, prompts, seeds, args.steps, guidance)
         weights_hash = checkpoint.fingerprint(model.path)
-        for number in args.steps if model.kind != "one-step" else [1]:
+        for number in steps_of(model, args.steps):
             about = {
                 "model": Path(model.path).name, "hash": weights_hash,
                 "kind": model.kind, "steps": number, "guidance": guidance, "first_seed": seeds[0],
@@ -203,6 +208,9 @@ def models(args: argparse.Namespace, device: torch.device) -> Iterator[tuple]:
         model = checkpoint.load(path, device, pick_dtype(args.dtype, device), kind, args.tokenizer)
         if args.compile:
             model.compile()
+        if model.method and args.guidance:
+            raise BadInput(f"--guidance: {path} was trained with its teacher's guidance "
+                           f"({model.method}); leave it away")
         for guidance in args.guidance or [model.guidance]:
             yield model, guidance
 

@@ -138,6 +138,9 @@ def pairs_asked(
 
     args: settled. tiny: how many the command takes of a tiny model. Nothing is made yet.
     """
+    if model.method:
+        raise BadInput(f"{model.path}: made by {model.method}, no teacher any more; give a "
+                       "diffusion or a flow as --teacher")
     prompts, held_out, source = prompts_for(model, args.prompts, args.prompt_column)
     if not held_out and args.validation_pairs:
         note("too few prompts to hold a hundredth of them back; what is watched is drawn for "

@@ -110,6 +110,18 @@ def flow_velocity(unet) -> Velocity:
     return velocity
 
 
+def mean_velocity(unet) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """A U-Net with a second time as u(x, t, until, context): the mean velocity between the two.
+
+    One step of any length is then x + (until - t) u. MeanFlow (Geng et al. 2025, 2505.13447).
+    """
+
+    def velocity(x: Tensor, t: Tensor, until: Tensor, context: Tensor | None) -> Tensor:
+        return unet(x, 1000 * (1 - t), context, 1000 * (1 - until)).to(x.dtype)
+
+    return velocity
+
+
 def straightness(
     velocity: Velocity, x: Tensor, steps: int, context=None, times: Tensor | None = None,
 ) -> float:

@@ -46,8 +46,8 @@ from training import (
 )
 from unet import started_from
 from watch import (
-    Stage, add_watch_options, forecast, plan, time_of_pairs, time_of_update, validation_prompts,
-    watch_for,
+    Stage, add_watch_options, batches_by_time, forecast, plan, time_of_pairs, time_of_update,
+    validation_prompts, watch_for,
 )
 
 LOSSES = {"l2": reflow_loss, "pseudo-huber": partial(reflow_loss, distance=pseudo_huber)}
@@ -91,8 +91,8 @@ TINY_PAIRS = 10_000
 FITS = 64
 
 
-def arguments() -> argparse.Namespace:
-    parser = Parser("Make a 2-Rectified Flow from a diffusion, or a 3-Rectified Flow from that.")
+def add_options(parser: Parser) -> None:
+    """Those of every training on the teacher's pairs: reflow's, and fewstep/train.py's."""
     add = parser.add_argument_group("pairs").add_argument
     add("--teacher", default=TINY_TEACHER,
         help="an SD 1.x .safetensors, one of ours, or a diffusers folder")
@@ -121,8 +121,6 @@ def arguments() -> argparse.Namespace:
     add("--init", type=checkpoint.initial_weights, default=ByModel("teacher", "negated"),
         metavar="{teacher,negated,random,CHECKPOINT}",
         help="weights to start from; negated: a diffusion's with the sign of its output changed")
-    add("--loss", choices=LOSSES, default="l2",
-        help="pseudo-huber counts large errors less (2405.20320)")
     add("--learning-rate", type=not_below_zero,
         help="default: 1e-06 from a diffusion, 1e-07 from a flow, tiny model 0.0005")
     add("--cooldown", type=share, default=ByModel(0.0, 0.6),
@@ -149,6 +147,13 @@ def arguments() -> argparse.Namespace:
         help="the flow, as it is at the last save; its training state lies in OUT.state")
     add_watch_options(parser)
     add_machine_options(parser, run_seed)
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser("Make a 2-Rectified Flow from a diffusion, or a 3-Rectified Flow from that.")
+    parser.add_argument("--loss", choices=LOSSES, default="l2",
+                        help="pseudo-huber counts large errors less (2405.20320)")
+    add_options(parser)
     return parser.parse_args()
 
 
@@ -213,7 +218,7 @@ def main():
 
     pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
     captions = held_out or prompts
-    watch = watch_for(args, drawer, shown, captions, description, "flow", folder)
+    watch = watch_for(args, drawer, shown, captions, description, batches_by_time, folder)
     del drawer
     start_student()
     if watch:

@@ -16,7 +16,8 @@ and evaluation draw through `draw_latents` too.
 import csv
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ from command import (
     note, pick_device, pick_dtype, positive, run, solver_steps, write_whole,
 )
 from diffusion import NoiseSchedule, as_flow, dpm_solver
-from rectified_flow import Velocity, euler, guided
-from stable_diffusion import FAMILIES, KINDS
+from rectified_flow import Velocity, euler, guided, interpolate, mean_velocity
+from stable_diffusion import FAMILIES, KINDS, METHODS
 
 NUMBERS_PER_BATCH = 2**18  # of latents that are drawn at once: 16 at 512 px
 # At most, for the tiny model: with guidance 256 pass the U-Net, and more are slower on a CPU.
@@ -66,7 +67,11 @@ def draw_latents(
     for part in parts(len(prompts), batch_size or drawn_at_once(shape)):
         noise = noise_from_seeds(seeds[part], shape).to(model.device)
         context = model.encode_prompts(prompts[part])
-        *_, last = sample_path(model, noise, steps, context, null_context, guidance, solver)
+        if model.method:
+            again = partial(noise_from_seeds, seeds[part])
+            last = draw_in_few_steps(model, noise, steps or model.steps, context, again)
+        else:
+            *_, last = sample_path(model, noise, steps, context, null_context, guidance, solver)
         latents.append(last)
         if bar is not None:
             bar.update(len(noise))
@@ -99,6 +104,32 @@ def sample_path(
         return dpm_solver(predict_noise, noise, steps, NoiseSchedule(), context)
     velocity, x, times = as_flow(model.unet, model.kind, noise, steps, null_context, guidance)
     return euler(velocity, x, steps, context, times)  # of a diffusion this is DDIM
+
+
+def draw_in_few_steps(
+    model, noise: Tensor, steps: int, context: Tensor, noises: Callable,
+) -> Tensor:
+    """From noise to latents with a model of fewstep/, by its method's way.
+
+    noises((steps, C, h, w)): new noise for each sample and step, (B, steps, C, h, w).
+    """
+    way = METHODS[model.method].way
+    velocity, x, times = as_flow(model.unet, model.kind, noise, steps, context[:1])
+    if way == "euler":
+        *_, x = euler(velocity, x, steps, context, times)
+        return x
+    mean, again = mean_velocity(model.unet), None
+    if way == "re-noise" and steps > 1:
+        again = noises((steps, *noise.shape[1:])).to(noise.device)
+    for k, (t, u) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
+        now, then = (torch.full((len(x),), time, device=x.device) for time in (t, u))
+        if way == "mean":
+            x = x + (u - t) * mean(x, now, then, context)
+            continue
+        x = x + (1 - t) * velocity(x, now, context)  # the end that it sees from here
+        if u < 1:
+            x = interpolate(again[:, k + 1], x, then)
+    return x
 
 
 def as_path(
@@ -272,9 +303,14 @@ def main():
     model = checkpoint.load(args.model, device, dtype, args.kind, args.tokenizer)
     if args.compile:
         model.compile()
-    if model.kind == "one-step" and args.steps not in (None, 1):
-        raise BadInput(f"--steps {args.steps}: {args.model} is a one-step model, trained at t = 0 "
-                       "alone; more steps make its pictures worse. Take --steps 1, or a flow")
+    if args.steps and not model.takes(args.steps):
+        what = f"a {model.method} model, which takes no such number" if model.method else (
+            "a one-step model, trained at t = 0 alone; more steps make its pictures worse"
+        )
+        raise BadInput(f"--steps {args.steps}: {args.model} is {what}. Take --steps {model.steps}")
+    if model.method and args.guidance not in (None, 1):
+        raise BadInput(f"--guidance {args.guidance:g}: {args.model} was trained with its teacher's "
+                       f"guidance ({model.method}); leave it away")
     guidance = model.guidance if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:
         raise BadInput("--negative-prompt: has no effect at guidance 1; give --guidance above 1")

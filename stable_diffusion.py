@@ -62,6 +62,34 @@ FAMILIES = {
 }
 
 
+@dataclass(frozen=True)
+class Method:
+    """How the models of a method of fewstep/ are drawn: without guidance, in a few steps.
+
+    way: from one time to the next. "euler" follows the velocity; "re-noise" goes on to the end and
+    mixes new noise in; "mean" asks for the mean velocity of the whole step. steps: that it is drawn
+    with when none are asked for; it takes multiples of `multiple`, up to `most`.
+    """
+
+    way: str
+    steps: int
+    multiple: int = 1
+    most: int = 10**9
+
+
+METHODS = {
+    "perflow": Method("euler", 4, multiple=4),
+    "progressive": Method("euler", 1),
+    "lcm": Method("re-noise", 4),
+    "mlcm": Method("re-noise", 4, most=8),
+    "scott": Method("re-noise", 4),
+    "rectified-diffusion": Method("euler", 4),
+    "re-meanflow": Method("mean", 1),
+    "hipa": Method("euler", 1, most=1),
+    "freeflow": Method("mean", 1, most=1),
+}
+
+
 @dataclass
 class StableDiffusion:
     """Everything a prompt needs to become a picture (sample.py)."""
@@ -73,6 +101,7 @@ class StableDiffusion:
     kind: str  # one of KINDS
     family: str = "sd"  # one of FAMILIES
     path: str = ""  # where it was loaded from
+    method: str = ""  # one of METHODS, of fewstep/; others have none
 
     @property
     def device(self) -> torch.device:
@@ -89,12 +118,21 @@ class StableDiffusion:
     @property
     def guidance(self) -> float:
         """The guidance it is drawn with when none is asked for."""
-        return FAMILIES[self.family].guidance[self.kind]
+        return 1.0 if self.method else FAMILIES[self.family].guidance[self.kind]
 
     @property
     def steps(self) -> int:
         """The number of steps it is drawn with when none is asked for."""
+        if self.method:
+            return METHODS[self.method].steps
         return 1 if self.kind == "one-step" else 25
+
+    def takes(self, steps: int) -> bool:
+        """Can it be drawn with in this number of steps?"""
+        if self.method:
+            method = METHODS[self.method]
+            return steps % method.multiple == 0 and steps <= method.most
+        return self.kind != "one-step" or steps == 1
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(channels, h, w) of a latent, for pictures of `size` (height, width) in pixels."""
@@ -245,7 +283,7 @@ def checked_about(path: Path, about) -> dict:
         raise BadInput(f"{path}: its metadata is malformed (a {what}, not an object); get it again")
     if "captions" in about and "family" not in about:
         raise BadInput(f"{path}: written by an earlier version, of tiny models; make it again")
-    for name, known in (("kind", KINDS), ("family", tuple(FAMILIES))):
+    for name, known in (("kind", KINDS), ("family", tuple(FAMILIES)), ("method", ("", *METHODS))):
         if about.get(name) is not None and about[name] not in known:
             raise BadInput(f"{path}: its metadata names the {name} {about[name]!r}; known are "
                            f"{', '.join(known)}")

@@ -102,7 +102,7 @@ def options_from(
 def train(
     network: nn.Module, draw: Callable, loss: Callable, options: TrainingOptions,
     folder: str | Path, settings: dict, name: str = "training", dtype: torch.dtype = torch.float32,
-    watch: Callable | None = None,
+    watch: Callable | None = None, averaged: nn.Module | None = None,
 ) -> None:
     """Train the network in place, resuming from `folder`; it ends with its averaged (EMA) weights.
 
@@ -116,6 +116,8 @@ def train(
     dtype: bf16 or fp16 runs the forward pass under autocast; weights, moments, EMA stay fp32.
     watch(step, loss): called by the first process while the network has its averaged weights; what
         it returns, a dictionary of figures, goes to metrics.jsonl.
+    averaged: a copy of the network that shall have the averaged weights at every step, for a loss
+        whose target it is.
 
     BadInput: a loss or gradient that is not finite, no memory left, Ctrl-C (each names the state
     that is kept); a damaged state, one of other settings or beyond the iterations asked for,
@@ -125,6 +127,8 @@ def train(
     with guard():
         run = open_run(network, options, Path(folder), settings, name, dtype)
         shared = shared_by_processes(network)
+        for key, weight in averaged.named_parameters() if averaged else ():
+            weight.data = run.ema.get(key, weight.data)  # the same memory
     share = slice(*(r * options.batch_size // world_size() for r in (rank(), rank() + 1)))
 
     def fetch(step: int) -> tuple:

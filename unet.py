@@ -51,6 +51,7 @@ class UNetConfig:
     norm_num_groups: int = 32
     sample_size: int = 64  # height and width of the latent the model was trained at
     stacked: bool = False  # two in series: StackedUNet
+    second_time: bool = False  # until when? It then answers with a mean velocity
 
 
 def timestep_embedding(timestep: Tensor, channels: int) -> Tensor:
@@ -283,6 +284,9 @@ class UpLevel(Level):
 class UNet(nn.Module):
     """unet(x, timestep, context): noise or velocity at a timestep in [0, 1000), given the text.
 
+    With config.second_time it takes a second timestep, `until`, and answers with the mean velocity
+    between the two (fewstep/meanflow.py); by default both are one.
+
     x (B, in_channels, H, W), timestep (B,) float, context (B, L, cross_attention_dim)
     -> (B, out_channels, H, W) in the dtype of the weights' computation. H and W may be any size of
     at least 2 ** (levels - 1). `gradient_checkpointing = True` recomputes each level in the
@@ -297,14 +301,20 @@ class UNet(nn.Module):
         down, mid, up = rows_of(config)
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.time_embedding = TimestepEmbedding(first, 4 * first)
+        if config.second_time:
+            self.until_embedding = TimestepEmbedding(first, 4 * first)
+            for weight in self.until_embedding.linear_2.parameters():
+                nn.init.zeros_(weight)  # it begins as a network of one time
         self.down_blocks = nn.ModuleList(DownLevel(row, config) for row in down)
         self.mid_block = MidLevel(mid, config)
         self.up_blocks = nn.ModuleList(UpLevel(row, config) for row in up)
         self.conv_norm_out = nn.GroupNorm(groups, first)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        return self.read_out(self.body(self.read_in(x), timestep, context))
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Tensor, until: Tensor | None = None,
+    ) -> Tensor:
+        return self.read_out(self.body(self.read_in(x), timestep, context, until))
 
     def read_in(self, x: Tensor) -> Tensor:
         return self.conv_in(x.to(self.conv_in.weight.dtype))
@@ -312,13 +322,17 @@ class UNet(nn.Module):
     def read_out(self, x: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def body(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def body(
+        self, x: Tensor, timestep: Tensor, context: Tensor, until: Tensor | None = None,
+    ) -> Tensor:
         """Between the outer convolutions: (B, block_out_channels[0], H, W) to the same shape."""
         dtype = self.time_embedding.linear_1.weight.dtype
         context = context.to(dtype)
-        time = self.time_embedding(
-            timestep_embedding(timestep, self.config.block_out_channels[0]).to(dtype)
-        )
+        first = self.config.block_out_channels[0]
+        time = self.time_embedding(timestep_embedding(timestep, first).to(dtype))
+        if self.config.second_time:
+            until = timestep if until is None else until
+            time = time + self.until_embedding(timestep_embedding(until, first).to(dtype))
 
         skips = [x]
         for block in self.down_blocks:

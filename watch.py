@@ -157,7 +157,7 @@ def time_of_update(stage: Stage, description: dict, prompts: list[str]) -> float
     """Seconds that an update of the stage takes, by the loop's own."""
     seconds = []
 
-    def timed(network, draw, loss, options, folder, settings, name, dtype, watch=None):
+    def timed(network, draw, loss, options, folder, settings, name, dtype, watch=None, **more):
         run = new_run(network, options, Path(folder), settings, name, dtype)
         shared, share = shared_by_processes(network), slice(0, options.batch_size // world_size())
         samples = torch.arange(options.batch_size)
@@ -214,7 +214,8 @@ class Watch:
     keep: int
     at_once: int | None  # pictures drawn at once
     model: StableDiffusion | None = None  # the student, as the kind that it is to become
-    before: int = 0  # updates of an earlier stage
+    before: int = 0  # updates of earlier stages
+    finished: Callable = lambda model: model  # the student, as it is to be saved
 
     @torch.no_grad()
     def __call__(self, step: int, loss: Callable) -> dict:
@@ -225,25 +226,25 @@ class Watch:
         means = [torch.cat(losses).mean().item() for losses in by_t.values()]
         figures = {"held_out_loss": sum(means) / len(means),
                    "held_out_loss_by_t": means if self.times else []}
+        model = self.finished(self.model)
         rows = [(f"teacher\n{in_steps(self.teacher_steps)}", self.teacher)]
-        for steps in STEPS if self.model.kind != "one-step" else STEPS[:1]:
+        for steps in [number for number in STEPS if model.takes(number)]:
             pictures = draw_pictures(
-                self.model, self.prompts, self.seeds, steps, batch_size=self.at_once
+                model, self.prompts, self.seeds, steps, batch_size=self.at_once
             )
             rows.append((f"{self.before + step:,} updates\n{in_steps(steps)}", pictures))
         path = self.folder / "samples" / f"{self.before + step:07d}.png"
         save_comparison(str(path), rows, self.prompts)
-        if self.model.kind != "one-step":
-            guidance = self.model.guidance
-            straight = straightness_figures(self.model, self.prompts, self.seeds, guidance)
+        if model.kind != "one-step" and not model.method:
+            straight = straightness_figures(model, self.prompts, self.seeds, model.guidance)
             figures["relative_straightness"] = straight["relative_straightness"]
         if step:
-            self.save(self.before + step)
+            self.save(model, self.before + step)
         return figures
 
-    def save(self, step: int) -> None:
+    def save(self, model: StableDiffusion, step: int) -> None:
         """The model as it is: OUT, and OUT of earlier saves."""
-        checkpoint.save(self.model, self.out)
+        checkpoint.save(model, self.out)
         if self.keep:
             models = self.folder / "models"
             write_whole(models / f"{step:07d}.safetensors",
@@ -273,11 +274,12 @@ def validation_prompts(
 
 def watch_for(
     args: argparse.Namespace, teacher: StableDiffusion, shown: list[str], captions: list[str],
-    description: dict, kind: str, folder: Path,
+    description: dict, batches_of: Callable, folder: Path,
 ) -> Watch | None:
-    """What looks at a run of reflow.py (kind "flow") or distill.py ("one-step"), but its model.
+    """What looks at a run, all but its model.
 
     teacher: in the dtype of the pairs. shown: prompts to draw; captions: of the held-out pairs.
+    batches_of(pairs, size): those as the run's loss takes them, and the t of each batch, or none.
     """
     count = args.validation_pairs
     if not count:
@@ -291,21 +293,22 @@ def watch_for(
     at_once = None if teacher.is_tiny else 1  # beside a training, there is not much room
     pictures = draw_pictures(teacher, shown, seeds, description["steps"], description["guidance"],
                              batch_size=at_once)
-    batches, times = batches_of(pairs, kind, LOOKED_AT_ONCE if teacher.is_tiny else 4)
+    batches, times = batches_of(pairs, LOOKED_AT_ONCE if teacher.is_tiny else 4)
     return Watch(batches, times, shown, seeds, pictures, description["steps"], args.out, folder,
                  args.keep, at_once)
 
 
-def batches_of(pairs: Pairs, kind: str, size: int) -> tuple[list[tuple], list[float]]:
-    """Held-out pairs as the losses of reflow and of distillation take them."""
+def batches_by_time(pairs: Pairs, size: int) -> tuple[list[tuple], list[float]]:
+    """Held-out pairs as reflow's loss takes them, at fixed t."""
     batches, times = [], []
-    for part in parts(len(pairs), size):
-        x0, x1, prompts = pairs[torch.arange(len(pairs))[part]]
-        if kind == "one-step":
-            batches.append((x0, x1, prompts))
-            continue
+    for (x0, x1, prompts) in plain_batches(pairs, size)[0]:
         for k in range(TIME_BINS):
             t = (k + 0.5) / TIME_BINS
             batches.append((x0, x1, torch.full((len(x0),), t), prompts))
             times.append(t)
     return batches, times
+
+
+def plain_batches(pairs: Pairs, size: int) -> tuple[list[tuple], list[float]]:
+    """Held-out pairs as distillation's loss takes them."""
+    return [pairs[torch.arange(len(pairs))[part]] for part in parts(len(pairs), size)], []

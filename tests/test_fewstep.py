@@ -1,0 +1,379 @@
+"""The methods beside InstaFlow: their identities, and each through its command."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file
+
+import checkpoint
+import evaluate
+import fewstep.train
+import reflow
+import sample
+import unet
+import watch
+from command import TINY_TEACHER
+from conftest import relative_error
+from diffusion import diffusion_velocity
+from fewstep import (
+    consistency, freeflow, hipa, lora, meanflow, perflow, progressive, rectified_diffusion, steps,
+)
+from rectified_flow import interpolate, like, mean_velocity, reflow_loss, squared
+from sample import draw_latents
+from stable_diffusion import METHODS
+from training import read_metrics
+
+B = 6
+GENERATOR = torch.Generator().manual_seed(0)
+X0, X1, AWAY = torch.randn(3, B, 4, 8, 8, generator=GENERATOR, dtype=torch.float64)
+CONTEXT = torch.randn(B, 3, generator=GENERATOR)
+TIMES = torch.linspace(0.1, 0.8, B, dtype=torch.float64)
+
+
+def away(x, t, context):
+    """A straight flow: everything moves by the same vector, each sample's is in its context."""
+    return like(context[:, 0], x).expand_as(x)
+
+
+def bent(x, t, context):
+    return away(x, t, context) * like(t, x) + 0.3 * x.sin()
+
+
+def test_the_schedules_times_are_those_of_its_samplers():
+    for count in (1, 4, 8, 50):
+        grid = steps.at(torch.arange(count + 1) / count)
+        torch.testing.assert_close(grid, steps.SCHEDULE.sampling_times(count))
+    # PeRFlow's windows, as its authors' on Stable Diffusion.
+    edges = steps.at(torch.arange(5) / 4)
+    torch.testing.assert_close(
+        edges, torch.tensor([0.064, 0.197, 0.383, 0.591, 1]).double(), atol=5e-4, rtol=0
+    )
+
+
+def test_errors_of_ends_are_errors_of_velocities():
+    """‖end - y‖² = (1 - t)² ‖v - v*‖², v* the velocity to y at time 1."""
+    v = bent(X0, TIMES, CONTEXT)
+    wanted = (X1 - X0) / like(1 - TIMES, X0)
+    ends = squared(steps.end(bent, X0, TIMES, CONTEXT), X1)
+    torch.testing.assert_close(ends, (1 - TIMES).square() * squared(v, wanted))
+
+
+def test_a_step_of_a_diffusion_is_ddim():
+    """Also with new noise: η = 0.5, and 1; two steps are progressive distillation's target."""
+    scheduler = DDIMScheduler(
+        1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False
+    )
+    scheduler.set_timesteps(5)  # 800, 600, ...
+    s = [torch.full((B,), float(number)) for number in (800, 600, 400)]
+    times = [steps.SCHEDULE.time(one) for one in s]
+    predict = lambda x, s: 0.4 * x.sin() + 0.1
+    velocity = diffusion_velocity(lambda x, s, context: predict(x, s), steps.SCHEDULE)
+    size = lambda k: like(sum(steps.SCHEDULE.alpha_sigma(s[k])), X0)  # X = x_s / (α + σ)
+    for eta in (0.0, 0.5, 1.0):
+        expected = scheduler.step(predict(X0, s[0]), 800, X0, eta=eta, variance_noise=AWAY)
+        found = steps.noisy_step(velocity, X0 / size(0), times[0], times[1], CONTEXT, eta, AWAY)
+        torch.testing.assert_close(found * size(1), expected.prev_sample, rtol=1e-5, atol=1e-5)
+    middle = scheduler.step(predict(X0, s[0]), 800, X0).prev_sample
+    last = scheduler.step(predict(middle, s[1]), 600, middle).prev_sample
+    found = progressive.two_steps(velocity, X0 / size(0), *times, CONTEXT)
+    torch.testing.assert_close(found * size(2), last, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_with_all_noise_renewed_is_the_consistency_samplers():
+    t, u = TIMES, TIMES + 0.1
+    ends = steps.end(bent, X0, t, CONTEXT)
+    # ρ = 1 where nothing is kept: from the beginning, r_t = 0.
+    found = steps.noisy_step(bent, X0, torch.zeros_like(t), u, CONTEXT, 1.0, AWAY)
+    first = steps.end(bent, X0, torch.zeros_like(t), CONTEXT)
+    torch.testing.assert_close(found, interpolate(AWAY, first, u))
+    torch.testing.assert_close(
+        steps.noisy_step(bent, X0, t, torch.ones_like(t), CONTEXT, 1.0, AWAY), ends
+    )
+    euler = steps.step(bent, X0, t, u, CONTEXT)
+    torch.testing.assert_close(steps.noisy_step(bent, X0, t, u, CONTEXT, 0.0, AWAY), euler)
+
+
+def losses(student) -> dict:
+    """Every loss on the straight flow `away`, as a function of the student's velocity."""
+    random = lambda draw: draw(B, torch.Generator().manual_seed(1))
+    mean = lambda x, t, until, context: student(x, t, context) + 0 * x  # it has a derivative, 0
+    straight = X0 + away(X0, None, CONTEXT)
+    seeds = consistency.draw_scott(B, GENERATOR)
+    return {
+        "reflow": reflow_loss(student, X0, straight, TIMES, CONTEXT),
+        "perflow": perflow.loss(student, away, X0, X1, CONTEXT, *random(perflow.draw)),
+        "progressive": progressive.loss(student, away, X0, X1, CONTEXT, *random(progressive.draw),
+                                        steps=4, diffusion=False),
+        "lcm": consistency.lcm(student, away, student, X0, X1, CONTEXT,
+                               *random(consistency.draw_lcm)),
+        "mlcm, segments": consistency.mlcm_segments(student, away, student, X0, CONTEXT,
+                                                    *random(consistency.draw_mlcm)),
+        "mlcm, edges": consistency.mlcm_edges(student, away, student, X0, CONTEXT,
+                                              *random(consistency.draw_mlcm)),
+        "scott": consistency.scott(student, away, student, X0, X1, CONTEXT, *seeds, eta=0.0),
+        "rectified diffusion": rectified_diffusion.loss(student, X0, straight, CONTEXT,
+                                                        *random(rectified_diffusion.draw)),
+        "meanflow": meanflow.loss(mean, mean, X0, straight, CONTEXT,
+                                  *(c.double() for c in random(meanflow.draw))),
+        "freeflow": freeflow.loss(mean, away, mean, X0, CONTEXT, *random(freeflow.draw),
+                                  diffusion=False),
+    }
+
+
+def test_on_a_straight_flow_every_loss_is_zero_at_its_velocity_alone():
+    for name, loss in losses(away).items():
+        assert loss.shape == (B,) and loss.abs().max() < 1e-9, name
+    slower = lambda x, t, context: 0.5 * away(x, t, context) + 0.2 * x * like(t, x)
+    for name, loss in losses(slower).items():
+        assert loss.max() > 1e-4, name
+
+
+def test_perflow_with_one_window_is_reflow_on_its_pairs():
+    """Up to the length of the window, in which the student's time runs."""
+    window, place = torch.zeros(B, dtype=torch.int64), torch.rand(B, generator=GENERATOR)
+    found = perflow.loss(bent, bent, X0, X1, CONTEXT, window, place, windows=1)
+    a = torch.full((B,), steps.FIRST).double()
+    start = interpolate(X0, X1, a)
+    stop = steps.walk(bent, start, window, window + 1, perflow.TEACHER_STEPS, CONTEXT)
+    length = 1 - steps.FIRST
+    inside = lambda x, t, context: length * bent(x, steps.FIRST + length * t, context)
+    expected = reflow_loss(inside, start, stop, place.double(), CONTEXT) / length**2
+    torch.testing.assert_close(found, expected)
+
+
+def test_scott_without_noise_in_one_step_is_lcm():
+    place = torch.rand(B, generator=GENERATOR)
+    found = consistency.scott(bent, away, bent, X0, X1, CONTEXT, place,
+                              torch.arange(B), eta=0.0, steps=1)
+    here = place * (1 - consistency.NOISY_GAP)
+    t, u = steps.at(here), steps.at(here + consistency.NOISY_GAP)
+    x = interpolate(X0, X1, t)
+    y = steps.step(away, x, t, u, CONTEXT)
+    torch.testing.assert_close(found, consistency.same_end(bent, bent, x, t, y, u, CONTEXT))
+    noisy = consistency.scott(bent, away, bent, X0, X1, CONTEXT, place, torch.arange(B))
+    assert (noisy - found).abs().max() > 1e-3
+
+
+def test_fresh_noise_keeps_points_on_the_teachers_marginal():
+    """With data of ±1 in one dimension and the flow's own noise, the middle would be empty."""
+    count = 20_000
+    x0 = torch.randn(count, generator=GENERATOR)
+    x1 = torch.randn(count, generator=GENERATOR).sign()
+    near = lambda x0: (((x0 + x1) / 2).abs() < 0.25).double().mean().item()
+    assert near(x0.abs() * x1) == 0  # the flow carries each half of the noise to its side
+    assert near(x0) == pytest.approx(0.2417, abs=0.01)  # P(|N(1, 1)| < 1/2) = Φ(-.5) - Φ(-1.5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks with a second time, and with LoRA
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return checkpoint.load(TINY_TEACHER)
+
+
+def inputs(count: int, dtype=torch.float64):
+    x, v = torch.randn(2, count, 4, 8, 8, generator=GENERATOR, dtype=dtype)
+    t = torch.rand(count, generator=GENERATOR, dtype=dtype) / 2
+    context = torch.randn(count, 16, 128, generator=GENERATOR, dtype=dtype)
+    return x, v, t, t + 0.3, context
+
+
+def test_a_second_time_begins_unheeded(teacher):
+    x, _, t, r, context = inputs(2, torch.float32)
+    two = meanflow.with_second_time(teacher.unet)
+    one = teacher.unet(x, 1000 * (1 - t), context)
+    torch.testing.assert_close(mean_velocity(two)(x, t, r, context), one)
+    torch.nn.init.normal_(two.until_embedding.linear_2.weight, std=0.1, generator=GENERATOR)
+    later = mean_velocity(two)(x, t, r, context)
+    assert relative_error(later, mean_velocity(two)(x, t, t, context)) > 1e-3
+    torch.testing.assert_close(two(x, 1000 * (1 - t), context),
+                               mean_velocity(two)(x, t, t, context))  # alone it is until itself
+
+
+def test_the_forward_derivative_is_that_of_finite_differences(teacher, monkeypatch):
+    """The loss of MeanFlow, whose target is made of u and du/dt, from two values of u."""
+    def in_double(timestep, channels):  # the network's own is in fp32, too coarse for differences
+        powers = torch.arange(channels // 2, dtype=torch.float64) / (channels // 2)
+        angles = timestep[:, None] * 10_000**-powers
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    monkeypatch.setattr(unet, "timestep_embedding", in_double)
+    two = meanflow.with_second_time(teacher.unet).double()
+    torch.nn.init.normal_(two.until_embedding.linear_2.weight, std=0.05, generator=GENERATOR)
+    u = mean_velocity(two)
+    x0, x1, t, r, context = inputs(3)
+    found = meanflow.loss(u, u, x0, x1, context, t, r)
+    x, v, h = interpolate(x0, x1, t), x1 - x0, 1e-6
+    with torch.no_grad():
+        ahead, behind = (u(x + s * v, t + s, r, context) for s in (h, -h))
+        wanted = v + like(r - t, x) * (ahead - behind) / (2 * h)
+        error = squared(u(x, t, r, context), wanted)
+        torch.testing.assert_close(found, error / (error + meanflow.FLAT).sqrt(), rtol=1e-4,
+                                   atol=1e-6)
+    found.sum().backward()  # through u alone
+    assert two.conv_in.weight.grad.abs().sum() > 0
+    short = meanflow.loss(u, u, x0, x1, context, t, r, longest=squared(x0, x1).min().item())
+    assert (short > 0).sum() == 1
+
+
+def test_lora_merged_is_lora_applied(teacher):
+    x, _, t, _, context = inputs(2, torch.float32)
+    student = copy.deepcopy(teacher.unet)
+    lora.add_lora(student)
+    before = teacher.unet(x, 1000 * t, context)
+    torch.testing.assert_close(student(x, 1000 * t, context), before)  # it begins as it was
+    for module in student.modules():
+        if isinstance(module, lora.LoRA):
+            torch.nn.init.normal_(module.up.weight, std=0.05, generator=GENERATOR)
+    applied = student(x, 1000 * t, context)
+    assert relative_error(applied, before) > 1e-3
+    plain = lora.merged(student)
+    torch.testing.assert_close(plain(x, 1000 * t, context), applied, rtol=1e-4, atol=1e-4)
+    assert {name for name, _ in plain.named_parameters()} == {
+        name for name, _ in teacher.unet.named_parameters()
+    }
+    learned = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert learned and all(".up." in name or ".down." in name for name in learned)
+
+
+def test_loras_size_on_stable_diffusion_is_hipas():
+    with torch.device("meta"):
+        large = unet.UNet(unet.UNetConfig())
+        lora.add_lora(large)
+    assert sum(p.numel() for p in large.parameters() if p.requires_grad) == 3_188_736
+
+
+def test_high_frequencies_are_what_a_blur_takes():
+    flat = torch.full((2, 3, 32, 32), 0.3)
+    assert hipa.high_pass(flat).abs().max() < 1e-6 and hipa.edges(flat).max() < 2e-3
+    board = ((torch.arange(32)[:, None] + torch.arange(32)) % 2 * 2.0 - 1).expand(2, 3, 32, 32)
+    torch.testing.assert_close(hipa.high_pass(board), board)
+    step = torch.ones(1, 3, 32, 32)
+    step[..., 16:] = -1
+    found = hipa.edges(step)
+    assert found[..., 15:17].min() > 1.9 and found[..., :14].max() < 2e-3
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+FEW = ["--num-pairs", 40, "--teacher-steps", 2, "--batch-size", 4, "--validation-pairs", 6]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fewstep")
+
+
+@pytest.fixture
+def few_pictures(monkeypatch):
+    monkeypatch.setattr(watch, "STEPS", (1, 2, 4))
+    monkeypatch.setattr(watch, "PICTURED", 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_resumes_and_is_drawn(method, call, folder, few_pictures):
+    out, pairs = folder / f"{method}.safetensors", folder / "pairs"
+    ask = ["--method", method, "--pairs", pairs, "--out", out, *FEW, "--iterations", 8,
+           "--cooldown", 0, "--save-every", 2]
+    code, said, err = call(fewstep.train.main, *ask)
+    assert code == 0, err
+    assert f"a model by {method}" in said
+    first = out.read_bytes()
+    state = Path(f"{out}.state")
+    assert list(state.glob("samples/*.png"))
+    model = checkpoint.load(out)
+    assert model.method == method and model.guidance == 1
+    start = checkpoint.load(TINY_TEACHER)
+    changed = {name for name, weight in model.unet.state_dict().items()
+               if name not in start.unet.state_dict()
+               or not torch.equal(weight, start.unet.state_dict()[name])}
+    assert changed
+    for number in (1, 2, 4, 8):
+        if model.takes(number):
+            latents = draw_latents(model, ["a shape", "a red circle"], [0, 1], number)
+            assert latents.isfinite().all()
+            torch.testing.assert_close(
+                draw_latents(model, ["a red circle"], [1], number), latents[1:],
+                rtol=1e-3, atol=1e-3,
+            )
+    # Without its model it is made again from its states; the same to the byte.
+    out.unlink()
+    assert call(fewstep.train.main, *ask)[0] == 0 and out.read_bytes() == first
+    code, said, _ = call(fewstep.train.main, *ask)
+    assert code == 0 and "finished already" in said
+    # A part of the way, then all of it.
+    if method not in ("progressive", "mlcm"):  # whose rounds' lengths depend on all of it
+        again = folder / f"{method}-again.safetensors"
+        two = [again if word == out else word for word in ask]
+        assert call(fewstep.train.main, *two, "--iterations", 4)[0] == 0
+        assert call(fewstep.train.main, *two)[0] == 0
+        assert again.read_bytes() == first
+
+
+def test_progressive_distillation_keeps_the_model_of_every_round(call, folder, few_pictures):
+    out = folder / "rounds.safetensors"
+    ask = ["--method", "progressive", "--pairs", folder / "pairs", "--out", out, *FEW,
+           "--iterations", 5, "--validation-pairs", 0]
+    assert call(fewstep.train.main, *ask)[0] == 0
+    states = {}
+    for steps_, name in ((8, "rounds-8"), (4, "rounds-4"), (2, "rounds-2"), (1, "rounds")):
+        made = load_file(folder / f"{name}.safetensors")
+        states[steps_] = made["model.diffusion_model.out.2.weight"]
+        rows = read_metrics(Path(f"{out}.state") / f"{steps_}-steps")
+        assert rows[-1]["step"] == (2 if steps_ == 1 else 1)
+    assert len({tensor.numpy().tobytes() for tensor in states.values()}) == 4
+
+
+def test_what_the_models_refuse(call, folder):
+    for method, wrong in (("perflow", 2), ("hipa", 2), ("freeflow", 4), ("mlcm", 16)):
+        path = folder / f"{method}.safetensors"
+        code, _, err = call(sample.main, "--model", path, "--steps", wrong)
+        assert code == 2 and f"a {method} model" in err
+    path = folder / "lcm.safetensors"
+    code, _, err = call(sample.main, "--model", path, "--guidance", 3)
+    assert code == 2 and "its teacher's guidance" in err
+    code, _, err = call(reflow.main, "--teacher", path)
+    assert code == 2 and "made by lcm" in err
+    code, _, err = call(fewstep.train.main, "--method", "progressive", "--iterations", 3)
+    assert code == 2 and "4 rounds" in err
+    code, _, err = call(fewstep.train.main, "--method", "lcm", "--ema-device", "cpu")
+    assert code == 2 and "--ema-device" in err
+    code, _, err = call(fewstep.train.main, "--method", "lcm", "--teacher",
+                        folder / "freeflow.safetensors")
+    assert code == 2 and "of kind flow" in err
+
+
+def test_evaluation_takes_the_steps_that_a_method_knows(call, folder):
+    models = [folder / f"{method}.safetensors" for method in ("perflow", "hipa", "lcm")]
+    code, _, err = call(evaluate.main, "--model", *models, "--steps", "1,2,4", "--num-samples", 8)
+    assert code == 0, err
+    rows = json.loads(Path("runs/evaluate.json").read_text())
+    taken = [(row["model"], row["steps"]) for row in rows if row["steps"]]
+    assert taken == [("perflow.safetensors", 4), ("hipa.safetensors", 1),
+                     ("lcm.safetensors", 1), ("lcm.safetensors", 2), ("lcm.safetensors", 4)]
+
+
+def test_re_noising_is_the_same_at_any_batch_size(folder):
+    model = checkpoint.load(folder / "lcm.safetensors")
+    prompts, seeds = ["a shape"] * 5, range(5)
+    torch.testing.assert_close(draw_latents(model, prompts, seeds, 4, batch_size=2),
+                               draw_latents(model, prompts, seeds, 4), rtol=1e-3, atol=1e-3)
+    once, twice = (draw_latents(model, prompts, seeds, n) for n in (1, 2))
+    assert relative_error(twice, once) > 1e-2
+
+
+def test_a_second_time_survives_the_file(folder):
+    model = checkpoint.load(folder / "re-meanflow.safetensors")
+    assert model.unet.config.second_time
+    weight = model.unet.until_embedding.linear_2.weight
+    assert weight.abs().max() > 0  # trained
+    assert np.isfinite(weight.detach().numpy()).all()
