@@ -153,6 +153,43 @@ def one_loss(method: str, model: StableDiffusion, net: str) -> Callable:
     return lambda v, target, teacher, *batch: hipa.loss(v, decode, distance, *batch)
 
 
+def student_of(
+    teacher: StableDiffusion, method: str, needs: Needs, start="negated", seed: int = 0,
+) -> StableDiffusion:
+    """A copy of the teacher as the method's student. start: as for `started_from`."""
+    unet = started_from(copy.deepcopy(teacher.unet), start, teacher.kind, seed)
+    torch.manual_seed(seed)  # for what is new: the second time's embedding, LoRA
+    unet = meanflow.with_second_time(unet) if needs.second_time else unet
+    if method == "hipa":
+        lora.add_lora(unet)
+    return replace(teacher, unet=unet, kind=needs.kind, method=method)
+
+
+def finished(model: StableDiffusion) -> StableDiffusion:
+    """As it is saved: with its LoRA merged, if it has one."""
+    return replace(model, unet=lora.merged(model.unet)) if model.method == "hipa" else model
+
+
+def guide(drawer: StableDiffusion, guidance: float) -> Velocity:
+    """The diffusion as the teacher's velocity in a loss."""
+    null_context = drawer.encode_prompts([""])
+    return diffusion_velocity(guided(drawer.unet, null_context, guidance), SCHEDULE)
+
+
+def next_teacher(method: str, student: StableDiffusion, teacher: Velocity) -> Velocity:
+    """Who teaches the next round: in progressive distillation the last round's student."""
+    if method != "progressive":
+        return teacher
+    return flow_velocity(copy.deepcopy(student.unet).requires_grad_(False))
+
+
+def of_shorter_pairs(pairs: Pairs) -> Callable:
+    """The loss of Re-MeanFlow, without the tenth of the pairs that is longest."""
+    x0, x1, _ = pairs[torch.arange(min(MEASURED, len(pairs)))]
+    longest = squared(x0, x1).quantile(LONGEST).item()
+    return lambda v, target, teacher, *batch: meanflow.loss(v, target, *batch, longest)
+
+
 def velocity_of(unet, needs: Needs) -> Callable:
     """The student's network as the velocity that its method's loss takes."""
     if needs.second_time:
@@ -251,31 +288,22 @@ def main():
 
     def start_student() -> None:
         student.found_tokenizer()  # to be saved along
-        unet = copy.deepcopy(teacher.unet) if drawer is teacher else teacher.unet
-        unet = started_from(unet, start, "diffusion", args.seed)
-        torch.manual_seed(args.seed)  # for what is new: the second time's embedding, LoRA
-        student.unet = meanflow.with_second_time(unet) if needs.second_time else unet
-        student.unet.gradient_checkpointing = args.gradient_checkpointing
-        student.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
-        if args.method == "hipa":
-            lora.add_lora(student.unet)
+        student.unet = student_of(teacher, args.method, needs, start, args.seed).unet
+        if drawer is not teacher:
+            teacher.unet = student.unet  # so that no other is held
+        for network in (student.unet, student.vae.decoder):
+            network.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:
             student.compile()
 
-    def finished(model: StableDiffusion) -> StableDiffusion:
-        return replace(model, unet=lora.merged(model.unet)) if args.method == "hipa" else model
+    def train_on(one, folder, pairs, train: Callable = train, watch: Callable | None = None):
+        train_round(student, velocity, one, needs, pairs, folder, settings, dtype, watch, train)
 
-    null_context = teacher.encode_prompts([""])
-    guide = guided(drawer.unet, null_context, description["guidance"])
-    teachers = [diffusion_velocity(guide, SCHEDULE)]  # of each round
-
-    def train_on(k: int, pairs, train: Callable = train, watch: Callable | None = None) -> None:
-        train_round(student, teachers[min(k, len(teachers) - 1)], rounds[k], needs, pairs,
-                    folders[k], settings, dtype, watch, train)
-
-    stages = [Stage(one.name, one.options, partial(train_on, k)) for k, one in enumerate(rounds)]
+    stages = [Stage(one.name, one.options, partial(train_on, one, folder))
+              for one, folder in zip(rounds, folders)]
     print(plan(teacher, prompts, description, args.pairs, stages, "unet",
                args.gradient_checkpointing))
+    velocity = guide(drawer, description["guidance"])
     if args.compile:
         drawer.compile()
     at_once = args.teacher_batch_size
@@ -284,7 +312,10 @@ def main():
     if args.dry_run:
         a_pair = time_of_pairs(drawer, prompts, description, at_once)
         start_student()
-        updates = [time_of_update(stage, description, prompts) for stage in stages]
+        updates = []
+        for stage in stages:
+            updates.append(time_of_update(stage, description, prompts))
+            velocity = next_teacher(args.method, student, velocity)
         count = 0 if needs.data == "prompts" else description["count"]
         print(forecast(a_pair, count, stages, updates))
         return
@@ -299,24 +330,23 @@ def main():
     else:
         pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
     if args.method == "re-meanflow":
-        x0, x1, _ = pairs[torch.arange(min(MEASURED, len(pairs)))]
-        longest = squared(x0, x1).quantile(LONGEST).item()
-        rounds[0].loss = lambda v, target, _, *batch: meanflow.loss(v, target, *batch, longest)
+        rounds[0].loss = of_shorter_pairs(pairs)
     watch = watch_for(args, drawer, shown, held_out or prompts, description,
                       partial(held_out_batches, needs, args.seed), state)
     start_student()
     if watch:
         watch.model, watch.finished = student, finished
-    for k, one in enumerate(rounds):
-        train_on(k, pairs, watch=watch)
+    for k, stage in enumerate(stages):
+        stage.train(pairs, watch=watch)
+        plot_loss(folders[k])
+        if stage is stages[-1]:
+            break
         if watch:
-            watch.before += one.options.iterations
-        if args.method == "progressive" and k + 1 < len(rounds):
+            watch.before += stage.options.iterations
+        if args.method == "progressive":
             steps = progressive.ROUNDS[k]
             checkpoint.save(student, f"{args.out.removesuffix('.safetensors')}-{steps}.safetensors")
-            teachers.append(flow_velocity(copy.deepcopy(student.unet).requires_grad_(False)))
-            del teachers[:-1]
-        plot_loss(folders[k])
+        velocity = next_teacher(args.method, student, velocity)
     checkpoint.save(finished(student), args.out)
     print(f"{args.out}: a model by {args.method}, drawn in {student.steps} "
           f"step{'s' * (student.steps > 1)} where no other number is asked for; its loss is in "

@@ -333,6 +333,15 @@ def test_progressive_distillation_keeps_the_model_of_every_round(call, folder, f
     assert len({tensor.numpy().tobytes() for tensor in states.values()}) == 4
 
 
+def test_a_dry_run_knows_the_rounds(call, folder):
+    for method, rounds in (("progressive", ("8 steps", "1 steps")), ("mlcm", ("segments", "edges")),
+                           ("hipa", ("hipa",))):
+        code, out, err = call(fewstep.train.main, "--method", method, *FEW, "--dry-run")
+        assert code == 0, err
+        assert all(f"s an update of {name}" in out for name in rounds)
+        assert not list(Path(".").iterdir())
+
+
 def test_what_the_models_refuse(call, folder):
     for method, wrong in (("perflow", 2), ("hipa", 2), ("freeflow", 4), ("mlcm", 16)):
         path = folder / f"{method}.safetensors"
