@@ -39,7 +39,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 
-from command import pick_device, run, write_text, write_whole
+from command import pick_device, positive, run, write_text, write_whole
 from diffusion import NoiseSchedule
 from distill import perceptual_distance
 from evaluation.figures import with_interval
@@ -183,6 +183,7 @@ def save_curves(path: Path, summary: list[dict]) -> None:
 def main():
     parser = study_parser("What makes reflow need fewer samples than the paper's.")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--iterations", type=positive, default=256, help="updates of each reflow")
     # One training goes on from each number of samples to the next, so its rate does not fall.
     parser.set_defaults(steps=[8, 1], cooldown=0.0)
     args = parser.parse_args()

@@ -96,7 +96,7 @@ KEYS = ("row", "updates", "steps")
 FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
 COSTS = ("samples", "own_samples", "minutes")
 SETTINGS = ("iterations", "lpips_iterations", "batch_size", "cooldown", "num_pairs",
-            "teacher_steps", "captions", "held_out", "num_samples")
+            "teacher_steps", "captions", "held_out", "num_samples", "passes")
 
 
 def world_of(captions: str) -> tuple[ModuleType, str]:
@@ -366,8 +366,6 @@ def study_parser(description: str) -> Parser:
     """The options that studies of the tiny model share."""
     parser = Parser(description)
     parser.add_argument("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
-    parser.add_argument("--iterations", type=positive, default=256,
-                        help="updates of each reflow and distillation, the unit")
     parser.add_argument("--batch-size", type=positive, default=64, help="samples of one update")
     parser.add_argument("--cooldown", type=share, default=0.6,
                         help="share of a training, at its end, over which the rate falls to 0")
@@ -424,6 +422,8 @@ def footer(command: str, args: argparse.Namespace, device: torch.device, rows: l
 
 def main():
     parser = study_parser("The paper's table on the tiny model.")
+    parser.add_argument("--iterations", type=positive, default=256,
+                        help="updates of each reflow and distillation, the unit")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="rows to measure")
     parser.add_argument("--budgets", type=not_below_zero, nargs="+", default=[0.25, 0.5, 1, 2, 4],
                         help="updates of a distillation at which it is measured, in --iterations")

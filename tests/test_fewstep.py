@@ -21,7 +21,8 @@ from command import TINY_TEACHER
 from conftest import relative_error
 from diffusion import diffusion_velocity
 from fewstep import (
-    consistency, freeflow, hipa, lora, meanflow, perflow, progressive, rectified_diffusion, steps,
+    compare, consistency, freeflow, hipa, lora, meanflow, perflow, progressive, rectified_diffusion,
+    steps,
 )
 from rectified_flow import interpolate, like, mean_velocity, reflow_loss, squared
 from sample import draw_latents
@@ -386,3 +387,49 @@ def test_a_second_time_survives_the_file(folder):
     weight = model.unet.until_embedding.linear_2.weight
     assert weight.abs().max() > 0  # trained
     assert np.isfinite(weight.detach().numpy()).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Side by side
+
+
+def test_passes_are_counted_where_they_are_computed(teacher):
+    x, v, t, r, context = inputs(5, torch.float32)
+    two = meanflow.with_second_time(teacher.unet)
+    with compare.counted_passes() as passes:
+        teacher.unet.requires_grad_(True)(x, 1000 * t, context)
+        assert passes == [15]
+        with torch.no_grad():
+            teacher.unet(x, 1000 * t, context)
+        assert passes == [20]
+        u = mean_velocity(two.requires_grad_(True))
+        meanflow.loss(u, u, x, v, context, t, r)
+    assert passes == [20 + 15 + 10]
+    with compare.counted_passes() as passes:
+        pass
+    teacher.unet(x, 1000 * t, context)
+    assert passes == [0]
+
+
+def test_rows_of_one_cost(call, monkeypatch):
+    monkeypatch.setattr(compare, "FLOW_PAIRS", 8)
+    rows = ["teacher", "2-RF + distill", "progressive", "re-meanflow", "velocity, picture loss"]
+    ask = ["--rows", *rows, "--passes", 320, "--num-pairs", 12, "--num-samples", 8,
+           "--batch-size", 2, "--teacher-steps", 2, "--num-seeds", 1, "--out", "runs/few"]
+    code, _, err = call(compare.main, *ask)
+    assert code == 0, err
+    made = json.loads(Path("runs/few/compare.json").read_text())
+    taken = {row: [one["steps"] for one in made if one["row"] == row] for row in ("drawn", *rows)}
+    assert taken == {"drawn": [None], "teacher": [1, 2, 4, 8], "2-RF + distill": [1],
+                     "progressive": [8, 4, 2, 1], "re-meanflow": [1, 2, 4, 8],
+                     "velocity, picture loss": [1, 2, 4, 8]}
+    for one in made:
+        if one["row"] in rows[1:]:
+            assert 280 <= one["passes"] <= 360, one
+    assert all(Path("runs/few", f"compare{end}").exists()
+               for end in (".md", ".png", "-pictures-0.png"))
+    before = Path("runs/few/compare.json").read_bytes()
+    assert call(compare.main, *ask)[0] == 0
+    assert Path("runs/few/compare.json").read_bytes() == before
+    code, _, err = call(compare.main, *ask, "--passes", 400)
+    assert code == 2 and "another study" in err
