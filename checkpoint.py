@@ -280,6 +280,11 @@ def save(
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
+def file_size(*networks: torch.nn.Module) -> int:
+    """Bytes that these networks take in a file of `save`, in fp16."""
+    return 2 * sum(p.numel() for network in networks for p in network.parameters())
+
+
 # --------------------------------------------------------------------------------------------------
 # Commands
 

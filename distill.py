@@ -91,11 +91,12 @@ def perceptual(vae, lpips: Distance) -> Distance:
     return distance
 
 
-def perceptual_distance(net: str, device: torch.device) -> Distance:
+def perceptual_distance(net: str, device: torch.device, trained: bool = True) -> Distance:
     """LPIPS of images (B, 3, H, W) in [-1, 1]: (B,); always in fp32, frozen.
 
     net: "vgg", "alex" or "squeeze" for lpips with its trained backbone, "random" or "efficientnet".
-    BadInput where the backbone's weights are neither cached nor to be had.
+    trained False: random weights in place of the backbone's, to measure time with. BadInput where
+    those are neither cached nor to be had.
     """
     if net == "efficientnet":
         return efficientnet_distance(device)
@@ -109,7 +110,7 @@ def perceptual_distance(net: str, device: torch.device) -> Distance:
                 # Without the trained weights that calibrate the layers, they count alike.
                 network = lpips.LPIPS(net="squeeze", pnet_rand=True, lpips=False, verbose=False)
             else:
-                network = lpips.LPIPS(net=net, verbose=False)
+                network = lpips.LPIPS(net=net, pnet_rand=not trained, verbose=False)
     except OSError as problem:
         raise BadInput(f"--lpips-net {net}: its backbone could not be downloaded ({problem}); put "
                        "the file into torch's hub cache, or take --lpips-net random") from None
@@ -238,7 +239,9 @@ def main():
     for out in (args.out, l2_out):
         refuse_overwriting(out, {"--teacher": args.teacher, "--init": args.init})
     start, start_name = checkpoint.load_start(args.init, teacher)
-    lpips = perceptual_distance(args.lpips_net, device) if args.lpips_iterations else None
+    lpips = None
+    if args.lpips_iterations:
+        lpips = perceptual_distance(args.lpips_net, device, trained=not args.dry_run)
 
     pairs_dtype = pick_dtype(args.dtype, device)
     prompts, held_out, description = pairs_asked(
@@ -300,7 +303,9 @@ def main():
         updates = [time_of_update(stage, description, prompts) for stage in stages]
         print(forecast(a_pair, description["count"], stages, updates))
         return
-    check_output(args.out)
+    unets = [teacher.unet] * (2 if args.student == "stacked" else 1)
+    size = checkpoint.file_size(*unets, teacher.vae, teacher.text_encoder)
+    check_output(args.out, needed=size * (len(stages) + args.keep))
     keep_others_out(state)
     if finished:
         print(f"{args.out}: finished already, {args.l2_iterations} + {args.lpips_iterations} "

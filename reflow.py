@@ -210,7 +210,8 @@ def main():
         updates = [time_of_update(stage, description, prompts) for stage in stages]
         print(forecast(a_pair, description["count"], stages, updates))
         return
-    check_output(args.out)
+    size = checkpoint.file_size(teacher.unet, teacher.vae, teacher.text_encoder)
+    check_output(args.out, needed=size * (1 + args.keep))
     keep_others_out(folder)
     if finished:
         print(f"{args.out}: finished already, {args.iterations} iterations")

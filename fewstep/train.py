@@ -319,7 +319,8 @@ def main():
         count = 0 if needs.data == "prompts" else description["count"]
         print(forecast(a_pair, count, stages, updates))
         return
-    check_output(args.out)
+    size = checkpoint.file_size(teacher.unet, teacher.vae, teacher.text_encoder)
+    check_output(args.out, needed=size * (len(rounds) + args.keep))
     keep_others_out(state)
     if done:
         print(f"{args.out}: finished already, {args.iterations} iterations")

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ import sample
 import unet
 import watch
 from command import TINY_TEACHER
-from conftest import relative_error
+from conftest import ROOT, relative_error
 from diffusion import diffusion_velocity
 from fewstep import (
     compare, consistency, freeflow, hipa, lora, meanflow, perflow, progressive, rectified_diffusion,
@@ -433,3 +436,16 @@ def test_rows_of_one_cost(call, monkeypatch):
     assert Path("runs/few/compare.json").read_bytes() == before
     code, _, err = call(compare.main, *ask, "--passes", 400)
     assert code == 2 and "another study" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_in_two_processes(tmp_path, method):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                ROOT / "fewstep" / "train.py", "--method", method, *FEW, "--iterations", 8,
+                "--save-every", 4, "--accumulate", 2]
+    answer = subprocess.run([*map(str, torchrun)], cwd=tmp_path, capture_output=True, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count(f"a model by {method}") == 1
+    assert checkpoint.load(tmp_path / f"runs/{method}.safetensors").method == method

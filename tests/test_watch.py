@@ -40,7 +40,7 @@ def few_pictures(monkeypatch):
     monkeypatch.setattr(figures, "STRAIGHTNESS_STEPS", 3)
 
 
-def test_a_dry_run_forecasts_and_writes_nothing(call):
+def test_a_dry_run_forecasts_and_writes_nothing(call, monkeypatch):
     code, out, err = call(reflow.main, *REFLOW, "--dry-run")
     assert code == 0, err
     assert "40 pairs of 2 steps" in out and "5 updates of 4, 20 samples" in out
@@ -53,6 +53,21 @@ def test_a_dry_run_forecasts_and_writes_nothing(call):
     assert code == 0, err
     assert "s an update of L2" in out and "s an update of LPIPS" in out
     assert not list(Path(".").iterdir())
+    # The backbone of the trained LPIPS is not fetched for that.
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
+    code, out, err = call(distill.main, "--teacher", TINY_TEACHER, *FEW, "--l2-iterations", 0,
+                          "--lpips-iterations", 1, "--lpips-net", "alex", "--dry-run")
+    assert code == 0 and "s an update of LPIPS" in out, err
+
+
+def test_room_for_the_models_is_asked_for_before_the_work(call, monkeypatch):
+    free = 2.5 * Path(TINY_TEACHER).stat().st_size  # for two of them
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": free}))
+    code, _, err = call(reflow.main, *REFLOW, "--keep", 2)
+    assert code == 2 and "runs/2rf.safetensors: needs" in err
+    assert not Path("runs/pairs").exists()
+    code, _, err = call(distill.main, "--teacher", TINY_TEACHER, *FEW, "--keep", 1)
+    assert code == 2 and "runs/instaflow.safetensors: needs" in err
 
 
 def test_the_plan_knows_what_is_there(call):
