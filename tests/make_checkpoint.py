@@ -14,7 +14,7 @@ against diffusers' own converter.
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -58,13 +58,17 @@ def letters_tokenizer():
 def make_model(size: str = "small", seed: int = 0, kind: str = "diffusion") -> StableDiffusion:
     """A model with seeded random weights, in fp32.
 
-    size: "small" (with a tokenizer) or "full" (Stable Diffusion 1.x).
+    size: "small" (with a tokenizer), "full" (Stable Diffusion 1.x) or "half" of its width.
     """
     torch.manual_seed(seed)
-    if size == "full":
+    if size != "small":
+        part = 2 if size == "half" else 1
+        unet, vae = (
+            replace(config, block_out_channels=tuple(n // part for n in config.block_out_channels))
+            for config in (UNetConfig(), VAEConfig())
+        )
         return StableDiffusion(
-            UNet(UNetConfig()), AutoencoderKL(VAEConfig()), TextEncoder(TextEncoderConfig()),
-            None, kind,
+            UNet(unet), AutoencoderKL(vae), TextEncoder(TextEncoderConfig()), None, kind
         )
     networks = UNet(SMALL_UNET), AutoencoderKL(SMALL_VAE), TextEncoder(SMALL_TEXT)
     return StableDiffusion(*(network.eval() for network in networks), letters_tokenizer(), kind)
@@ -176,7 +180,7 @@ def write_folder(
 def main():
     parser = argparse.ArgumentParser(description="Write a checkpoint with seeded random weights.")
     parser.add_argument("out")
-    parser.add_argument("--size", choices=["full", "small"], default="full")
+    parser.add_argument("--size", choices=["full", "half", "small"], default="full")
     parser.add_argument("--layout", choices=["file", "folder"], default="file")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--seed", type=int, default=0)
