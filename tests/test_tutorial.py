@@ -20,7 +20,7 @@ from test_method import CROSSING, ENDS, NOISES, best_velocity, sample_of
 
 TUTORIAL, README = ((ROOT / name).read_text() for name in ("TUTORIAL.md", "README.md"))
 QUOTES = re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", TUTORIAL, re.DOTALL)
-CHAPTERS = re.split(r"\n## (?=\d\. )", TUTORIAL)[1:]
+CHAPTERS = re.split(r"\n## (?=\d+\. )", TUTORIAL)[1:]
 
 
 def says(chapter: int, answer: str) -> bool:
@@ -37,7 +37,7 @@ def test_what_is_quoted_stands_in_its_file(file, quoted):
 
 
 def test_every_block_of_code_is_such_a_quote():
-    assert len(CHAPTERS) == 9
+    assert len(CHAPTERS) == 10
     assert TUTORIAL.count("```python") == len(QUOTES) >= 9
 
 
@@ -168,6 +168,21 @@ def test_9_passes():
     drawing, learning = 25 * 2 * pairs / 1e6, 3 * sum(training) / 1e6
     assert says(9, f"{drawing:.0f} million and {learning:.0f} million")
     assert says(9, f"{drawing / (drawing + learning):.0%}".replace("%", " %"))
+
+
+def test_10_the_mean_velocity():
+    flow = lambda x, t, context: (2 * t)[:, None].expand_as(x)
+    x = torch.zeros(3, 1, dtype=torch.float64)
+    t, r, h = 0.2, 0.7, 1e-4
+
+    def mean(t: float, r: float) -> float:
+        *_, end = euler(flow, x, 1000, times=torch.linspace(t, r, 1001, dtype=torch.float64))
+        return (end / (r - t))[0].item()
+
+    assert mean(t, r) == pytest.approx(r + t, abs=1e-3)
+    derivative = (mean(t + h, r) - mean(t - h, r)) / (2 * h)
+    assert mean(t, r) == pytest.approx(2 * t + (r - t) * derivative, abs=2e-3)
+    assert says(10, "**r + t**")
 
 
 def test_chapter_1s_proof_in_numbers():
