@@ -286,7 +286,7 @@ def few_pictures(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains_resumes_and_is_drawn(method, call, folder, few_pictures):
     out, pairs = folder / f"{method}.safetensors", folder / "pairs"
-    ask = ["--method", method, "--pairs", pairs, "--out", out, *FEW, "--iterations", 8,
+    ask = ["--method", method, "--pairs", pairs, "--out", out, *FEW, "--iterations", 4,
            "--cooldown", 0, "--save-every", 2]
     code, said, err = call(fewstep.train.main, *ask)
     assert code == 0, err
@@ -318,7 +318,7 @@ def test_each_method_trains_resumes_and_is_drawn(method, call, folder, few_pictu
     if method not in ("progressive", "mlcm"):  # whose rounds' lengths depend on all of it
         again = folder / f"{method}-again.safetensors"
         two = [again if word == out else word for word in ask]
-        assert call(fewstep.train.main, *two, "--iterations", 4)[0] == 0
+        assert call(fewstep.train.main, *two, "--iterations", 2)[0] == 0
         assert call(fewstep.train.main, *two)[0] == 0
         assert again.read_bytes() == first
 
