@@ -215,6 +215,9 @@ def export(model: StableDiffusion, folder: str | Path, dtype=torch.float16) -> N
         what = "a stacked U-Net" if unet.stacked else "a U-Net with a second time"
         raise BadInput(f"{model.path}: diffusers has no class for {what}; keep the .safetensors "
                        "file")
+    if model.method:
+        note(f"{folder}: a {model.method} model, which diffusers' pipelines do not know how to "
+             "draw; its files are those of any other")
     if model.tokenizer is None:
         note(f"{folder}: without a tokenizer, which other programs need; give --tokenizer")
     write_folder_whole(folder, lambda temporary: write_folder(model, temporary, dtype))

@@ -144,7 +144,7 @@ def add_options(parser: Parser) -> None:
     add("--save-every", type=positive, default=500,
         help="updates between saved states; 15 minutes at most")
     add("--out", type=checkpoint.model_file, default="runs/2rf.safetensors",
-        help="the flow, as it is at the last save; its training state lies in OUT.state")
+        help="the model, as it is at the last save; its training state lies in OUT.state")
     add_watch_options(parser)
     add_machine_options(parser, run_seed)
 

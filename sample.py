@@ -9,8 +9,8 @@
     pictures = draw_pictures(model, ["a red circle"] * 4, seeds=range(4))   (4, 3, H, W) in [-1, 1]
 
 The checkpoint says what its U-Net predicts, and that decides how it is drawn from: a diffusion by
-DPM-Solver++, a flow by Euler steps, a one-step model by a single one, x1 = x0 + v(x0, 0). Pairs
-and evaluation draw through `draw_latents` too.
+DPM-Solver++, a flow by Euler steps, a one-step model by a single one, x1 = x0 + v(x0, 0), those
+of fewstep/ by the way of their method. Pairs and evaluation draw through `draw_latents` too.
 """
 
 import csv
@@ -58,8 +58,8 @@ def draw_latents(
 
     model: a StableDiffusion of any kind. steps, guidance (1 is off) and size (height, width in
     pixels): None is the model's own. negative: the prompt that guidance leads away from. solver:
-    "dpm" or "ddim", for a diffusion; the others take Euler steps. batch_size: how many at once;
-    bar: told of each batch.
+    "dpm" or "ddim", for a diffusion; the others take Euler steps. Models of fewstep/ are drawn by
+    their method's way, without guidance. batch_size: how many at once; bar: told of each batch.
     """
     shape = model.latent_shape(size)
     null_context = model.encode_prompts([negative])  # (1, L, D)
@@ -128,7 +128,7 @@ def draw_in_few_steps(
             continue
         x = x + (1 - t) * velocity(x, now, context)  # the end that it sees from here
         if u < 1:
-            x = interpolate(again[:, k + 1], x, then)
+            x = interpolate(again[:, k + 1], x, then)  # the first of a seed's noises is its start
     return x
 
 
@@ -273,7 +273,8 @@ def main():
     add("--prompts", help="text file with a prompt a line, or .tsv/.csv")
     add("--prompt-column", default="Prompt", help="column of a .tsv or .csv that holds the prompts")
     add("--num-images", type=positive, default=4, help="for each prompt, seeds SEED, SEED + 1, ...")
-    add("--steps", type=solver_steps, help="default: 1 for a one-step model, else 25")
+    add("--steps", type=solver_steps,
+        help="default: 1 for a one-step model, for those of fewstep/ their own, else 25")
     add("--guidance", type=not_below_zero,
         help="1 is off; default: 6 for SD, 1.5 for a flow, 1 for one step")
     add("--solver", choices=["dpm", "ddim"], default="dpm", help="for a diffusion; flows use Euler")

@@ -68,25 +68,28 @@ class Method:
 
     way: from one time to the next. "euler" follows the velocity; "re-noise" goes on to the end and
     mixes new noise in; "mean" asks for the mean velocity of the whole step. steps: that it is drawn
-    with when none are asked for; it takes multiples of `multiple`, up to `most`.
+    with when none are asked for. numbers: of steps that it takes; none: any.
     """
 
     way: str
     steps: int
-    multiple: int = 1
-    most: int = 10**9
+    numbers: tuple[int, ...] = ()
 
 
 METHODS = {
-    "perflow": Method("euler", 4, multiple=4),
-    "progressive": Method("euler", 1),
+    "perflow": Method("euler", 4, tuple(range(4, 101, 4))),  # its windows are four
+    # Each round's model takes the steps of its round.
+    "progressive-8": Method("euler", 8, (8,)),
+    "progressive-4": Method("euler", 4, (4,)),
+    "progressive-2": Method("euler", 2, (2,)),
+    "progressive": Method("euler", 1, (1,)),
     "lcm": Method("re-noise", 4),
-    "mlcm": Method("re-noise", 4, most=8),
+    "mlcm": Method("re-noise", 4, (1, 2, 4, 8)),  # between the edges of its eight segments
     "scott": Method("re-noise", 4),
     "rectified-diffusion": Method("euler", 4),
     "re-meanflow": Method("mean", 1),
-    "hipa": Method("euler", 1, most=1),
-    "freeflow": Method("mean", 1, most=1),
+    "hipa": Method("euler", 1, (1,)),
+    "freeflow": Method("mean", 1, (1,)),
 }
 
 
@@ -130,8 +133,8 @@ class StableDiffusion:
     def takes(self, steps: int) -> bool:
         """Can it be drawn with in this number of steps?"""
         if self.method:
-            method = METHODS[self.method]
-            return steps % method.multiple == 0 and steps <= method.most
+            numbers = METHODS[self.method].numbers
+            return not numbers or steps in numbers
         return self.kind != "one-step" or steps == 1
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:

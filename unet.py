@@ -77,6 +77,15 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+def unheeded_embedding(config: UNetConfig) -> TimestepEmbedding:
+    """That of a second time, which begins at zero: as a network of one time."""
+    first = config.block_out_channels[0]
+    embedding = TimestepEmbedding(first, 4 * first)
+    for weight in embedding.linear_2.parameters():
+        nn.init.zeros_(weight)
+    return embedding
+
+
 class ResnetBlock(nn.Module):
     """Two 3 x 3 convolutions around a shortcut; the time enters as a shift between them."""
 
@@ -302,9 +311,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.time_embedding = TimestepEmbedding(first, 4 * first)
         if config.second_time:
-            self.until_embedding = TimestepEmbedding(first, 4 * first)
-            for weight in self.until_embedding.linear_2.parameters():
-                nn.init.zeros_(weight)  # it begins as a network of one time
+            self.until_embedding = unheeded_embedding(config)
         self.down_blocks = nn.ModuleList(DownLevel(row, config) for row in down)
         self.mid_block = MidLevel(mid, config)
         self.up_blocks = nn.ModuleList(UpLevel(row, config) for row in up)

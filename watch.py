@@ -84,9 +84,9 @@ class Stage:
 
 def plan(
     model: StableDiffusion, prompts: list[str], description: dict, folder: str,
-    stages: list[Stage], student: str, checkpointing: bool,
+    stages: list[Stage], student: str, checkpointing: bool, paired: bool = True,
 ) -> str:
-    """What a run is going to do, in lines."""
+    """What a run is going to do, in lines. paired: does it train on pairs?"""
     count, size = description["count"], torch.Size(description["latent_shape"]).numel()
     shards = range(-(-count // PAIRS_PER_SHARD))
     there = sum(shard_path(Path(folder), i).exists() for i in shards)
@@ -96,7 +96,7 @@ def plan(
         f"plan: {count:,} pairs of {description['steps']} steps at guidance "
         f"{description['guidance']:g}, {2 * count * size / 1e9:.3g} GB in {folder}, "
         f"{there} of {len(shards)} shards are there",
-    ]
+    ] if paired else [f"plan: {len(prompts):,} prompts of {description['prompts']}, and no pairs"]
     count_of = lambda *networks: sum(p.numel() for n in networks for p in n.parameters())
     parameters = count_of(model.unet)
     if student == "stacked":  # without the joint of the two
@@ -112,7 +112,8 @@ def plan(
             text += f" and {each * at_once:.3g} GB of activations at 512 px in bf16"
         lines.append(
             f"plan: {stage.name}, {options.iterations:,} updates of {options.batch_size}, "
-            f"{samples:,} samples, each pair {samples / count:.3g} times; {parameters:,} "
+            f"{samples:,} samples, each {'pair' if paired else 'prompt'} "
+            f"{samples / (count if paired else len(prompts)):.3g} times; {parameters:,} "
             f"parameters, {at_once} at once: {text} on each of {world_size()} devices"
         )
     return "\n".join(lines)
@@ -228,7 +229,7 @@ class Watch:
                    "held_out_loss_by_t": means if self.times else []}
         model = self.finished(self.model)
         rows = [(f"teacher\n{in_steps(self.teacher_steps)}", self.teacher)]
-        for steps in [number for number in STEPS if model.takes(number)]:
+        for steps in [number for number in STEPS if model.takes(number)] or [model.steps]:
             pictures = draw_pictures(
                 model, self.prompts, self.seeds, steps, batch_size=self.at_once
             )

@@ -130,7 +130,7 @@ def measure_way(study: Study, way: str, teacher, dtype: torch.dtype, lpips: Dist
         start = partial(train, updates=updates)
         init = "teacher" if way == "paper" else "negated"
         flow = study.made(f"reflow-{way}-{updates}", teacher, start, init)
-        steps = study.args.steps if updates >= n // 2 else [1]
+        steps = [8, 1] if updates >= n // 2 else [1]
         study.record(
             way, flow, updates, steps=steps, guidance=teacher.guidance if unguided else None,
             samples=updates * study.args.batch_size,
@@ -185,7 +185,7 @@ def main():
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--iterations", type=positive, default=256, help="updates of each reflow")
     # One training goes on from each number of samples to the next, so its rate does not fall.
-    parser.set_defaults(steps=[8, 1], cooldown=0.0)
+    parser.set_defaults(cooldown=0.0)
     args = parser.parse_args()
     device = pick_device(args.device)
     rows, write = open_table(Path(args.out) / "fewer_samples.json", args)

@@ -374,12 +374,8 @@ def study_parser(description: str) -> Parser:
     parser.add_argument("--captions", choices=CAPTIONS, default="open",
                         help="of shapes: much left out of two objects, nothing; one object; as in "
                              "training. Or those of emoji, whose teacher train_teacher.py makes")
-    parser.add_argument("--held-out", type=positive, default=500,
-                        help="pairs that nothing is trained on")
     parser.add_argument("--num-samples", type=positive, default=1000,
                         help="pictures for each row and seed")
-    parser.add_argument("--steps", type=solver_steps, nargs="+", default=[25, 8, 4, 2, 1],
-                        help="at which paths are measured")
     parser.add_argument("--out", default="runs/study",
                         help="folder of table, figures and everything made on the way")
     add_machine_options(parser, run_seed)
@@ -424,6 +420,10 @@ def main():
     parser = study_parser("The paper's table on the tiny model.")
     parser.add_argument("--iterations", type=positive, default=256,
                         help="updates of each reflow and distillation, the unit")
+    parser.add_argument("--held-out", type=positive, default=500,
+                        help="pairs that nothing is trained on")
+    parser.add_argument("--steps", type=solver_steps, nargs="+", default=[25, 8, 4, 2, 1],
+                        help="at which paths are measured")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="rows to measure")
     parser.add_argument("--budgets", type=not_below_zero, nargs="+", default=[0.25, 0.5, 1, 2, 4],
                         help="updates of a distillation at which it is measured, in --iterations")

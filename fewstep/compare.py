@@ -5,8 +5,9 @@
 
 Cost is counted where it is paid, in passes of a sample through the U-Net: 1 without gradients, 3
 with, 2 with a forward derivative; a guided pass of the teacher is 2. Every row may spend --passes
-on its training, and on pairs of its own flow. The teacher's pairs, which all share, come before
-(16 passes each, in 8 guided steps), though mlcm and freeflow ask for prompts alone.
+on its training, and on pairs of its own flow; hipa's decoder and LPIPS are not counted. The
+teacher's pairs come before and are shared (16 passes each, in 8 guided steps), though mlcm and
+freeflow do without and pay for walks of their own.
 
     2-RF                    reflow                               reflow.py
     2-RF + distill          half of the passes each, in L2       distill.py
@@ -20,16 +21,17 @@ and to tell apart what a method is made of:
     meanflow, fresh noise               Re-MeanFlow without the coupling of the pairs
 
 The rate of every training falls over its last part, and starts at the same. Captions and noises
-that figures are taken on are in none of the pairs. Writes compare.json (a row for each seed),
-compare.md (means with 95 % intervals over seeds), compare.png (quality against steps) and
-study-pictures-SEED.png.
+that figures are taken on are in none of the pairs. Of progressive distillation each number of steps
+is its own round's model, which has cost what was spent until then. Writes compare.json (a row for
+each seed), compare.md (means with 95 % intervals over seeds), compare.png (quality against the
+passes that a picture takes: guided steps count 2) and compare-pictures-SEED.png.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,10 +49,10 @@ from distill import distill
 from evaluate import evaluate
 from evaluation.figures import GRADES, with_interval
 from evaluation.plots import grouped, in_steps, markdown_table
-from fewstep import meanflow, progressive, rectified_diffusion
+from fewstep import progressive, rectified_diffusion
 from fewstep.train import (
-    METHODS, Round, finished, guide, next_teacher, of_shorter_pairs, rounds_of, student_of,
-    train_round,
+    NEEDS, Needs, Prompts, Round, finished, guide, next_teacher, of_pictures, of_shorter_pairs,
+    rounds_of, student_of, train_round,
 )
 from pairs import Pairs
 from paper_table import Study, footer, open_table, save_pictures, study_of, study_parser, world_of
@@ -58,24 +60,21 @@ from rectified_flow import squared
 from reflow import reflow
 from stable_diffusion import StableDiffusion
 from train_teacher import minutes_of
-from training import TrainingOptions, autocast_dtype, generator_for
+from training import autocast_dtype, generator_for, to_device
 from unet import UNet, started_from
 
 STEPS = [1, 2, 4, 8]
 INSTAFLOW = ("2-RF", "2-RF + distill", "teacher + distill")
-# Row -> the method that it is drawn by, what it needs, and its loss.
+# Row -> the method that it is drawn by, and what it needs.
 VARIANTS = {
-    "velocity, picture loss": (
-        "rectified-diffusion", replace(METHODS["rectified-diffusion"], kind="flow"),
-        lambda v, target, teacher, *batch: rectified_diffusion.loss(v, *batch)),
-    "noise prediction, squared": (
-        "rectified-diffusion", METHODS["rectified-diffusion"],
-        lambda v, target, teacher, *batch: rectified_diffusion.loss(v, *batch, distance=squared)),
-    "meanflow, fresh noise": (
-        "re-meanflow", replace(METHODS["re-meanflow"], data="pictures"),
-        lambda v, target, teacher, *batch: meanflow.loss(v, target, *batch)),
+    "velocity, picture loss": ("rectified-diffusion", replace(
+        NEEDS["rectified-diffusion"], kind="flow",
+        loss=partial(rectified_diffusion.loss, times=lambda place: place))),
+    "noise prediction, squared": ("rectified-diffusion", replace(
+        NEEDS["rectified-diffusion"], loss=partial(rectified_diffusion.loss, distance=squared))),
+    "meanflow, fresh noise": ("re-meanflow", replace(NEEDS["re-meanflow"], data="pictures")),
 }
-ROWS = ("teacher", *INSTAFLOW, *METHODS, *VARIANTS)
+ROWS = ("teacher", *INSTAFLOW, *NEEDS, *VARIANTS)
 FLOW_PAIRS, FLOW_STEPS = 4000, 4  # of 2-RF, for its distillation: they are paid for
 TRIALS = 4  # batches on which the passes of a sample are counted
 
@@ -107,10 +106,11 @@ def passes_of(training: Callable) -> float:
     each = []
 
     def trial(network, draw, loss, options, *rest, **more):
-        samples = torch.arange(options.batch_size)
+        samples, device = torch.arange(options.batch_size), next(network.parameters()).device
         with counted_passes() as passes:
             for k in range(TRIALS):
-                loss(network, *draw(samples, slice(None), generator_for(options.seed, k)))
+                batch = draw(samples, slice(None), generator_for(options.seed, k))
+                loss(network, *to_device(batch, device))
         each.append(passes[0] / TRIALS / options.batch_size)
 
     training(train=trial)
@@ -121,53 +121,62 @@ def passes_of(training: Callable) -> float:
 # The rows
 
 
-def kept_options(study: Study, passes: float, a_sample: float) -> TrainingOptions:
-    """As many updates as the passes pay for."""
-    return study.options(max(1, round(passes / a_sample / study.args.batch_size)))
+@dataclass
+class Made:
+    """A model to draw with, and what was spent until it was there."""
+
+    model: StableDiffusion
+    updates: int
+    passes: float
+    minutes: float
 
 
-def by_method(
-    study: Study, row: str, teacher: StableDiffusion, dtype: torch.dtype,
-) -> tuple[list[tuple[StableDiffusion, list[int]]], dict]:
-    """(models and the numbers of steps that each is drawn in, costs) of a method or a variant."""
-    method, needs, loss = VARIANTS.get(row, (row, METHODS.get(row), None))
+def updates_for(study: Study, passes: float, a_sample: float) -> int:
+    """As many as the passes pay for; one of each round at least."""
+    return max(len(progressive.ROUNDS), round(passes / a_sample / study.args.batch_size))
+
+
+def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dtype) -> list[Made]:
+    """Of a method or a variant: its models, as many as it has rounds for steps of their own."""
+    method, needs = VARIANTS.get(row) or (row, NEEDS[row])
     pairs, velocity = study.pairs_of(teacher), guide(teacher, teacher.guidance)
     folder = study.folder / row.replace(", ", "-").replace(" ", "-")
+    texts = [text for shard in pairs.prompts for text in shard]
+    data = Prompts(texts) if needs.data == "prompts" else pairs
 
-    def begun() -> StableDiffusion:
+    def begun() -> tuple[StableDiffusion, Needs]:
         start = checkpoint.load(teacher.path, study.device)
         init = "negated" if needs.kind == "flow" else "teacher"
-        return student_of(start, method, needs, init, study.seed)
+        student = student_of(start, method, needs, init, study.seed)
+        if method == "hipa":
+            return student, replace(needs, loss=of_pictures(student, "random"))
+        if row == "re-meanflow":
+            return student, replace(needs, loss=of_shorter_pairs(pairs))
+        return student, needs
 
-    def rounds(options: TrainingOptions, student: StableDiffusion) -> list[Round]:
-        made = rounds_of(method, options, student, "random")
-        if method == "re-meanflow" and loss is None:
-            made[0].loss = of_shorter_pairs(pairs)
-        return [replace(made[0], loss=loss)] if loss else made
+    def rounds(iterations: int, needs: Needs) -> list[Round]:
+        return rounds_of(method, study.options(iterations), needs)
 
-    student, costs, teach = begun(), [], velocity
-    for one in rounds(study.options(len(progressive.ROUNDS)), student):
-        costs.append(passes_of(partial(
-            train_round, student, teach, one, needs, pairs, folder, {}, dtype)))
+    (student, own), costs, teach = begun(), [], velocity
+    for one in rounds(len(progressive.ROUNDS), own):
+        costs.append(passes_of(partial(train_round, student, teach, one, own, data, folder, {},
+                                       dtype)))
         teach = next_teacher(method, student, velocity)
-    options = kept_options(study, study.args.passes, sum(costs) / len(costs))
+    iterations = updates_for(study, study.args.passes, sum(costs) / len(costs))
 
-    student, teach, drawn = begun(), velocity, []
-    stages = rounds(options, student)
-    for one in stages:
+    (student, own), teach, made, spent, updates = begun(), velocity, [], 0.0, 0
+    stages = rounds(iterations, own)
+    for one, cost in zip(stages, costs):
         part = folder if len(stages) == 1 else folder / one.name.replace(" ", "-")
-        train_round(student, teach, one, needs, pairs, part, {}, dtype)
+        train_round(student, teach, one, own, data, part, {}, dtype)
         teach = next_teacher(method, student, teach)
-        if method == "progressive":
-            steps = progressive.ROUNDS[len(drawn)]
-            drawn.append((saved(study, f"{row}-{steps}", student), [steps]))
-    if not drawn:
-        model = saved(study, folder.name, student)
-        drawn = [(model, [steps for steps in STEPS if model.takes(steps)])]
-    spent = sum(one.options.iterations * cost for one, cost in zip(stages, costs))
-    minutes = sum(minutes_of(path.parent) for path in folder.rglob("metrics.jsonl"))
-    return drawn, {"updates": options.iterations, "minutes": minutes,
-                   "passes": round(spent * study.args.batch_size)}
+        updates += one.options.iterations
+        spent += one.options.iterations * cost * study.args.batch_size
+        if one is stages[-1] or method == "progressive":
+            minutes = sum(minutes_of(path.parent) for path in folder.rglob("metrics.jsonl"))
+            end = one.method.removeprefix(method)  # of an earlier round
+            made.append(Made(saved(study, f"{folder.name}{end}", student), updates, spent, minutes))
+    return made
 
 
 def saved(study: Study, name: str, model: StableDiffusion) -> StableDiffusion:
@@ -179,9 +188,9 @@ def saved(study: Study, name: str, model: StableDiffusion) -> StableDiffusion:
 
 def by_instaflow(
     study: Study, row: str, teacher: StableDiffusion, dtype: torch.dtype,
-) -> tuple[list[tuple[StableDiffusion, list[int]]], dict]:
-    """The same for reflow and distillation."""
-    batch, passes, spent = study.args.batch_size, study.args.passes, 0
+) -> list[Made]:
+    """Of reflow and distillation."""
+    batch, passes = study.args.batch_size, study.args.passes
 
     def begun(start: StableDiffusion) -> StableDiffusion:
         model = checkpoint.load(start.path, study.device)
@@ -189,32 +198,29 @@ def by_instaflow(
         return model
 
     def trained(start: StableDiffusion, pairs: Pairs, passes: float, step: Callable, name: str):
-        """The model, its updates and its passes."""
         whole = partial(step, folder=study.folder / name, settings={}, dtype=dtype)
         cost = passes_of(partial(whole, begun(start), pairs, options=study.options(1)))
-        options, model = kept_options(study, passes, cost), begun(start)
-        whole(model, pairs, options=options)
-        return saved(study, name, model), options.iterations, cost * options.iterations * batch
+        updates, model = updates_for(study, passes, cost), begun(start)
+        whole(model, pairs, options=study.options(updates))
+        spent = updates * cost * batch
+        return Made(saved(study, name, model), updates, spent, minutes_of(study.folder / name))
 
-    distilled = partial(distill, distance=squared, name="L2")
-    folders = [row.replace(" ", "")]
+    distilled, pairs = partial(distill, distance=squared, name="L2"), study.pairs_of(teacher)
+    if row == "2-RF":
+        return [trained(teacher, pairs, passes, reflow, "2-RF")]
     if row == "teacher + distill":
-        pairs = study.pairs_of(teacher)
-        model, updates, spent = trained(teacher, pairs, passes, distilled, folders[0])
-    elif row == "2-RF":
-        model, updates, spent = trained(teacher, study.pairs_of(teacher), passes, reflow, "2-RF")
-    else:
-        folders.append("2rf")
-        flow, updates, spent = trained(teacher, study.pairs_of(teacher), passes / 2, reflow, "2rf")
-        few = argparse.Namespace(
-            **vars(study.args) | {"num_pairs": FLOW_PAIRS, "teacher_steps": FLOW_STEPS})
-        pairs = replace(study, args=few).pairs_of(flow)
-        spent += FLOW_PAIRS * FLOW_STEPS * (1 if flow.guidance == 1 else 2)
-        model, more, cost = trained(flow, pairs, passes - spent, distilled, folders[0])
-        updates, spent = updates + more, spent + cost
-    minutes = sum(minutes_of(study.folder / name) for name in folders)
-    steps = [steps for steps in STEPS if model.takes(steps)]
-    return [(model, steps)], {"updates": updates, "minutes": minutes, "passes": round(spent)}
+        return [trained(teacher, pairs, passes, distilled, "teacher+distill")]
+    flow = trained(teacher, pairs, passes / 2, reflow, "2rf")
+    few = vars(study.args) | {"num_pairs": FLOW_PAIRS, "teacher_steps": FLOW_STEPS}
+    own = replace(study, args=argparse.Namespace(**few)).pairs_of(flow.model)
+    spent = flow.passes + FLOW_PAIRS * FLOW_STEPS * passes_of_a_step(flow.model)
+    end = trained(flow.model, own, passes - spent, distilled, "2-RF+distill")
+    return [replace(end, updates=flow.updates + end.updates, passes=spent + end.passes,
+                    minutes=flow.minutes + end.minutes)]
+
+
+def passes_of_a_step(model: StableDiffusion) -> int:
+    return 1 if model.guidance == 1 else 2
 
 
 def measure_seed(study: Study) -> None:
@@ -223,27 +229,34 @@ def measure_seed(study: Study) -> None:
     dtype = autocast_dtype(study.args.dtype, study.device, teacher.unet)
     key = {"row": "drawn", "seed": study.seed}
     if not any(key.items() <= each.items() for each in study.rows):
-        study.rows.append(key | {"steps": None} | study.questions.real
-                          | dict.fromkeys(("updates", "minutes", "passes")))
+        study.rows.append(key | dict.fromkeys(("steps", "a_picture")) | study.questions.real
+                          | dict.fromkeys(("updates", "minutes", "passes", "file")))
     for row in study.args.rows:
         key = {"row": row, "seed": study.seed}
         if any(key.items() <= each.items() for each in study.rows):
             continue
         if row == "teacher":
-            drawn, about = [(teacher, STEPS)], {"updates": 0, "minutes": 0.0, "passes": 0}
+            every = [Made(teacher, 0, 0.0, 0.0)]
         else:
-            how = by_instaflow if row in INSTAFLOW else by_method
-            drawn, about = how(study, row, teacher, dtype)
+            every = (by_instaflow if row in INSTAFLOW else by_method)(study, row, teacher, dtype)
         measured = []
-        for model, steps in drawn:
+        for made in every:
+            model = made.model
+            steps = [number for number in STEPS if model.takes(number)]
             for figures, _ in evaluate(model, [study.questions], steps, model.guidance):
-                grades = {name: figures[name] for name in GRADES}
-                measured.append(key | {"steps": figures["steps"]} | grades | about)
-                if figures["steps"] in (1, 4):
-                    label = f"{row}\n{in_steps(figures['steps'])}"
-                    study.shown.append((label, model, figures["steps"]))
+                number = figures["steps"]
+                measured.append(
+                    key | {"steps": number, "a_picture": number * passes_of_a_step(model)}
+                    | {name: figures[name] for name in GRADES}
+                    | {"updates": made.updates, "minutes": made.minutes,
+                       "passes": round(made.passes), "file": model.path}
+                )
         study.rows.extend(measured)
         study.write()
+    for one in study.rows:
+        if one["seed"] == study.seed and one["steps"] in (1, 4) and Path(one["file"]).exists():
+            label = f"{one['row']}\n{in_steps(one['steps'])}"
+            study.shown.append((label, study.load(one["file"]), one["steps"]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,7 +267,7 @@ def summary_of(rows: list[dict]) -> list[dict]:
     """One line for the rows that differ in their seed alone: means with 95 % intervals."""
     summary = []
     for (row, steps), group in grouped(rows, ("row", "steps")).items():
-        line = {"row": row, "steps": steps}
+        line = {"row": row, "steps": steps, "a_picture": group[0]["a_picture"]}
         for name in GRADES:
             line[name], line[f"{name}_interval"] = with_interval([one[name] for one in group])
         line |= {name: with_interval([one[name] for one in group])[0]
@@ -265,22 +278,23 @@ def summary_of(rows: list[dict]) -> list[dict]:
 
 
 def save_curves(path: Path, summary: list[dict]) -> None:
-    """Fréchet distance and captions right against steps, a line for each row."""
+    """Fréchet distance and captions right against the passes of a picture, a line for each row."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.subplots(1, 2)
     lines = grouped([line for line in summary if line["steps"]], ("row",))
     for axis, name in zip(axes, ("frechet", "caption_accuracy")):
         for k, ((row,), mine) in enumerate(lines.items()):
-            # A little apart, so that the intervals of one number of steps do not cover each other.
-            steps = [line["steps"] * 1.015 ** (k - len(lines) / 2) for line in mine]
+            # A little apart, so that the intervals of one number do not cover each other.
+            passes = [line["a_picture"] * 1.015 ** (k - len(lines) / 2) for line in mine]
             axis.errorbar(
-                steps, [line[name] for line in mine],
+                passes, [line[name] for line in mine],
                 [line[f"{name}_interval"] or 0 for line in mine], capsize=2,
                 label=row, color=f"C{k % 10}", marker="osv^DPX*"[k // 2 % 8],
                 ls="-" if row not in VARIANTS else ":",
             )
-        axis.set(xscale="log", xlabel="steps", title=name.replace("_", " "))
-        axis.set_xticks(STEPS, STEPS)
+        axis.set(xscale="log", xlabel="passes of the U-Net a picture",
+                 title=name.replace("_", " "))
+        axis.set_xticks([*STEPS, 16], [*STEPS, 16])
         axis.minorticks_off()
     axes[0].set_yscale("log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

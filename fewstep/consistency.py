@@ -4,13 +4,20 @@
     LCM      min_v  E H(end(X_t, t), end'(y, u))         end(X_t, t) = X_t + (1 - t) v(X_t, t)
 
 The later point sees better, so it is the target: `end'` is the averaged network, without gradient;
-at the data it is the picture itself. A step of 1 / 50 of the schedule with guidance, and what was
-learned at the data flows back to the noise. H is pseudo-Huber. To draw in several steps: look at
-the end, mix noise in up to the next time, look again.
+at the data it is the picture itself. y is one guided step of the teacher, 1 / 50 of its schedule,
+so what was learned at the data flows back to the noise. H is pseudo-Huber. To draw in several
+steps: look at the end, mix new noise in up to the next time, look again.
 
-    MLCM     the same within 8 segments of the path, to the segment's end, then on their edges to
-             the very end; X_t comes from noise by the teacher's own steps, so no pictures are asked
-    SCott    LCM whose y comes from three steps with a little new noise (η = 0.2) of 24 timesteps
+    MLCM     first within 8 segments of the path, to the segment's end e, the jump from t to e
+             being X_t + (e - t) v(X_t, t):    min_v  E ‖jump(X_t, t → e) - jump'(y, u → e)‖²
+             then with X_t on the segments' edges alone, y a whole segment on, and e = 1
+
+X_t comes there from noise by the teacher's own steps, so no pictures are asked for, and the target
+is the network itself.
+
+    SCott    LCM whose y comes from three steps with some noise renewed, over 24 of 1000 timesteps:
+             X_u = u x1 + (1 - u) (√(1 - ρ²) x0 + ρ z),  x1 and x0 the ends that v sees from X_t,
+             ρ = η √(1 - (r_t / r_u)²),  r = t / (1 - t),  η = 0.2
 
 Differs from the papers: pictures are the teacher's own; guidance is fixed (LCM-LoRA's way; LCM
 feeds a random one to the network); the averaged network is the loop's own average; SCott's second
@@ -23,7 +30,8 @@ Luo et al. 2023 (LCM, arXiv 2310.04378); Xie et al. 2024 (MLCM, 2406.05768); Liu
 import torch
 from torch import Tensor
 
-from fewstep.steps import at, end, huber, noisy_step, step, walk
+from diffusion import diffusion_start
+from fewstep.steps import SCHEDULE, at, end, huber, noisy_step, step, walk
 from rectified_flow import Distance, Velocity, interpolate, squared
 
 GRID = 50  # steps of the teacher from noise to data
@@ -48,8 +56,8 @@ def draw_lcm(count: int, generator: torch.Generator) -> tuple[Tensor]:
 
 
 def lcm(
-    student: Velocity, teacher: Velocity, target: Velocity, x0: Tensor, x1: Tensor, context,
-    index: Tensor,
+    student: Velocity, x0: Tensor, x1: Tensor, context, index: Tensor, *, teacher: Velocity,
+    target: Velocity,
 ) -> Tensor:
     """(B,). x0: noise that is not x1's own; target: the averaged student."""
     t, u = at(index / GRID), at((index + 1) / GRID)
@@ -66,29 +74,29 @@ def draw_mlcm(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def mlcm_segments(
-    student: Velocity, teacher: Velocity, target: Velocity, start: Tensor, context,
-    segment: Tensor, place: Tensor,
+    student: Velocity, x0: Tensor, x1: Tensor, context, segment: Tensor, place: Tensor, *,
+    teacher: Velocity, target: Velocity,
 ) -> Tensor:
-    """(B,), of the first half of MLCM. start: where the diffusion starts; target: the student."""
+    """(B,), of the first half of MLCM. x1 is not asked; target: the student."""
     last = (segment + 1) / SEGMENTS
     here = segment / SEGMENTS + place * (1 / SEGMENTS - GAP)
     t, u, e = at(here), at(here + GAP), at(last)
     with torch.no_grad():
-        x = walk(teacher, start, torch.zeros_like(here), here, segment + 1, context)
+        x = walk(teacher, diffusion_start(x0, SCHEDULE), here * 0, here, segment + 1, context)
         y = step(teacher, x, t, u, context)
         goal = step(target, y, u, e, context)
     return squared(step(student, x, t, e, context), goal)
 
 
 def mlcm_edges(
-    student: Velocity, teacher: Velocity, target: Velocity, start: Tensor, context,
-    segment: Tensor, place: Tensor,
+    student: Velocity, x0: Tensor, x1: Tensor, context, segment: Tensor, place: Tensor, *,
+    teacher: Velocity, target: Velocity,
 ) -> Tensor:
     """(B,), of the second half: from the segments' edges, three teacher's steps on, to the end."""
     here, later = segment / SEGMENTS, (segment + 1) / SEGMENTS
     t, u = at(here), at(later)
     with torch.no_grad():
-        x = walk(teacher, start, torch.zeros_like(here), here, segment, context)
+        x = walk(teacher, diffusion_start(x0, SCHEDULE), here * 0, here, segment, context)
         y = walk(teacher, x, here, later, 3, context)
     return same_end(student, target, x, t, y, u, context, squared)
 
@@ -100,8 +108,8 @@ def draw_scott(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def scott(
-    student: Velocity, teacher: Velocity, target: Velocity, x0: Tensor, x1: Tensor, context,
-    place: Tensor, seeds: Tensor, eta: float = ETA, steps: int = NOISY_STEPS,
+    student: Velocity, x0: Tensor, x1: Tensor, context, place: Tensor, seeds: Tensor, *,
+    teacher: Velocity, target: Velocity, eta: float = ETA, steps: int = NOISY_STEPS,
 ) -> Tensor:
     """(B,). As `lcm`; with eta 0 and one step it is LCM on a grid of its own."""
     here = place * (1 - NOISY_GAP)

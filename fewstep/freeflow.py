@@ -32,11 +32,13 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor]:
 
 
 def loss(
-    student: Callable, teacher: Velocity, target: Callable, x0: Tensor, context, e: Tensor,
-    diffusion: bool = True,
+    student: Callable, x0: Tensor, x1: Tensor, context, e: Tensor, *, teacher: Velocity,
+    target: Callable, diffusion: bool = True,
 ) -> Tensor:
-    """(B,). student and target: u(x, t, until, context), the second without gradient; diffusion:
-    the teacher is one, with the path that begins at t = 0.064."""
+    """(B,). x1 is not asked; student and target: u(x, t, until, context).
+
+    diffusion: the teacher is one, whose path begins at t = 0.064.
+    """
     start = torch.zeros_like(e)
     d = torch.where(e - STRIDE > FIRST, e - STRIDE, 0.0)
     with torch.no_grad():

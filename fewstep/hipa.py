@@ -38,11 +38,12 @@ def high_pass(pictures: Tensor) -> Tensor:
 
 
 def edges(pictures: Tensor) -> Tensor:
-    """The size of the gradient in each channel, (B, 3, H, W)."""
+    """The size of the gradient in each channel, as pictures (B, 3, H, W) in [-1, 1]."""
     kernels = torch.stack([SOBEL, SOBEL.T])[:, None].to(pictures)  # (2, 1, 3, 3)
     flat = F.pad(pictures.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
     across = F.conv2d(flat, kernels)  # (3 B, 2, H, W)
-    return (across.square().sum(1) + 1e-6).sqrt().unflatten(0, pictures.shape[:2])
+    sizes = (across.square().sum(1) + 1e-6).sqrt()  # of pictures in [-1, 1] at most √8
+    return (2 / 8**0.5 * sizes - 1).unflatten(0, pictures.shape[:2])
 
 
 def one_step(student: Velocity, x0: Tensor, context) -> Tensor:
@@ -52,11 +53,13 @@ def one_step(student: Velocity, x0: Tensor, context) -> Tensor:
 
 
 def loss(
-    student: Velocity, decode: Callable, distance: Distance, x0: Tensor, x1: Tensor, context,
+    student: Velocity, x0: Tensor, x1: Tensor, context, *, decode: Callable, distance: Distance,
 ) -> Tensor:
     """(B,). x0 and x1 of a pair; decode: latents to pictures; distance: of pictures."""
-    y = decode(one_step(student, x0, context))
-    with torch.no_grad():
-        x = decode(x1)
-    fine = (high_pass(y) - high_pass(x)).abs().flatten(1).mean(1)
-    return distance(y, x) + WEIGHT * (fine + distance(edges(y), edges(x)))
+    latents = one_step(student, x0, context)
+    with torch.autocast(x0.device.type, enabled=False):  # in bf16 edges would be lost to rounding
+        y = decode(latents)
+        with torch.no_grad():
+            x = decode(x1)
+        fine = (high_pass(y) - high_pass(x)).abs().flatten(1).mean(1)
+        return distance(y, x) + WEIGHT * (fine + distance(edges(y), edges(x)))

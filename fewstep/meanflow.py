@@ -16,6 +16,7 @@ our knowledge no other text-to-image model was trained so.
 Geng et al. 2025 (MeanFlow, arXiv 2505.13447); Re-MeanFlow, 2511.23342.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rectified_flow import interpolate, like, squared
-from unet import UNet
+from unet import UNet, unheeded_embedding
 
 AT_ONE_TIME = 0.75  # share of samples with r = t, where u is the velocity
 FLAT = 0.01  # of the weight
@@ -41,12 +42,13 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def loss(
-    student: Callable, target: Callable, x0: Tensor, x1: Tensor, context, t: Tensor, r: Tensor,
-    longest: float = float("inf"),
+    student: Callable, x0: Tensor, x1: Tensor, context, t: Tensor, r: Tensor, *,
+    target: Callable, longest: float = float("inf"),
 ) -> Tensor:
-    """(B,). x0 and x1 of a pair; student and target: u(x, t, r, context), the second without
-    gradient and not compiled; longest: pairs whose squared length, a number of the latent, is
-    above it count 0."""
+    """(B,). x0 and x1 of a pair; student and target: u(x, t, r, context), the second uncompiled.
+
+    longest: pairs whose squared length, a number of the latent, is above it count 0.
+    """
     x, v = interpolate(x0, x1, t), x1 - x0
     # Fast attention has no forward derivative.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_mode.dual_level():
@@ -58,7 +60,8 @@ def loss(
 
 
 def with_second_time(unet: UNet) -> UNet:
-    """The same network with a second time, which it does not heed yet."""
-    other = UNet(replace(unet.config, second_time=True))
-    other.load_state_dict(unet.state_dict(), strict=False)
-    return other.to(next(unet.parameters()))
+    """A copy of the network with a second time, which it does not heed yet."""
+    other = copy.deepcopy(unet)
+    other.config = replace(unet.config, second_time=True)
+    other.until_embedding = unheeded_embedding(unet.config).to(next(unet.parameters()))
+    return other

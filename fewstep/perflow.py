@@ -34,8 +34,8 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def loss(
-    student: Velocity, teacher: Velocity, x0: Tensor, x1: Tensor, context, window: Tensor,
-    place: Tensor, windows: int = WINDOWS,
+    student: Velocity, x0: Tensor, x1: Tensor, context, window: Tensor, place: Tensor, *,
+    teacher: Velocity, windows: int = WINDOWS,
 ) -> Tensor:
     """(B,), of the velocity in a window. x0: noise that is not x1's own."""
     start, stop = window / windows, (window + 1) / windows

@@ -8,7 +8,8 @@ mean of two velocities of the teacher, so a round costs two of its passes; guida
 the first. The weight is the paper's truncated signal-to-noise ratio, in this form.
 
 Differs from the paper: X1 are the teacher's own pictures and not data; the student predicts a
-velocity, as all students of this project that shall step from t = 0.
+velocity, as all students of this project that shall step from t = 0; a round ends with averaged
+weights, which the falling rate brings close to the last ones.
 
 Salimans & Ho 2022 (arXiv 2202.00512), algorithm 2; on Stable Diffusion Meng et al. 2022
 (2210.03142).
@@ -34,16 +35,19 @@ def two_steps(teacher: Velocity, x: Tensor, t: Tensor, m: Tensor, u: Tensor, con
 
 
 def loss(
-    student: Velocity, teacher: Velocity, x0: Tensor, x1: Tensor, context, place: Tensor,
+    student: Velocity, x0: Tensor, x1: Tensor, context, place: Tensor, *, teacher: Velocity,
     steps: int, diffusion: bool,
 ) -> Tensor:
-    """(B,). x0: noise that is not x1's own; steps: N; diffusion: the teacher is one, whose path
-    begins at t = 0.064."""
+    """(B,). x0: noise that is not x1's own; steps: N.
+
+    diffusion: the teacher is one, whose path begins at t = 0.064.
+    """
     t = (place * steps).floor() / steps
-    m, u = t + 0.5 / steps, t + 1 / steps
+    u = t + 1 / steps
     x = interpolate(x0, x1, t)
     with torch.no_grad():
         begun, since = onto_schedule(x, t) if diffusion else (x, t)
-        y = two_steps(teacher, begun, since, m, u, context)
+        middle = (since + u.to(since)) / 2
+        y = two_steps(teacher, begun, since, middle, u, context)
     weight = torch.maximum(t.square(), (1 - t).square())
     return weight * squared(student(x, t, context), (y - x) / like(u - t, x))

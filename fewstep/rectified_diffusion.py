@@ -14,11 +14,13 @@ Differs from the paper: no dropped prompts, and the second stage (a consistency 
 Wang et al. 2024 (arXiv 2410.07303); the loss is that of its released code.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fewstep.steps import at, end, huber
-from rectified_flow import Velocity, interpolate
+from rectified_flow import Distance, Velocity, interpolate
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[Tensor]:
@@ -26,7 +28,10 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor]:
     return (torch.rand(count, generator=generator),)
 
 
-def loss(student: Velocity, x0: Tensor, x1: Tensor, context, place: Tensor) -> Tensor:
-    """(B,). x0 and x1 of a pair."""
-    t = at(place)
-    return huber(end(student, interpolate(x0, x1, t), t, context), x1)
+def loss(
+    student: Velocity, x0: Tensor, x1: Tensor, context, place: Tensor, *,
+    distance: Distance = huber, times: Callable = at,
+) -> Tensor:
+    """(B,). x0 and x1 of a pair; times: of the places, for a flow the places themselves."""
+    t = times(place)
+    return distance(end(student, interpolate(x0, x1, t), t, context), x1)

@@ -3,7 +3,7 @@
     python fewstep/train.py --method perflow                    the tiny model, minutes on a laptop
     python fewstep/train.py --method lcm --teacher sd14.safetensors --prompts captions.txt
 
-Teacher, pairs, student, loop and options are those of reflow.py; a method is its loss:
+Teacher, pairs, loop and options are those of reflow.py; a method is its loss:
 
     perflow               straighten the path window by window, from pictures
     progressive           one step learns what two do, in rounds of 8, 4, 2 and 1 steps
@@ -13,16 +13,19 @@ Teacher, pairs, student, loop and options are those of reflow.py; a method is it
     hipa                  a LoRA for the single step, asked for its high frequencies
     freeflow              follow the teacher's path from noise alone
 
-What they need differs: own pairs (X0 and the X1 that it leads to), pictures (an X1, with fresh
-noise) or prompts alone; a frozen target; rounds. All learn the teacher's guidance and are drawn
-without. OUT says how (stable_diffusion.METHODS), so sample.py and evaluate.py take it as any other;
-the rounds of progressive distillation before the last lie beside it as OUT-8, OUT-4 and OUT-2.
+What they need differs (`NEEDS`): own pairs (X0 and the X1 that it leads to), pictures (an X1, with
+fresh noise) or prompts alone; a frozen target; rounds. All learn the teacher's guidance and are
+drawn without. OUT says how (stable_diffusion.METHODS), so sample.py and evaluate.py take it as any
+other; the rounds of progressive distillation before the last lie beside it as OUT-8, OUT-4, OUT-2.
+
+Unlike reflow.py's, the rate falls over the last 60 % of each round and the averages forget their
+start at Stable Diffusion's size too; these methods' papers train for a hundredth of its samples.
 """
 
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +39,7 @@ from command import (
     BadInput, ByModel, Parser, check_output, keep_others_out, pick_device, pick_dtype,
     refuse_overwriting, run, settle,
 )
-from diffusion import diffusion_start, diffusion_velocity
+from diffusion import diffusion_velocity
 from distill import FITS_LPIPS, perceptual_distance
 from fewstep import (
     consistency, freeflow, hipa, lora, meanflow, perflow, progressive, rectified_diffusion,
@@ -47,7 +50,7 @@ from rectified_flow import Velocity, flow_velocity, guided, mean_velocity, squar
 from reflow import FITS, TINY_PAIRS, add_options
 from stable_diffusion import StableDiffusion
 from training import (
-    TrainingOptions, autocast_dtype, generator_for, is_finished, options_from, plot_loss,
+    TrainingOptions, autocast_dtype, generator_for, is_finished, options_from, plot_loss, shuffled,
     tell_what_is_kept, train,
 )
 from unet import started_from
@@ -61,36 +64,54 @@ from watch import (
 class Needs:
     """What a method's loss asks for, beside its student."""
 
+    loss: Callable  # loss(student, x0, x1, context, *random, teacher=, target=)
     draw: Callable  # draw(count, generator): what is random in a sample, beside its noise
     kind: str  # what the student predicts: noise as Stable Diffusion ("diffusion"), or a velocity
     data: str  # "pairs", "pictures" with fresh noise, or "prompts" alone
-    target: str = ""  # a velocity without gradient: the "student" itself, or the "averaged" one
+    teacher: bool = True  # does it ask the frozen teacher?
+    target: str = ""  # a velocity without gradient: of the "student" itself, or the "averaged" one
     second_time: bool = False
+    rate: float = 1e-6  # of Stable Diffusion where no other is published: reflow's
 
 
-METHODS = {
-    "perflow": Needs(perflow.draw, "diffusion", "pictures"),
-    "progressive": Needs(progressive.draw, "flow", "pictures"),
-    "lcm": Needs(consistency.draw_lcm, "diffusion", "pictures", "averaged"),
-    "mlcm": Needs(consistency.draw_mlcm, "diffusion", "prompts", "student"),
-    "scott": Needs(consistency.draw_scott, "diffusion", "pictures", "averaged"),
-    "rectified-diffusion": Needs(rectified_diffusion.draw, "diffusion", "pairs"),
-    "re-meanflow": Needs(meanflow.draw, "flow", "pairs", "student", second_time=True),
-    "hipa": Needs(lambda count, generator: (), "diffusion", "pairs"),
-    "freeflow": Needs(freeflow.draw, "flow", "prompts", "student", second_time=True),
+NEEDS = {
+    "perflow": Needs(perflow.loss, perflow.draw, "diffusion", "pictures", rate=8e-5),
+    "progressive": Needs(progressive.loss, progressive.draw, "flow", "pictures"),
+    "lcm": Needs(consistency.lcm, consistency.draw_lcm, "diffusion", "pictures",
+                 target="averaged"),
+    "mlcm": Needs(consistency.mlcm_segments, consistency.draw_mlcm, "diffusion", "prompts",
+                  target="student"),
+    "scott": Needs(consistency.scott, consistency.draw_scott, "diffusion", "pictures",
+                   target="averaged"),
+    "rectified-diffusion": Needs(rectified_diffusion.loss, rectified_diffusion.draw, "diffusion",
+                                 "pairs", teacher=False, rate=5e-6),
+    "re-meanflow": Needs(meanflow.loss, meanflow.draw, "flow", "pairs", teacher=False,
+                         target="student", second_time=True),
+    # Its addition begins at zero, so it has further to go.
+    "hipa": Needs(hipa.loss, lambda count, generator: (), "diffusion", "pairs", teacher=False,
+                  rate=1e-4),
+    "freeflow": Needs(freeflow.loss, freeflow.draw, "flow", "prompts", target="student",
+                      second_time=True),
 }
 LONGEST, MEASURED = 0.9, 1000  # Re-MeanFlow keeps this share of the pairs, by the first thousand
+# Samples at 512 px that pass 80 GB at once: attention without its fast kernels keeps its scores.
+FITS_MEANFLOW = 4
 
 
 class Prompts:
     """In place of pairs for methods that need prompts alone: what is drawn, and no picture."""
 
-    def __init__(self, description: dict, prompts: list[str]):
-        self.shape, self.prompts = tuple(description["latent_shape"]), prompts
+    def __init__(self, prompts: list[str]):
+        self.prompts = prompts
 
     def batch(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor, list[str]]:
         none = torch.empty(len(samples), 0)
-        return none, none, [self.prompts[int(k) % len(self.prompts)] for k in samples]
+        numbers = shuffled(samples, len(self.prompts), seed).tolist()
+        return none, none, [self.prompts[number] for number in numbers]
+
+
+# --------------------------------------------------------------------------------------------------
+# A method's trainings
 
 
 @dataclass
@@ -99,58 +120,34 @@ class Round:
 
     name: str
     options: TrainingOptions
-    # loss(student, target, teacher, x0, x1, context, *random), the first three velocities
-    loss: Callable
+    loss: Callable  # as Needs.loss
+    before: int = 0  # updates of earlier rounds
+    method: str = ""  # of the model that it makes
+    settings: dict = field(default_factory=dict)  # what else decides it
 
 
-def rounds_of(method: str, options: TrainingOptions, model: StableDiffusion, net: str):
+def rounds_of(method: str, options: TrainingOptions, needs: Needs) -> list[Round]:
     """The trainings of a method, `options.iterations` in all."""
+    losses = {method: needs.loss}
     if method == "progressive":
-        losses = {f"{steps} steps": lambda v, target, teacher, x0, x1, c, place, steps=steps:
-                  progressive.loss(v, teacher, x0, x1, c, place, steps,
-                                   diffusion=steps == progressive.ROUNDS[0])
+        losses = {f"{steps} steps": partial(needs.loss, steps=steps,
+                                            diffusion=steps == progressive.ROUNDS[0])
                   for steps in progressive.ROUNDS}
     elif method == "mlcm":
-        losses = {
-            name: lambda v, target, teacher, x0, x1, c, *random, loss=loss: loss(
-                v, teacher, target, diffusion_start(x0, SCHEDULE), c, *random)
-            for name, loss in (("segments", consistency.mlcm_segments),
-                               ("edges", consistency.mlcm_edges))
-        }
-    else:
-        losses = {method: one_loss(method, model, net)}
+        losses = {"segments": consistency.mlcm_segments, "edges": consistency.mlcm_edges}
     each, left = divmod(options.iterations, len(losses))
     if not each:
         raise BadInput(f"--iterations {options.iterations}: {method} trains in {len(losses)} "
                        "rounds; give at least one for each")
-    return [
-        Round(name, replace(options, iterations=each + (left if k == len(losses) - 1 else 0)), loss)
+    rounds = [
+        Round(name, replace(options, iterations=each), loss, k * each, method, {"before": k * each})
         for k, (name, loss) in enumerate(losses.items())
     ]
-
-
-def one_loss(method: str, model: StableDiffusion, net: str) -> Callable:
-    """The loss of a method of one round. net: of hipa's perceptual distance."""
-    if method == "perflow":
-        return lambda v, target, teacher, *batch: perflow.loss(v, teacher, *batch)
-    if method in ("lcm", "scott"):
-        loss = getattr(consistency, method)
-        return lambda v, target, teacher, *batch: loss(v, teacher, target, *batch)
-    if method == "rectified-diffusion":
-        return lambda v, target, teacher, *batch: rectified_diffusion.loss(v, *batch)
-    if method == "re-meanflow":
-        return lambda v, target, teacher, *batch: meanflow.loss(v, target, *batch)
-    if method == "freeflow":
-        return lambda v, target, teacher, x0, x1, *more: freeflow.loss(v, teacher, target, x0,
-                                                                       *more)
-    distance = perceptual_distance(net, model.device)
-    model.vae.requires_grad_(False)
-
-    def decode(latents: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, enabled=False):
-            return model.vae.decode(latents.float())
-
-    return lambda v, target, teacher, *batch: hipa.loss(v, decode, distance, *batch)
+    rounds[-1].options = replace(options, iterations=each + left)
+    if method == "progressive":
+        for one, steps in zip(rounds[:-1], progressive.ROUNDS):
+            one.method = f"progressive-{steps}"
+    return rounds
 
 
 def student_of(
@@ -176,9 +173,9 @@ def guide(drawer: StableDiffusion, guidance: float) -> Velocity:
     return diffusion_velocity(guided(drawer.unet, null_context, guidance), SCHEDULE)
 
 
-def next_teacher(method: str, student: StableDiffusion, teacher: Velocity) -> Velocity:
+def next_teacher(method: str, student: StableDiffusion, teacher: Velocity | None):
     """Who teaches the next round: in progressive distillation the last round's student."""
-    if method != "progressive":
+    if not method.startswith("progressive"):
         return teacher
     return flow_velocity(copy.deepcopy(student.unet).requires_grad_(False))
 
@@ -186,8 +183,15 @@ def next_teacher(method: str, student: StableDiffusion, teacher: Velocity) -> Ve
 def of_shorter_pairs(pairs: Pairs) -> Callable:
     """The loss of Re-MeanFlow, without the tenth of the pairs that is longest."""
     x0, x1, _ = pairs[torch.arange(min(MEASURED, len(pairs)))]
-    longest = squared(x0, x1).quantile(LONGEST).item()
-    return lambda v, target, teacher, *batch: meanflow.loss(v, target, *batch, longest)
+    return partial(meanflow.loss, longest=squared(x0, x1).quantile(LONGEST).item())
+
+
+def of_pictures(model: StableDiffusion, net: str, trained: bool = True) -> Callable:
+    """The loss of HiPA on this model's pictures. net, trained: as for `perceptual_distance`."""
+    distance = perceptual_distance(net, model.device, trained)
+    model.vae.requires_grad_(False)
+    decode = lambda latents: model.vae.decode(latents.float())
+    return partial(hipa.loss, decode=decode, distance=distance)
 
 
 def velocity_of(unet, needs: Needs) -> Callable:
@@ -198,37 +202,42 @@ def velocity_of(unet, needs: Needs) -> Callable:
 
 
 def train_round(
-    model: StableDiffusion, teacher: Velocity, one: Round, needs: Needs, pairs: Pairs | Prompts,
-    folder: Path, settings: dict, dtype: torch.dtype, watch: Callable | None = None,
-    train: Callable = train,
+    model: StableDiffusion, teacher: Velocity | None, one: Round, needs: Needs,
+    pairs: Pairs | Prompts, folder: Path, settings: dict, dtype: torch.dtype,
+    watch: Callable | None = None, train: Callable = train,
 ) -> None:
     """Train model.unet, in place. pairs: of the teacher, or prompts; the rest as for `train`."""
     averaged, shape = None, model.latent_shape()
+    model.method = one.method
     if needs.target == "averaged":
         averaged = copy.deepcopy(model.unet).requires_grad_(False)
+    seen = one.before * one.options.batch_size  # samples of earlier rounds
 
     def draw(samples: Tensor, share: slice, generator: torch.Generator) -> tuple:
         noise = torch.randn(len(samples), *shape, generator=generator)[share]
         random = [numbers[share] for numbers in needs.draw(len(samples), generator)]
-        x0, x1, prompts = pairs.batch(samples[share], one.options.seed)
+        x0, x1, prompts = pairs.batch(samples[share] + seen, one.options.seed)
         return x0 if needs.data == "pairs" else noise, x1, prompts, *random
 
     def loss(unet, x0: Tensor, x1: Tensor, prompts: list[str], *random: Tensor) -> tuple:
+        frozen = {"teacher": teacher} if needs.teacher else {}
+        if needs.target:
+            bare = getattr(unet, "module", unet)  # not the processes' wrapper of it
+            # A compiled network has no forward derivative.
+            network = averaged or (bare.forward if needs.second_time else bare)
+            frozen["target"] = velocity_of(network, needs)
         context = model.encode_prompts(prompts)
-        # Not the processes' wrapper of it, nor the compiled one, which has no forward derivative.
-        bare = getattr(unet, "module", unet).forward
-        target = velocity_of(averaged or bare, needs)
-        return one.loss(velocity_of(unet, needs), target, teacher, x0, x1, context, *random), None
+        return one.loss(velocity_of(unet, needs), x0, x1, context, *random, **frozen), None
 
-    train(model.unet, draw, loss, one.options, folder, settings, one.name, dtype, watch,
-          averaged=averaged)
+    train(model.unet, draw, loss, one.options, folder, settings | one.settings, one.name, dtype,
+          watch, averaged=averaged)
 
 
 def held_out_batches(needs: Needs, seed: int, pairs: Pairs, size: int) -> tuple[list, list]:
     """Held-out pairs as a method's loss takes them, with what is random in them."""
     batches = []
     for k, (x0, x1, prompts) in enumerate(plain_batches(pairs, size)[0]):
-        generator = generator_for(seed, k)
+        generator = generator_for(seed, -1 - k)  # of no update
         noise = torch.randn(x0.shape, generator=generator)
         random = needs.draw(len(x0), generator)
         batches.append((x0 if needs.data == "pairs" else noise, x1, prompts, *random))
@@ -241,18 +250,19 @@ def held_out_batches(needs: Needs, seed: int, pairs: Pairs, size: int) -> tuple[
 
 def arguments():
     parser = Parser("Train a few-step model by one of the methods beside InstaFlow.")
-    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--method", choices=NEEDS, required=True)
     parser.add_argument("--lpips-net", choices=["vgg", "alex", "squeeze", "random", "efficientnet"],
                         default=ByModel("vgg", "random"), help="of hipa")
     add_options(parser)
-    parser.set_defaults(out=None, init=None, iterations=ByModel(10_000, 600))
+    parser.set_defaults(out=None, init=None, iterations=ByModel(10_000, 600), cooldown=0.6,
+                        ema_ramp=0.05)
     return parser.parse_args()
 
 
 def main():
     args = arguments()
     args.out = args.out or f"runs/{args.method}.safetensors"
-    needs, device = METHODS[args.method], pick_device(args.device)
+    needs, device = NEEDS[args.method], pick_device(args.device)
     teacher = checkpoint.load(args.teacher, device, torch.float32, args.kind, args.tokenizer)
     settle(args, teacher.is_tiny)
     if teacher.kind != "diffusion":
@@ -260,7 +270,9 @@ def main():
     if needs.target == "averaged" and args.ema_device:
         raise BadInput(f"--ema-device: the averaged network is {args.method}'s target at every "
                        "update; leave it away")
-    refuse_overwriting(args.out, {"--teacher": args.teacher, "--init": args.init or ""})
+    if args.init == "negated" and needs.kind == "diffusion":
+        raise BadInput(f"--init negated: is a start for velocities, and {args.method} predicts "
+                       "noise; leave it away")
     args.init = args.init or ("negated" if needs.kind == "flow" else "teacher")
     start, start_name = checkpoint.load_start(args.init, teacher)
 
@@ -269,27 +281,34 @@ def main():
     shown = validation_prompts(args, prompts, held_out)
     rate = args.learning_rate
     if rate is None:
-        rate = 5e-4 if teacher.is_tiny else 1e-6
-    fits = FITS_LPIPS if args.method == "hipa" else FITS
+        rate = 5e-4 if teacher.is_tiny else needs.rate
+    fits = {"hipa": FITS_LPIPS, "re-meanflow": FITS_MEANFLOW}.get(args.method, FITS)
     fits = args.batch_size if teacher.is_tiny else fits
     options = options_from(args, args.iterations, args.batch_size, rate, args.accumulate, fits)
     tell_what_is_kept(options)
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
-    data = description if needs.data != "prompts" else {
+    paired = needs.data != "prompts"
+    data = description if paired else {
         name: description[name] for name in ("teacher_hash", "guidance", "prompts_hash")}
     settings = {"method": args.method, "pairs": data, "init": start_name}
     if args.method == "hipa":
         settings["net"] = args.lpips_net
-    state = Path(args.out + ".state")
-    drawer = teacher.in_dtype(pairs_dtype)  # and the frozen teacher of the loss
+    drawer = teacher.in_dtype(pairs_dtype)
+    asked = needs.teacher and drawer is teacher  # is this very network the teacher of the loss?
     student = replace(teacher, kind=needs.kind, method=args.method)
-    rounds = rounds_of(args.method, options, student, args.lpips_net)
+    rounds = rounds_of(args.method, options, needs)
+    state, stem = Path(args.out + ".state"), args.out.removesuffix(".safetensors")
     folders = [state if len(rounds) == 1 else state / one.name.replace(" ", "-") for one in rounds]
+    outs = [f"{stem}{one.method.removeprefix(args.method)}.safetensors" for one in rounds]
+    for out in outs:
+        refuse_overwriting(out, {"--teacher": args.teacher, "--init": args.init})
+    if args.method == "hipa":
+        rounds[0].loss = of_pictures(student, args.lpips_net, trained=not args.dry_run)
 
     def start_student() -> None:
         student.found_tokenizer()  # to be saved along
         student.unet = student_of(teacher, args.method, needs, start, args.seed).unet
-        if drawer is not teacher:
+        if not asked:
             teacher.unet = student.unet  # so that no other is held
         for network in (student.unet, student.vae.decoder):
             network.gradient_checkpointing = args.gradient_checkpointing
@@ -302,12 +321,12 @@ def main():
     stages = [Stage(one.name, one.options, partial(train_on, one, folder))
               for one, folder in zip(rounds, folders)]
     print(plan(teacher, prompts, description, args.pairs, stages, "unet",
-               args.gradient_checkpointing))
-    velocity = guide(drawer, description["guidance"])
+               args.gradient_checkpointing, paired))
     if args.compile:
         drawer.compile()
+    velocity = guide(drawer, description["guidance"]) if needs.teacher else None
     at_once = args.teacher_batch_size
-    parts = [(folder, one.options, settings) for folder, one in zip(folders, rounds)]
+    parts = [(folder, one.options, settings | one.settings) for folder, one in zip(folders, rounds)]
     done = is_finished(args.out, parts, dtype)
     if args.dry_run:
         a_pair = time_of_pairs(drawer, prompts, description, at_once)
@@ -316,8 +335,7 @@ def main():
         for stage in stages:
             updates.append(time_of_update(stage, description, prompts))
             velocity = next_teacher(args.method, student, velocity)
-        count = 0 if needs.data == "prompts" else description["count"]
-        print(forecast(a_pair, count, stages, updates))
+        print(forecast(a_pair, description["count"] if paired else 0, stages, updates))
         return
     size = checkpoint.file_size(teacher.unet, teacher.vae, teacher.text_encoder)
     check_output(args.out, needed=size * (len(rounds) + args.keep))
@@ -326,29 +344,25 @@ def main():
         print(f"{args.out}: finished already, {args.iterations} iterations")
         return
 
-    if needs.data == "prompts":
-        pairs = Prompts(description, prompts)
-    else:
+    pairs = Prompts(prompts)
+    if paired:
         pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
     if args.method == "re-meanflow":
         rounds[0].loss = of_shorter_pairs(pairs)
     watch = watch_for(args, drawer, shown, held_out or prompts, description,
                       partial(held_out_batches, needs, args.seed), state)
     start_student()
+    del drawer
     if watch:
         watch.model, watch.finished = student, finished
-    for k, stage in enumerate(stages):
-        stage.train(pairs, watch=watch)
-        plot_loss(folders[k])
-        if stage is stages[-1]:
-            break
+    for stage, one, folder, out in zip(stages, rounds, folders, outs):
         if watch:
-            watch.before += stage.options.iterations
-        if args.method == "progressive":
-            steps = progressive.ROUNDS[k]
-            checkpoint.save(student, f"{args.out.removesuffix('.safetensors')}-{steps}.safetensors")
-        velocity = next_teacher(args.method, student, velocity)
-    checkpoint.save(finished(student), args.out)
+            watch.before = one.before
+        stage.train(pairs, watch=watch)
+        plot_loss(folder)
+        checkpoint.save(finished(student), out)
+        if one is not rounds[-1]:
+            velocity = next_teacher(args.method, student, velocity)
     print(f"{args.out}: a model by {args.method}, drawn in {student.steps} "
           f"step{'s' * (student.steps > 1)} where no other number is asked for; its loss is in "
           f"{state}")
