@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 # What every command uses when no model is named, and the one-step model that is made of it.
 TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")
 TINY_EMOJI = str(HERE / "toy" / "tiny_emoji.safetensors")
-TINY_ONE_STEP = str(HERE / "toy" / "tiny_instaflow.safetensors")
+TINY_ONE_STEP = str(HERE / "toy" / "tiny_emoji_instaflow.safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --dtype
 
 

@@ -298,7 +298,7 @@ def main():
         args.model = OWN_ONE_STEP if Path(OWN_ONE_STEP).exists() else TINY_ONE_STEP
         if args.model == TINY_ONE_STEP:
             note(f"no {OWN_ONE_STEP} yet, which `make demo` makes; drawing with the shipped "
-                 "one-step model")
+                 "one-step model of emoji (toy/emoji_captions.txt)")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model = checkpoint.load(args.model, device, dtype, args.kind, args.tokenizer)

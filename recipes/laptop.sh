@@ -6,8 +6,10 @@
 set -eu
 RUN="${RUN:-python}"
 
-echo "1/5  pictures now, by the one-step model that is shipped: runs/shipped.png"
-$RUN sample.py --model toy/tiny_instaflow.safetensors --out runs/shipped.png
+echo "1/5  pictures now, by the one-step model of emoji that is shipped: runs/shipped.png"
+$RUN sample.py --model toy/tiny_emoji_instaflow.safetensors --num-images 4 --out runs/shipped.png \
+    --prompt "red apple" --prompt cat --prompt rocket --prompt castle --prompt tulip --prompt frog
+# From here on shapes: a network can tell whether a picture shows all that its caption says.
 echo "2/5  pairs of the teacher, and reflow: the paths become straight"
 $RUN reflow.py --save-every 200
 echo "3/5  pairs of the flow, and distillation: one step lands where the flow ends"

@@ -140,7 +140,8 @@ def test_a_first_picture_before_anything_was_trained(call):
     code, out, err = call(sample.main, "--num-images", 1)
     assert code == 0 and "no runs/instaflow.safetensors yet, which `make demo` makes" in err
     picture = Image.open("out.png")
-    assert picture.text["model"] == "tiny_instaflow.safetensors" and picture.text["steps"] == "1"
+    assert picture.text["model"] == "tiny_emoji_instaflow.safetensors"
+    assert picture.text["steps"] == "1"
     assert np.asarray(picture.convert("L")).std() > 3
 
 

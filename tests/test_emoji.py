@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import emoji
 from command import BadInput
+from conftest import ROOT
 from distill import perceptual_distance
 from evaluation import efficientnet
 from evaluation.judge import judged
+from sample import draw_pictures
 from stable_diffusion import FAMILIES
 from text_encoder import tokenize, tokenizer_from
 
@@ -218,3 +220,22 @@ def test_the_teachers_training_runs(tmp_path, monkeypatch, call):
     words = [name for name in load_file(tmp_path / "work" / "unet" / "state.safetensors")
              if name.startswith("exp_avg.text_encoder")]
     assert words  # it was trained along
+
+
+def test_the_committed_figures_are_the_models():
+    """The teacher's; and the one-step model draws what one step of the teacher does not."""
+    toy = ROOT / "toy"
+    figures = json.loads((toy / "tiny_emoji.json").read_text())
+    teacher = checkpoint.load(toy / "tiny_emoji.safetensors")
+    one = checkpoint.load(toy / "tiny_emoji_instaflow.safetensors")
+    captions = emoji.training_captions(200, 7)
+    reader = emoji.load_reader()
+
+    def right(model, steps: int) -> float:
+        features = reader.features(draw_pictures(model, captions, range(200), steps))
+        return sum(emoji.right(reader, features, captions)) / 200
+
+    share = right(teacher, 8)  # 8 are as good as 25
+    # Three standard errors of a share measured on 200 pictures.
+    assert abs(share - figures["trained on"]["teacher"]) < 3 * (share * (1 - share) / 200) ** 0.5
+    assert right(one, 1) > 2 * right(teacher, 1)
