@@ -323,7 +323,7 @@ def defaults_of(call, monkeypatch, main, *arguments):
     monkeypatch.setattr(sys.modules[main.__module__], "make_pairs", make_pairs)
     monkeypatch.setattr(sys.modules[main.__module__], "options_from", options)
     # The default's backbone has to be downloaded.
-    monkeypatch.setattr(distill, "perceptual_distance", lambda *rest: None)
+    monkeypatch.setattr(distill, "perceptual_distance", lambda *rest, **more: None)
     code, out, err = call(main, *arguments)
     assert code == 2 and err.endswith("error: enough")
     return *found, err
