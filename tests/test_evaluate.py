@@ -83,9 +83,9 @@ def test_repeats_and_guidances(call):
 # --------------------------------------------------------------------------------------------------
 # The study, in miniature
 
-FEW = ["--iterations", 4, "--batch-size", 4, "--num-pairs", 20, "--held-out", 8,
+FEW = ["--iterations", 4, "--batch-size", 4, "--num-pairs", 20,
        "--num-samples", 12, "--teacher-steps", 4]
-STUDY = [*FEW, "--lpips-iterations", 2, "--steps", 4, 1]
+STUDY = [*FEW, "--held-out", 8, "--lpips-iterations", 2, "--steps", 4, 1]
 
 
 def test_the_study(call, tmp_path):
@@ -183,7 +183,7 @@ def test_the_perceptual_loss_weighs_as_its_authors_do():
 
 def test_fewer_samples(call):
     ways = ["paper", "negated", "matched", "perceptual", "unguided"]
-    few = [*FEW, "--num-seeds", 1, "--steps", 2, 1, "--ways", *ways]
+    few = [*FEW, "--num-seeds", 1, "--ways", *ways]
     code, out, err = call(fewer_samples.main, *few)
     assert code == 0, err
     rows = json.loads(Path("runs/study/fewer_samples.json").read_text())
