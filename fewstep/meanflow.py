@@ -50,8 +50,9 @@ def loss(
     longest: pairs whose squared length, a number of the latent, is above it count 0.
     """
     x, v = interpolate(x0, x1, t), x1 - x0
-    # Fast attention has no forward derivative.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_mode.dual_level():
+    # Fast attention has no forward derivative, and autocast does not know of derivatives.
+    with (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_mode.dual_level(),
+          torch.autocast(x.device.type, enabled=False)):
         moving = forward_mode.make_dual(x, v), forward_mode.make_dual(t, torch.ones_like(t))
         du = forward_mode.unpack_dual(target(*moving, r, context)).tangent
     wanted = v + like(r - t, x) * du

@@ -481,3 +481,10 @@ def test_held_out_noise_is_none_of_training(monkeypatch):
     for step in range(3):
         drawn = torch.randn(shape, generator=generator_for(0, step))
         assert all((batch[0] - drawn).abs().max() > 0.1 for batch in batches)
+
+
+def test_the_derivative_under_autocast(call, folder):
+    """Large networks train in bf16, whose autocast the forward derivative does not pass."""
+    code, _, err = call(fewstep.train.main, "--method", "re-meanflow", "--dtype", "bf16", *FEW,
+                        "--iterations", 1, "--validation-pairs", 0)
+    assert code == 0, err
