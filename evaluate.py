@@ -48,7 +48,10 @@ from evaluation.figures import GRADES, STRAIGHT, straightness_figures
 from evaluation.judge import Questions, graded, questions_of, with_intervals
 from evaluation.plots import in_steps, label_of, markdown_table, save_comparison, save_curves
 from evaluation.real_images import Gallery, caption_score, feature_distance, read_coco, read_images
-from sample import NUMBERS_PER_BATCH, draw_pictures, drawn_at_once, read_prompts, run_seed, seeds_in
+from sample import (
+    NUMBERS_PER_BATCH, draw_pictures, drawn_at_once, read_prompts, refuse_guidance, run_seed,
+    seeds_in,
+)
 from stable_diffusion import FAMILIES, KINDS
 
 STRAIGHTNESS_SAMPLES = 256  # at most; 16 at 512 px, as whole paths are held at once
@@ -208,9 +211,8 @@ def models(args: argparse.Namespace, device: torch.device) -> Iterator[tuple]:
         model = checkpoint.load(path, device, pick_dtype(args.dtype, device), kind, args.tokenizer)
         if args.compile:
             model.compile()
-        if model.method and args.guidance:
-            raise BadInput(f"--guidance: {path} was trained with its teacher's guidance "
-                           f"({model.method}); leave it away")
+        if args.guidance:
+            refuse_guidance(model)
         for guidance in args.guidance or [model.guidance]:
             yield model, guidance
 

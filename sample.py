@@ -125,11 +125,18 @@ def draw_in_few_steps(
         now, then = (torch.full((len(x),), time, device=x.device) for time in (t, u))
         if way == "mean":
             x = x + (u - t) * mean(x, now, then, context)
-            continue
-        x = x + (1 - t) * velocity(x, now, context)  # the end that it sees from here
-        if u < 1:
-            x = interpolate(again[:, k + 1], x, then)  # the first of a seed's noises is its start
+        else:
+            x = x + (1 - t) * velocity(x, now, context)  # the end that it sees from here
+            if u < 1:  # the first of a seed's noises is its start
+                x = interpolate(again[:, k + 1], x, then)
     return x
+
+
+def refuse_guidance(model) -> None:
+    """BadInput where the model is of fewstep/: it is drawn as its teacher was guided."""
+    if model.method:
+        raise BadInput(f"--guidance: {model.path} was trained with its teacher's guidance "
+                       f"({model.method}); leave it away")
 
 
 def as_path(
@@ -309,9 +316,8 @@ def main():
             "a one-step model, trained at t = 0 alone; more steps make its pictures worse"
         )
         raise BadInput(f"--steps {args.steps}: {args.model} is {what}. Take --steps {model.steps}")
-    if model.method and args.guidance not in (None, 1):
-        raise BadInput(f"--guidance {args.guidance:g}: {args.model} was trained with its teacher's "
-                       f"guidance ({model.method}); leave it away")
+    if args.guidance not in (None, 1):
+        refuse_guidance(model)
     guidance = model.guidance if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:
         raise BadInput("--negative-prompt: has no effect at guidance 1; give --guidance above 1")
