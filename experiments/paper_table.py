@@ -16,7 +16,7 @@ many right pictures:
                2-RF + distill                after 1/4, 1/2 and 1 times `--iterations` in L2
                2-RF + distill + LPIPS        `--lpips-iterations` more
     direct     teacher + distill             after 1/4, 1/2, 1, 2 and 4 times (`--budgets`)
-               teacher + distill + LPIPS     `--lpips-iterations` more, from 1 time
+               teacher + distill + LPIPS     `--lpips-iterations` more, after 1 time and above
     third      3-RF, 3-RF + distill          a second reflow, and one step from it
     stacked    2-RF + distill, stacked       two U-Nets in series (distill.py --student stacked)
 
@@ -265,21 +265,20 @@ def measure_seed(study: Study, lpips_distance: Callable) -> None:
             folder = study.folder / f"{name}-{updates}"
             distill(new, study.pairs_of(source), squared, options, folder, {}, "L2", dtype)
 
-        def finish_by_eye(new: StableDiffusion, source, name: str, options) -> None:
-            folder, seen = study.folder / f"{name}-lpips", n * study.args.batch_size
-            distance = perceptual(new.vae, lpips_distance)
-            pairs = study.pairs_of(source)
+        def finish_by_eye(new: StableDiffusion, updates: int) -> None:
+            options = study.options(lpips, LPIPS_LEARNING_RATE)
+            folder, seen = study.folder / f"{name}-{updates}-lpips", updates * options.batch_size
+            distance, pairs = perceptual(new.vae, lpips_distance), study.pairs_of(source)
             distill(new, pairs, distance, options, folder, {}, "LPIPS", dtype, seen)
 
         for updates in budgets:
             stage = {f"{name}-{updates}": updates}
             student = study.made(f"{name}-{updates}", source, partial(train, updates=updates))
             study.record(row, student, updates, source, **costs(before, stage))
-            if updates == n and finish and lpips:
-                options = study.options(lpips, LPIPS_LEARNING_RATE)
-                more = partial(finish_by_eye, source=source, name=name, options=options)
-                finished = study.made(f"{name}-{updates}-lpips", student, more)
-                spent = costs(before, stage | {f"{name}-lpips": lpips})
+            if updates >= n and finish and lpips:
+                finished = study.made(f"{name}-{updates}-lpips", student,
+                                      partial(finish_by_eye, updates=updates))
+                spent = costs(before, stage | {f"{name}-{updates}-lpips": lpips})
                 study.record(f"{row} + LPIPS", finished, updates + lpips, source, **spent)
 
     parts, budgets = study.args.parts, sorted(round(n * budget) for budget in study.args.budgets)
