@@ -34,24 +34,17 @@ from torch import Tensor
 
 import checkpoint
 from command import (
-    BadInput, ByModel, Parser, add_machine_options, check_output, keep_others_out, not_below_zero,
-    not_negative, pick_device, pick_dtype, positive, refuse_overwriting, run, settle, share,
-    solver_steps,
+    BadInput, ByModel, Parser, add_machine_options, not_below_zero, not_negative, pick_device,
+    positive, refuse_overwriting, run, settle, share, solver_steps,
 )
 from evaluation.efficientnet import load_efficientnet
-from pairs import Pairs, make_pairs, pairs_asked
+from pairs import Pairs, pairs_asked
 from rectified_flow import Distance, distill_loss, flow_velocity, squared
 from sample import run_seed
-from stable_diffusion import KINDS
-from training import (
-    TrainingOptions, autocast_dtype, is_finished, options_from, plot_loss, saved_progress,
-    tell_what_is_kept, train,
-)
+from stable_diffusion import KINDS, StableDiffusion
+from training import TrainingOptions, autocast_dtype, options_from, train
 from unet import stack, started_from
-from watch import (
-    Stage, Watch, add_watch_options, forecast, plain_batches, plan, time_of_pairs, time_of_update,
-    validation_prompts, watch_for,
-)
+from watch import Stage, add_watch_options, plain_batches, train_in_stages
 
 RANDOM_NET_SEED = 1
 
@@ -235,19 +228,12 @@ def main():
         raise BadInput(f"{args.teacher}: its U-Net is a stacked one already; take --student unet")
     if not args.l2_iterations + args.lpips_iterations:
         raise BadInput("--l2-iterations and --lpips-iterations are both 0: nothing to do")
-    l2_out = args.out.removesuffix(".safetensors") + "-l2.safetensors"
-    for out in (args.out, l2_out):
-        refuse_overwriting(out, {"--teacher": args.teacher, "--init": args.init})
-    start, start_name = checkpoint.load_start(args.init, teacher)
+    refuse_overwriting(args.out, {"--teacher": args.teacher, "--init": args.init})
+    init, init_name = checkpoint.load_start(args.init, teacher)
     lpips = None
     if args.lpips_iterations:
         lpips = perceptual_distance(args.lpips_net, device, trained=not args.dry_run)
-
-    pairs_dtype = pick_dtype(args.dtype, device)
-    prompts, held_out, description = pairs_asked(
-        teacher, args, pairs_dtype, "distillation", TINY_PAIRS
-    )
-    shown = validation_prompts(args, prompts, held_out)
+    asked = pairs_asked(teacher, args, "distillation", TINY_PAIRS)
 
     rate, slower = args.learning_rate, args.lpips_learning_rate
     slower = rate / LPIPS_SLOWER if slower is None else slower
@@ -259,78 +245,30 @@ def main():
     )
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
     seen, state = first.iterations * first.batch_size, Path(args.out + ".state")
-    settings = {"pairs": description, "init": start_name, "student": args.student}
+    settings = {"pairs": asked[-1], "init": init_name, "student": args.student}
     lpips_settings = settings | {"seen": seen, "net": args.lpips_net}
-    student, drawer = replace(teacher), teacher.in_dtype(pairs_dtype)
+    student = replace(teacher, kind="one-step")
 
-    def l2(pairs, train: Callable = train, watch: Watch | None = None) -> None:
+    def start(drawer: StableDiffusion) -> torch.nn.Module:
+        unet = started_from(teacher.unet, init, teacher.kind, args.seed)
+        return stack(unet) if args.student == "stacked" else unet
+
+    def l2(pairs: Pairs, train: Callable = train, watch: Callable | None = None) -> None:
         distill(student, pairs, squared, first, state / "l2", settings, "L2", dtype, watch=watch,
                 train=train)
 
-    def by_eye(pairs, train: Callable = train, watch: Watch | None = None) -> None:
+    def by_eye(pairs: Pairs, train: Callable = train, watch: Callable | None = None) -> None:
         distill(student, pairs, perceptual(student.vae, lpips), second, state / "lpips",
                 lpips_settings, "LPIPS", dtype, seen, watch, train)
 
-    def start_student() -> None:
-        student.found_tokenizer()  # to be saved along
-        student.unet = started_from(teacher.unet, start, teacher.kind, args.seed)
-        if args.student == "stacked":
-            student.unet = stack(student.unet)
-        teacher.unet = student.unet  # so that no other is held
-        for network in (student.unet, student.vae.decoder):
-            network.gradient_checkpointing = args.gradient_checkpointing
-        if args.compile:
-            student.compile()
-
-    stages = [Stage("L2", first, l2), Stage("LPIPS", second, by_eye)]
-    stages = [stage for stage in stages if stage.options.iterations]
-    for stage in stages:
-        tell_what_is_kept(stage.options)
-    print(plan(teacher, prompts, description, args.pairs, stages, args.student,
-               args.gradient_checkpointing))
-    if args.compile:
-        drawer.compile()
-    at_once = args.teacher_batch_size
-    parts = [(state / "l2", first, settings), (state / "lpips", second, lpips_settings)]
-    finished = is_finished(args.out, [part for part in parts if part[1].iterations], dtype)
-    # A stage that is not asked for now may have written OUT.
-    finished &= not any(saved_progress(folder)["step"] for folder, options, _ in parts
-                        if not options.iterations)
-    if args.dry_run:
-        a_pair = time_of_pairs(drawer, prompts, description, at_once)
-        del drawer
-        start_student()
-        updates = [time_of_update(stage, description, prompts) for stage in stages]
-        print(forecast(a_pair, description["count"], stages, updates))
-        return
-    unets = [teacher.unet] * (2 if args.student == "stacked" else 1)
-    size = checkpoint.file_size(*unets, teacher.vae, teacher.text_encoder)
-    check_output(args.out, needed=size * (len(stages) + args.keep))
-    keep_others_out(state)
-    if finished:
-        print(f"{args.out}: finished already, {args.l2_iterations} + {args.lpips_iterations} "
-              "iterations")
-        return
-
-    pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
-    captions = held_out or prompts
-    watch = watch_for(args, drawer, shown, captions, description, plain_batches, state)
-    del drawer
-    start_student()
-    if watch:
-        watch.model = replace(student, kind="one-step")
-    if first.iterations:
-        l2(pairs, watch=watch)
-        if second.iterations:
-            checkpoint.save(student, l2_out)
+    l2_out = args.out
     if second.iterations:
-        if watch:
-            watch.before = first.iterations
-        by_eye(pairs, watch=watch)
-    checkpoint.save(student, args.out)
-    for stage in ("l2", "lpips"):
-        plot_loss(state / stage)
-    print(f"{args.out}: a one-step model; its losses are in {state}")
+        l2_out = args.out.removesuffix(".safetensors") + "-l2.safetensors"
+    stages = [Stage("L2", first, l2, state / "l2", settings, l2_out),
+              Stage("LPIPS", second, by_eye, state / "lpips", lpips_settings, args.out)]
+    if train_in_stages(args, stages, teacher, student, start, asked, plain_batches, dtype,
+                       args.student):
+        print(f"{args.out}: a one-step model; its losses are in {state}")
 
 
 if __name__ == "__main__":

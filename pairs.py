@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from command import (
     BadInput, check_output, dtype_name, from_all_processes, keep_others_out, let_others_in, note,
-    rank, refuse_other, wait_for_all, world_size, write_json, write_whole,
+    pick_dtype, rank, refuse_other, wait_for_all, world_size, write_json, write_whole,
 )
 from sample import draw_latents, noise_from_seeds, prompts_of, read_prompts, seeds_in
 from stable_diffusion import StableDiffusion, fingerprint
@@ -132,7 +132,7 @@ def check_pairs(folder: str | Path, description: dict) -> None:
 
 
 def pairs_asked(
-    model: StableDiffusion, args: argparse.Namespace, dtype: torch.dtype, world: str, tiny: int,
+    model: StableDiffusion, args: argparse.Namespace, world: str, tiny: int,
 ) -> tuple[list[str], list[str], dict]:
     """Prompts, held-out prompts and description of the pairs that a command is asked for, checked.
 
@@ -148,7 +148,7 @@ def pairs_asked(
     count = count_for(model, args.num_pairs, args.prompts is not None, tiny)
     description = describe_pairs(
         model, prompts, source, count, args.teacher_steps, args.teacher_guidance, args.solver,
-        dtype, world, args.seed,
+        pick_dtype(args.dtype, model.device), world, args.seed,
     )
     check_pairs(args.pairs, description)
     return prompts, held_out, description

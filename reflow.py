@@ -32,23 +32,16 @@ from torch import Tensor
 
 import checkpoint
 from command import (
-    TINY_TEACHER, BadInput, ByModel, Parser, add_machine_options, check_output, keep_others_out,
-    not_below_zero, not_negative, pick_device, pick_dtype, positive, refuse_overwriting, run,
-    settle, share, solver_steps,
+    TINY_TEACHER, BadInput, ByModel, Parser, add_machine_options, not_below_zero, not_negative,
+    pick_device, positive, refuse_overwriting, run, settle, share, solver_steps,
 )
-from pairs import Pairs, make_pairs, pairs_asked
+from pairs import Pairs, pairs_asked
 from rectified_flow import flow_velocity, pseudo_huber, reflow_loss
 from sample import run_seed
-from stable_diffusion import KINDS
-from training import (
-    TrainingOptions, autocast_dtype, is_finished, options_from, plot_loss,
-    tell_what_is_kept, train,
-)
+from stable_diffusion import KINDS, StableDiffusion
+from training import TrainingOptions, autocast_dtype, options_from, train
 from unet import started_from
-from watch import (
-    Stage, add_watch_options, batches_by_time, forecast, plan, time_of_pairs, time_of_update,
-    validation_prompts, watch_for,
-)
+from watch import Stage, add_watch_options, batches_by_time, train_in_stages
 
 LOSSES = {"l2": reflow_loss, "pseudo-huber": partial(reflow_loss, distance=pseudo_huber)}
 CAPTION_DROPOUT = 0.1  # share of prompts replaced by the empty one (Ho & Salimans 2022, 2207.12598)
@@ -166,68 +159,29 @@ def main():
         raise BadInput(f"{args.teacher}: a one-step model has no path to straighten; give a "
                        "diffusion or a flow as --teacher")
     refuse_overwriting(args.out, {"--teacher": args.teacher, "--init": args.init})
-    start, start_name = checkpoint.load_start(args.init, teacher)
-
-    pairs_dtype = pick_dtype(args.dtype, device)
+    init, init_name = checkpoint.load_start(args.init, teacher)
     world = "reflow" if teacher.kind == "diffusion" else "second reflow"
-    prompts, held_out, description = pairs_asked(teacher, args, pairs_dtype, world, TINY_PAIRS)
-    shown = validation_prompts(args, prompts, held_out)
+    asked = pairs_asked(teacher, args, world, TINY_PAIRS)
 
     rate = args.learning_rate
     if rate is None:
         rate = 5e-4 if teacher.is_tiny else 1e-6 if teacher.kind == "diffusion" else 1e-7
     fits = args.batch_size if teacher.is_tiny else FITS
     options = options_from(args, args.iterations, args.batch_size, rate, args.accumulate, fits)
-    tell_what_is_kept(options)
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
-    settings = {"pairs": description, "init": start_name, "loss": args.loss}
-    folder = Path(args.out + ".state")
-    student, drawer = replace(teacher), teacher.in_dtype(pairs_dtype)
+    settings = {"pairs": asked[-1], "init": init_name, "loss": args.loss}
+    folder, student = Path(args.out + ".state"), replace(teacher, kind="flow")
 
-    def train_on(pairs, train: Callable = train, watch: Callable | None = None) -> None:
+    def start(drawer: StableDiffusion) -> torch.nn.Module:
+        return started_from(teacher.unet, init, teacher.kind, args.seed)
+
+    def train_on(pairs: Pairs, train: Callable = train, watch: Callable | None = None) -> None:
         reflow(student, pairs, options, folder, settings, dtype, LOSSES[args.loss], watch=watch,
                train=train)
 
-    def start_student() -> None:
-        student.found_tokenizer()  # to be saved along
-        student.unet = started_from(teacher.unet, start, teacher.kind, args.seed)
-        student.unet.gradient_checkpointing = args.gradient_checkpointing
-        teacher.unet = student.unet  # so that no other is held
-        if args.compile:
-            student.compile()
-
-    stages = [Stage("reflow", options, train_on)]
-    print(plan(teacher, prompts, description, args.pairs, stages, "unet",
-               args.gradient_checkpointing))
-    if args.compile:
-        drawer.compile()
-    at_once = args.teacher_batch_size
-    finished = is_finished(args.out, [(folder, options, settings)], dtype)
-    if args.dry_run:
-        a_pair = time_of_pairs(drawer, prompts, description, at_once)
-        del drawer
-        start_student()
-        updates = [time_of_update(stage, description, prompts) for stage in stages]
-        print(forecast(a_pair, description["count"], stages, updates))
-        return
-    size = checkpoint.file_size(teacher.unet, teacher.vae, teacher.text_encoder)
-    check_output(args.out, needed=size * (1 + args.keep))
-    keep_others_out(folder)
-    if finished:
-        print(f"{args.out}: finished already, {args.iterations} iterations")
-        return
-
-    pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
-    captions = held_out or prompts
-    watch = watch_for(args, drawer, shown, captions, description, batches_by_time, folder)
-    del drawer
-    start_student()
-    if watch:
-        watch.model = replace(student, kind="flow")
-    train_on(pairs, watch=watch)
-    checkpoint.save(student, args.out)
-    plot_loss(folder)
-    print(f"{args.out}: a rectified flow; its loss is in {folder / 'loss.png'}")
+    stages = [Stage("reflow", options, train_on, folder, settings, args.out)]
+    if train_in_stages(args, stages, teacher, student, start, asked, batches_by_time, dtype):
+        print(f"{args.out}: a rectified flow; its loss is in {folder / 'loss.png'}")
 
 
 if __name__ == "__main__":

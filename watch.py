@@ -27,7 +27,10 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from command import BadInput, ByModel, not_negative, world_size, write_whole
+from command import (
+    BadInput, ByModel, check_output, keep_others_out, not_negative, pick_dtype, refuse_overwriting,
+    world_size, write_whole,
+)
 from evaluation.figures import straightness_figures
 from evaluation.plots import in_steps, save_comparison
 from pairs import PAIRS_PER_SHARD, Pairs, described_prompts, make_pairs, shard_path
@@ -36,8 +39,8 @@ from sample import (
 )
 from stable_diffusion import StableDiffusion
 from training import (
-    TIME_BINS, TrainingOptions, explained, generator_for, new_run, shared_by_processes, to_device,
-    update,
+    TIME_BINS, TrainingOptions, explained, generator_for, is_finished, new_run, plot_loss,
+    saved_progress, shared_by_processes, tell_what_is_kept, to_device, update,
 )
 
 TIMED = 3  # updates of a dry run
@@ -75,11 +78,14 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Stage:
-    """One training of a command, for the plan."""
+    """One training of a command."""
 
     name: str
     options: TrainingOptions
-    train: Callable  # train(pairs, with this in place of training.train)
+    train: Callable  # train(pairs, with this in place of training.train, watch)
+    folder: Path  # of its state
+    settings: dict  # what else decides it
+    out: str  # the model after it
 
 
 def plan(
@@ -134,6 +140,9 @@ class PretendedPairs:
 
     def __len__(self) -> int:
         return self.description["count"]
+
+    def __getitem__(self, samples: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+        return self.batch(samples, 0)
 
     def batch(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor, list[str]]:
         x0, x1 = torch.randn(2, len(samples), *self.shape)
@@ -197,7 +206,87 @@ def spoken(seconds: float) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# During the run
+# The run
+
+
+def train_in_stages(
+    args: argparse.Namespace, stages: list[Stage], teacher: StableDiffusion,
+    student: StableDiffusion, start: Callable, asked: tuple, batches_of: Callable,
+    dtype: torch.dtype, network: str = "unet", pairs=None, finished: Callable = lambda model: model,
+) -> bool:
+    """Plan, pairs and stages: what commands do once they have said what a stage is.
+
+    student: the model that the stages train, in place; start(teacher in the dtype of its pairs) is
+    its network. asked: by `pairs_asked`. batches_of: as for `watch_for`. network: "unet" or
+    "stacked". pairs: in place of the teacher's. finished(student): as it is to be saved.
+    False where nothing is trained, as for --dry-run; BadInput for whatever is in the way.
+    """
+    prompts, held_out, description = asked
+    ran = [stage for stage in stages if stage.options.iterations]
+    for stage in ran:
+        refuse_overwriting(stage.out, {"--teacher": args.teacher, "--init": args.init})
+    shown = validation_prompts(args, prompts, held_out)
+    for stage in ran:
+        tell_what_is_kept(stage.options)
+    paired = pairs is None
+    print(plan(teacher, prompts, description, args.pairs, ran, network,
+               args.gradient_checkpointing, paired))
+    done = is_finished(args.out, [(one.folder, one.options, one.settings) for one in ran], dtype)
+    # A stage that is not asked for now may have written OUT.
+    done &= not any(saved_progress(one.folder)["step"] for one in stages
+                    if not one.options.iterations)
+
+    drawer = teacher.in_dtype(pick_dtype(args.dtype, teacher.device))
+    if args.compile:
+        drawer.compile()
+    if args.dry_run:
+        a_pair = time_of_pairs(drawer, prompts, description, args.teacher_batch_size)
+        begin(args, teacher, student, start(drawer))
+        del drawer
+        updates = [time_of_update(stage, description, prompts) for stage in ran]
+        print(forecast(a_pair, description["count"] if paired else 0, ran, updates))
+        return False
+    halves = 2 if network == "stacked" else 1
+    size = checkpoint.file_size(*[teacher.unet] * halves, teacher.vae, teacher.text_encoder)
+    models = len({stage.out for stage in ran}) + args.keep
+    state = Path(args.out + ".state")
+    check_output(args.out, needed=size * models)
+    keep_others_out(state)
+    if done:
+        updates = " + ".join(f"{stage.options.iterations:,}" for stage in ran)
+        print(f"{args.out}: finished already, {updates} iterations")
+        return False
+
+    if paired:
+        pairs = make_pairs(drawer, prompts, description, args.pairs, args.teacher_batch_size,
+                           args.repair)
+    captions = held_out or prompts
+    watch = watch_for(args, drawer, shown, captions, description, batches_of, state)
+    begin(args, teacher, student, start(drawer))
+    del drawer
+    if watch:
+        watch.model, watch.finished = student, finished
+    for stage in ran:
+        stage.train(pairs, watch=watch)
+        checkpoint.save(finished(student), stage.out)
+        plot_loss(stage.folder)
+        if watch:
+            watch.before += stage.options.iterations
+    return True
+
+
+def begin(args: argparse.Namespace, teacher: StableDiffusion, student: StableDiffusion, unet):
+    """Give the student its network, and the teacher's up."""
+    student.found_tokenizer()  # to be saved along
+    student.unet = teacher.unet = unet  # so that no other is held
+    for one in (student.unet, student.vae.decoder):
+        one.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        student.compile()
+
+
+# --------------------------------------------------------------------------------------------------
+# What looks at it
 
 
 @dataclass

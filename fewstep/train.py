@@ -35,29 +35,22 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-from command import (
-    BadInput, ByModel, Parser, check_output, keep_others_out, pick_device, pick_dtype,
-    refuse_overwriting, run, settle,
-)
+from command import BadInput, ByModel, Parser, pick_device, refuse_overwriting, run, settle
 from diffusion import diffusion_velocity
 from distill import FITS_LPIPS, perceptual_distance
 from fewstep import (
     consistency, freeflow, hipa, lora, meanflow, perflow, progressive, rectified_diffusion,
 )
 from fewstep.steps import SCHEDULE
-from pairs import Pairs, make_pairs, pairs_asked
+from pairs import Pairs, pairs_asked
 from rectified_flow import Velocity, flow_velocity, guided, mean_velocity, squared
 from reflow import FITS, TINY_PAIRS, add_options
 from stable_diffusion import StableDiffusion
 from training import (
-    TrainingOptions, autocast_dtype, generator_for, is_finished, options_from, plot_loss, shuffled,
-    tell_what_is_kept, train,
+    TrainingOptions, autocast_dtype, generator_for, options_from, shuffled, train,
 )
 from unet import started_from
-from watch import (
-    Stage, forecast, plain_batches, plan, time_of_pairs, time_of_update, validation_prompts,
-    watch_for,
-)
+from watch import Stage, plain_batches, train_in_stages
 
 
 @dataclass(frozen=True)
@@ -274,98 +267,58 @@ def main():
         raise BadInput(f"--init negated: is a start for velocities, and {args.method} predicts "
                        "noise; leave it away")
     args.init = args.init or ("negated" if needs.kind == "flow" else "teacher")
-    start, start_name = checkpoint.load_start(args.init, teacher)
+    refuse_overwriting(args.out, {"--teacher": args.teacher, "--init": args.init})
+    init, init_name = checkpoint.load_start(args.init, teacher)
+    prompts, held_out, description = pairs_asked(teacher, args, "reflow", TINY_PAIRS)
 
-    pairs_dtype = pick_dtype(args.dtype, device)
-    prompts, held_out, description = pairs_asked(teacher, args, pairs_dtype, "reflow", TINY_PAIRS)
-    shown = validation_prompts(args, prompts, held_out)
     rate = args.learning_rate
     if rate is None:
         rate = 5e-4 if teacher.is_tiny else needs.rate
     fits = {"hipa": FITS_LPIPS, "re-meanflow": FITS_MEANFLOW}.get(args.method, FITS)
     fits = args.batch_size if teacher.is_tiny else fits
     options = options_from(args, args.iterations, args.batch_size, rate, args.accumulate, fits)
-    tell_what_is_kept(options)
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
     paired = needs.data != "prompts"
     data = description if paired else {
         name: description[name] for name in ("teacher_hash", "guidance", "prompts_hash")}
-    settings = {"method": args.method, "pairs": data, "init": start_name}
+    settings = {"method": args.method, "pairs": data, "init": init_name}
     if args.method == "hipa":
         settings["net"] = args.lpips_net
-    drawer = teacher.in_dtype(pairs_dtype)
-    asked = needs.teacher and drawer is teacher  # is this very network the teacher of the loss?
     student = replace(teacher, kind=needs.kind, method=args.method)
     rounds = rounds_of(args.method, options, needs)
-    state, stem = Path(args.out + ".state"), args.out.removesuffix(".safetensors")
-    folders = [state if len(rounds) == 1 else state / one.name.replace(" ", "-") for one in rounds]
-    outs = [f"{stem}{one.method.removeprefix(args.method)}.safetensors" for one in rounds]
-    for out in outs:
-        refuse_overwriting(out, {"--teacher": args.teacher, "--init": args.init})
     if args.method == "hipa":
         rounds[0].loss = of_pictures(student, args.lpips_net, trained=not args.dry_run)
+    state, velocity = Path(args.out + ".state"), None
 
-    def start_student() -> None:
-        student.found_tokenizer()  # to be saved along
-        student.unet = student_of(teacher, args.method, needs, start, args.seed).unet
-        if not asked:
-            teacher.unet = student.unet  # so that no other is held
-        for network in (student.unet, student.vae.decoder):
-            network.gradient_checkpointing = args.gradient_checkpointing
-        if args.compile:
-            student.compile()
+    def start(drawer: StableDiffusion) -> torch.nn.Module:
+        nonlocal velocity
+        if needs.teacher:
+            velocity = guide(drawer, description["guidance"])
+        return student_of(teacher, args.method, needs, init, args.seed).unet
 
     def train_on(one, folder, pairs, train: Callable = train, watch: Callable | None = None):
+        nonlocal velocity
+        if args.method == "re-meanflow":
+            one.loss = of_shorter_pairs(pairs)
         train_round(student, velocity, one, needs, pairs, folder, settings, dtype, watch, train)
-
-    stages = [Stage(one.name, one.options, partial(train_on, one, folder))
-              for one, folder in zip(rounds, folders)]
-    print(plan(teacher, prompts, description, args.pairs, stages, "unet",
-               args.gradient_checkpointing, paired))
-    if args.compile:
-        drawer.compile()
-    velocity = guide(drawer, description["guidance"]) if needs.teacher else None
-    at_once = args.teacher_batch_size
-    parts = [(folder, one.options, settings | one.settings) for folder, one in zip(folders, rounds)]
-    done = is_finished(args.out, parts, dtype)
-    if args.dry_run:
-        a_pair = time_of_pairs(drawer, prompts, description, at_once)
-        start_student()
-        updates = []
-        for stage in stages:
-            updates.append(time_of_update(stage, description, prompts))
-            velocity = next_teacher(args.method, student, velocity)
-        print(forecast(a_pair, description["count"] if paired else 0, stages, updates))
-        return
-    size = checkpoint.file_size(teacher.unet, teacher.vae, teacher.text_encoder)
-    check_output(args.out, needed=size * (len(rounds) + args.keep))
-    keep_others_out(state)
-    if done:
-        print(f"{args.out}: finished already, {args.iterations} iterations")
-        return
-
-    pairs = Prompts(prompts)
-    if paired:
-        pairs = make_pairs(drawer, prompts, description, args.pairs, at_once, args.repair)
-    if args.method == "re-meanflow":
-        rounds[0].loss = of_shorter_pairs(pairs)
-    watch = watch_for(args, drawer, shown, held_out or prompts, description,
-                      partial(held_out_batches, needs, args.seed), state)
-    start_student()
-    del drawer
-    if watch:
-        watch.model, watch.finished = student, finished
-    for stage, one, folder, out in zip(stages, rounds, folders, outs):
-        if watch:
-            watch.before = one.before
-        stage.train(pairs, watch=watch)
-        plot_loss(folder)
-        checkpoint.save(finished(student), out)
         if one is not rounds[-1]:
             velocity = next_teacher(args.method, student, velocity)
-    print(f"{args.out}: a model by {args.method}, drawn in {student.steps} "
-          f"step{'s' * (student.steps > 1)} where no other number is asked for; its loss is in "
-          f"{state}")
+
+    stages = []
+    for one in rounds:
+        folder = state if len(rounds) == 1 else state / one.name.replace(" ", "-")
+        end = one.method.removeprefix(args.method)  # of an earlier round
+        out = f"{args.out.removesuffix('.safetensors')}{end}.safetensors"
+        train_one = partial(train_on, one, folder)
+        stages.append(Stage(one.name, one.options, train_one, folder, settings | one.settings, out))
+    if train_in_stages(
+        args, stages, teacher, student, start, (prompts, held_out, description),
+        partial(held_out_batches, needs, args.seed), dtype,
+        pairs=None if paired else Prompts(prompts), finished=finished,
+    ):
+        print(f"{args.out}: a model by {args.method}, drawn in {student.steps} "
+              f"step{'s' * (student.steps > 1)} where no other number is asked for; its loss is in "
+              f"{state}")
 
 
 if __name__ == "__main__":

@@ -320,7 +320,7 @@ def defaults_of(call, monkeypatch, main, *arguments):
         found.append(training.options_from(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(sys.modules[main.__module__], "make_pairs", make_pairs)
+    monkeypatch.setattr(watch, "make_pairs", make_pairs)
     monkeypatch.setattr(sys.modules[main.__module__], "options_from", options)
     # The default's backbone has to be downloaded.
     monkeypatch.setattr(distill, "perceptual_distance", lambda *rest, **more: None)

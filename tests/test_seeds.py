@@ -18,6 +18,7 @@ import evaluate
 import paper_table
 import reflow
 import sample
+import watch
 from command import TINY_TEACHER, BadInput
 from pairs import built_in_prompts, parts_of
 from sample import noise_from_seeds, seeds_in
@@ -53,7 +54,7 @@ def asked(monkeypatch, tmp_path):
         found.append((seeds, []))
         raise Enough
 
-    for module in (reflow, distill, paper_table):
+    for module in (watch, paper_table):
         monkeypatch.setattr(module, "make_pairs", make_pairs)
     monkeypatch.setattr(evaluate, "evaluate", measure)
     monkeypatch.setattr(sample, "draw_pictures", draw)

@@ -87,7 +87,7 @@ def test_the_forecast_is_of_the_loop(monkeypatch):
     def train_on(pairs, train, watch=None):
         reflow.reflow(model, pairs, options, Path("nowhere"), {}, train=train)
 
-    stage = watch.Stage("reflow", options, train_on)
+    stage = watch.Stage("reflow", options, train_on, Path("nowhere"), {}, "nowhere")
     a_pair = watch.time_of_pairs(model, ["a shape"], description, None)
     update = watch.time_of_update(stage, description, ["a shape"])
     text = watch.forecast(a_pair, description["count"], [stage], [update])
