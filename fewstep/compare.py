@@ -16,9 +16,9 @@ freeflow do without and pay for walks of their own.
 
 and to tell apart what a method is made of:
 
-    velocity, picture loss              Rectified Diffusion's loss, of a network that predicts v
-    noise prediction, squared           its form, with the squared error of pictures
-    meanflow, fresh noise               Re-MeanFlow without the coupling of the pairs
+    velocity, picture loss      Rectified Diffusion's loss, of a network that predicts v, from t = 0
+    noise prediction, squared   its form, with the squared error of pictures
+    meanflow, fresh noise       Re-MeanFlow without the coupling of the pairs; none is left out
 
 The rate of every training falls over its last part, and starts at the same. Captions and noises
 that figures are taken on are in none of the pairs. Of progressive distillation each number of steps
@@ -164,7 +164,7 @@ def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dty
         teach = next_teacher(method, student, velocity)
     iterations = updates_for(study, study.args.passes, sum(costs) / len(costs))
 
-    (student, own), teach, made, spent, updates = begun(), velocity, [], 0.0, 0
+    (student, own), teach, made, spent, updates, minutes = begun(), velocity, [], 0.0, 0, 0.0
     stages = rounds(iterations, own)
     for one, cost in zip(stages, costs):
         part = folder if len(stages) == 1 else folder / one.name.replace(" ", "-")
@@ -172,8 +172,8 @@ def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dty
         teach = next_teacher(method, student, teach)
         updates += one.options.iterations
         spent += one.options.iterations * cost * study.args.batch_size
+        minutes += minutes_of(part)
         if one is stages[-1] or method == "progressive":
-            minutes = sum(minutes_of(path.parent) for path in folder.rglob("metrics.jsonl"))
             end = one.method.removeprefix(method)  # of an earlier round
             made.append(Made(saved(study, f"{folder.name}{end}", student), updates, spent, minutes))
     return made
@@ -183,7 +183,12 @@ def saved(study: Study, name: str, model: StableDiffusion) -> StableDiffusion:
     """The model from its file, to draw with."""
     path = study.folder / f"{name}.safetensors"
     checkpoint.save(finished(model), path, None)
-    return study.load(path)
+    return to_measure(study, path)
+
+
+def to_measure(study: Study, path: str | Path) -> StableDiffusion:
+    """In fp32: a single step from t = 0.064 multiplies the rounding of a predicted noise by 15."""
+    return checkpoint.load(path, study.device)
 
 
 def by_instaflow(
@@ -212,7 +217,7 @@ def by_instaflow(
         return [trained(teacher, pairs, passes, distilled, "teacher+distill")]
     flow = trained(teacher, pairs, passes / 2, reflow, "2rf")
     few = vars(study.args) | {"num_pairs": FLOW_PAIRS, "teacher_steps": FLOW_STEPS}
-    own = replace(study, args=argparse.Namespace(**few)).pairs_of(flow.model)
+    own = replace(study, args=argparse.Namespace(**few)).pairs_of(study.load(flow.model.path))
     spent = flow.passes + FLOW_PAIRS * FLOW_STEPS * passes_of_a_step(flow.model)
     end = trained(flow.model, own, passes - spent, distilled, "2-RF+distill")
     return [replace(end, updates=flow.updates + end.updates, passes=spent + end.passes,
@@ -236,7 +241,7 @@ def measure_seed(study: Study) -> None:
         if any(key.items() <= each.items() for each in study.rows):
             continue
         if row == "teacher":
-            every = [Made(teacher, 0, 0.0, 0.0)]
+            every = [Made(to_measure(study, teacher.path), 0, 0.0, 0.0)]
         else:
             every = (by_instaflow if row in INSTAFLOW else by_method)(study, row, teacher, dtype)
         measured = []
@@ -256,7 +261,7 @@ def measure_seed(study: Study) -> None:
     for one in study.rows:
         if one["seed"] == study.seed and one["steps"] in (1, 4) and Path(one["file"]).exists():
             label = f"{one['row']}\n{in_steps(one['steps'])}"
-            study.shown.append((label, study.load(one["file"]), one["steps"]))
+            study.shown.append((label, to_measure(study, one["file"]), one["steps"]))
 
 
 # --------------------------------------------------------------------------------------------------
