@@ -12,6 +12,8 @@ looks at the averaged weights:
     OUT.state/samples/     the same prompts and noises in 1, 4 and 25 steps, beside the teacher
     OUT                    the model as it is by then, so that sample.py and evaluate.py can read it
 
+`train_in_stages` is the walk of reflow.py, distill.py and fewstep/train.py through all of it.
+
 The captions are the last hundredth of the list, which no pair for training is made from; their
 pairs lie in the pairs' folder as held-out/.
 """
@@ -275,7 +277,10 @@ def train_in_stages(
     return True
 
 
-def begin(args: argparse.Namespace, teacher: StableDiffusion, student: StableDiffusion, unet):
+def begin(
+    args: argparse.Namespace, teacher: StableDiffusion, student: StableDiffusion,
+    unet: torch.nn.Module,
+) -> None:
     """Give the student its network, and the teacher's up."""
     student.found_tokenizer()  # to be saved along
     student.unet = teacher.unet = unet  # so that no other is held

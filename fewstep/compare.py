@@ -161,21 +161,20 @@ def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dty
     for one in rounds(len(progressive.ROUNDS), own):
         costs.append(passes_of(partial(train_round, student, teach, one, own, data, folder, {},
                                        dtype)))
-        teach = next_teacher(method, student, velocity)
+        teach = next_teacher(student, velocity)
     iterations = updates_for(study, study.args.passes, sum(costs) / len(costs))
 
     (student, own), teach, made, spent, updates, minutes = begun(), velocity, [], 0.0, 0, 0.0
     stages = rounds(iterations, own)
     for one, cost in zip(stages, costs):
-        part = folder if len(stages) == 1 else folder / one.name.replace(" ", "-")
-        train_round(student, teach, one, own, data, part, {}, dtype)
-        teach = next_teacher(method, student, teach)
+        train_round(student, teach, one, own, data, folder / one.part, {}, dtype)
+        teach = next_teacher(student, teach)
         updates += one.options.iterations
         spent += one.options.iterations * cost * study.args.batch_size
-        minutes += minutes_of(part)
-        if one is stages[-1] or method == "progressive":
-            end = one.method.removeprefix(method)  # of an earlier round
-            made.append(Made(saved(study, f"{folder.name}{end}", student), updates, spent, minutes))
+        minutes += minutes_of(folder / one.part)
+        if one.end or one is stages[-1]:
+            model = saved(study, f"{folder.name}{one.end}", student)
+            made.append(Made(model, updates, spent, minutes))
     return made
 
 

@@ -114,8 +114,10 @@ class Round:
     name: str
     options: TrainingOptions
     loss: Callable  # as Needs.loss
+    method: str  # of the model that it makes
+    part: str  # its folder within the method's
+    end: str = ""  # of its model's name, where that is another than the method's
     before: int = 0  # updates of earlier rounds
-    method: str = ""  # of the model that it makes
     settings: dict = field(default_factory=dict)  # what else decides it
 
 
@@ -132,14 +134,16 @@ def rounds_of(method: str, options: TrainingOptions, needs: Needs) -> list[Round
     if not each:
         raise BadInput(f"--iterations {options.iterations}: {method} trains in {len(losses)} "
                        "rounds; give at least one for each")
-    rounds = [
-        Round(name, replace(options, iterations=each), loss, k * each, method, {"before": k * each})
-        for k, (name, loss) in enumerate(losses.items())
-    ]
+    rounds = []
+    for k, (name, loss) in enumerate(losses.items()):
+        part = name.replace(" ", "-") if len(losses) > 1 else ""
+        rounds.append(Round(name, replace(options, iterations=each), loss, method, part,
+                            before=k * each, settings={"before": k * each}))
     rounds[-1].options = replace(options, iterations=each + left)
     if method == "progressive":
         for one, steps in zip(rounds[:-1], progressive.ROUNDS):
-            one.method = f"progressive-{steps}"
+            one.end = f"-{steps}"
+            one.method = method + one.end
     return rounds
 
 
@@ -166,9 +170,9 @@ def guide(drawer: StableDiffusion, guidance: float) -> Velocity:
     return diffusion_velocity(guided(drawer.unet, null_context, guidance), SCHEDULE)
 
 
-def next_teacher(method: str, student: StableDiffusion, teacher: Velocity | None):
-    """Who teaches the next round: in progressive distillation the last round's student."""
-    if not method.startswith("progressive"):
+def next_teacher(student: StableDiffusion, teacher: Velocity | None) -> Velocity | None:
+    """Who teaches after this student's round: it does where progressive distillation goes on."""
+    if not student.method.startswith("progressive-"):
         return teacher
     return flow_velocity(copy.deepcopy(student.unet).requires_grad_(False))
 
@@ -301,14 +305,11 @@ def main():
         if args.method == "re-meanflow":
             one.loss = of_shorter_pairs(pairs)
         train_round(student, velocity, one, needs, pairs, folder, settings, dtype, watch, train)
-        if one is not rounds[-1]:
-            velocity = next_teacher(args.method, student, velocity)
+        velocity = next_teacher(student, velocity)
 
-    stages = []
+    stages, stem = [], args.out.removesuffix(".safetensors")
     for one in rounds:
-        folder = state if len(rounds) == 1 else state / one.name.replace(" ", "-")
-        end = one.method.removeprefix(args.method)  # of an earlier round
-        out = f"{args.out.removesuffix('.safetensors')}{end}.safetensors"
+        folder, out = state / one.part, f"{stem}{one.end}.safetensors"
         train_one = partial(train_on, one, folder)
         stages.append(Stage(one.name, one.options, train_one, folder, settings | one.settings, out))
     if train_in_stages(
