@@ -5,7 +5,7 @@
 
 All models draw the same captions from the same noises, which nothing was trained on: noises have a
 world of seeds of their own (sample.seeds_in), and captions are in no list that pairs are made from.
-(The tiny teacher alone has seen them all.) Writes beside each other
+(The teacher of shapes alone was trained on all captions.) Writes beside each other
 
     evaluate.json     a row for each model, guidance and number of steps (null: does not apply)
     evaluate.md       the same as a table

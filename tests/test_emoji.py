@@ -68,27 +68,26 @@ def test_each_word_of_the_captions_is_one_token():
 
 
 def test_the_judge_knows_real_pictures_again():
-    """Other pictures of what the captions allow are right, those of other captions are not."""
+    """Nearly a real picture is right; a real one must be found through others of its thing."""
     reader = emoji.load_reader()
-    captions = emoji.measuring_captions(300, 1)
-    features = emoji.real_features(reader, captions, 2)
-    assert all(emoji.right(reader, features, captions))
-    wrong = captions[1:] + captions[:1]
-    assert sum(emoji.right(reader, features, wrong)) / 300 < 0.1
-    # A real picture finds itself. With itself left out of those to find, toy/README.md's 45 %.
     captions = emoji.measuring_captions(1000, seeds_in("evaluation", 0, 1)[0])
-    asked, found = emoji.some_rows(captions, 0), []
-    for row, caption in zip(asked, captions):
+    features = emoji.real_features(reader, captions, 0)
+    assert all(emoji.right(reader, features + 1e-3, captions))
+    wrong = captions[1:] + captions[:1]
+    assert sum(emoji.right(reader, features + 1e-3, wrong)) / 1000 < 0.1
+    # With itself taken out of the gallery by hand, one after the other.
+    rows, found = emoji.some_rows(captions, 0), []
+    for row, caption in zip(rows, captions):
         others = SimpleNamespace(real=reader.real.index_fill(0, torch.tensor([row]), 1e4))
         found += emoji.right(others, reader.real[row][None], [caption])
-    assert sum(found) / 1000 == pytest.approx(0.45, abs=0.015)
+    assert emoji.right(reader, features, captions) == found and 0.3 < sum(found) / 1000 < 0.6
     assert len(reader.features(torch.zeros(3, 3, 32, 32))) == 3
 
 
 def test_evaluation_needs_no_pictures(monkeypatch, tmp_path):
     monkeypatch.setattr(emoji, "PICTURES", tmp_path / "none")
     asked = judged(emoji, emoji.measuring_captions(100, 0), range(100), 0)
-    assert asked.real["caption_accuracy"] == 1 and asked.drawn is None
+    assert asked.drawn is None and 0.3 < asked.real["caption_accuracy"] < 0.7
     figures = asked.grade(torch.rand(100, 3, 32, 32) * 2 - 1)
     assert figures["frechet"] > 5 * asked.real["frechet"]
     assert figures["caption_accuracy"] < 0.1
@@ -195,6 +194,11 @@ def test_what_is_wrong_with_the_packages_is_one_line(packages, call, monkeypatch
     forget()
     code, _, err = call(emoji.main)
     assert code == 2 and "other words or pictures" in err
+    concept = json.loads(emoji.CONCEPTS.read_text())[0]
+    emoji.CONCEPTS.write_text(json.dumps([concept, concept | {"name": "pear"}]))
+    forget()
+    with pytest.raises(BadInput, match="features of 3 pictures, and emoji.json has 6"):
+        emoji.load_reader()
     emoji.PICTURES.write_bytes(b"half")
     with pytest.raises(BadInput, match="damaged"):
         emoji.pictures()

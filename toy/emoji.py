@@ -9,16 +9,17 @@ group, and on every second one in which style:
 
     "red apple"    "fox google"    "fruit fluent"    "animal mammal"    "transport air twitter"
 
-so that a name allows three pictures and a group a hundred, as with real captions. The pictures stay
-in their packages, whose licences are named in toy/NOTICE; here lie the captions' words (emoji.json)
-and what the judge saw in every picture (emoji.safetensors), so that models are measured without.
+so that most names allow three pictures, a tag about ten and a group about fifty, as with real
+captions. The pictures stay in their packages, whose licences are named in toy/NOTICE; here lie the
+captions' words (emoji.json) and what the judge saw in every picture (emoji.safetensors), so that
+models are measured without.
 
 Some pictures are held out: nobody is trained on them, nor on captions that name their thing and
-style together, though on the thing in other styles. Who draws them follows the text instead of
-knowing it by heart.
+style together, though on the thing in other styles.
 
 The judge asks EfficientNet (evaluation/efficientnet.py), which never saw an emoji with its name: of
-all real pictures, that whose features are nearest must be of a thing that the caption allows.
+all real pictures, that whose features are nearest must be of a thing that the caption allows, in
+whichever style. A real picture does not find itself, so that real ones say what can be reached.
 """
 
 import hashlib
@@ -261,8 +262,12 @@ def features() -> Tensor:
 
 
 def load_reader() -> Judge:
-    """BadInput where EfficientNet's weights are not installed."""
-    return Judge(**load_file(SEEN))
+    """BadInput where EfficientNet's weights are not installed, or emoji.json has other pictures."""
+    reader = Judge(**load_file(SEEN))
+    if len(reader.real) != len(rows()):
+        raise BadInput(f"{SEEN}: features of {len(reader.real)} pictures, and {CONCEPTS.name} has "
+                       f"{len(rows())}; make both again with python toy/emoji.py --judge")
+    return reader
 
 
 def some_rows(captions: list[str], seed: int) -> list[int]:
@@ -281,8 +286,13 @@ def real_features(reader: Judge, captions: list[str], seed: int) -> Tensor:
 
 
 def right(reader: Judge, features: Tensor, captions: list[str]) -> list[bool]:
-    """For each picture: is the real one nearest to it of a thing that its caption allows?"""
-    nearest = torch.cdist(features, reader.real).argmin(1).tolist()
+    """For each picture: is the real one nearest to it of a thing that its caption allows?
+
+    The nearest other one, if it is real itself: itself is at distance 0, a drawing never is.
+    """
+    # Through matrix products, the default for many rows, the distance to itself is rounded.
+    distances = torch.cdist(features, reader.real, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.masked_fill(distances == 0, torch.inf).argmin(1).tolist()
     return [rows()[row][0] in parse(caption)[0] for row, caption in zip(nearest, captions)]
 
 

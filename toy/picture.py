@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 from command import (
-    TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, pick_device, run,
+    TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, pick_device, pick_dtype,
+    run,
 )
 from evaluation.judge import load_judge
 from evaluation.plots import in_steps, save_comparison
@@ -38,8 +39,9 @@ def main():
     args = parser.parse_args()
     check_output(args.out)
     device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
     teacher, flow, one = (
-        checkpoint.load(path, device) for path in (args.teacher, args.flow, args.one_step)
+        checkpoint.load(path, device, dtype) for path in (args.teacher, args.flow, args.one_step)
     )
     judge = FAMILIES[teacher.family].judge
     if not args.prompts and judge is None:

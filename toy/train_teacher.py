@@ -272,6 +272,9 @@ def main():
     out = Path(args.out or HERE / "toy" / world.out)
     check_output(out)
     folder = Path(args.work or f"runs/teacher-{args.world}")
+    if args.world == "emoji":  # what is not installed or fetched is said now, not after an hour
+        emoji.load_reader()
+        emoji.pictures()
 
     vocabulary, merges = make_vocabulary(world.module.words())
     text_config = replace(TEXT, vocab_size=len(vocabulary))
