@@ -39,12 +39,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def precision_recall(real: Tensor, generated: Tensor) -> tuple[float, float]:
     """Shares of the generated features (N, D) among the real ones (M, D), and the other way round.
 
-    "Among" is: nearer to one of them than that one's k-th nearest neighbour in its own set.
+    "Among" is: nearer to one of them than that one's k-th nearest neighbour in its own set, where a
+    point that is there more than once counts as one: it would have itself for a neighbour.
     """
 
     def share(points: Tensor, among: Tensor) -> float:
-        # The nearest to a point is itself.
-        reach = torch.cdist(among, among).kthvalue(NEIGHBOURS + 1, dim=1).values
+        among = among.unique(dim=0)
+        # The nearest to a point is itself. A model that draws the same always has no neighbours.
+        rank = min(NEIGHBOURS + 1, len(among))
+        reach = torch.cdist(among, among).kthvalue(rank, dim=1).values
         return (torch.cdist(points, among) <= reach).any(1).double().mean().item()
 
     return share(generated, real), share(real, generated)

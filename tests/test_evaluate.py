@@ -44,6 +44,15 @@ def test_precision_and_recall_have_known_answers():
     assert (precision, recall) == (0.5, 1)
 
 
+def test_a_real_picture_drawn_often_still_has_a_reach():
+    """Five copies of one have no nearest neighbours but each other, at distance 0."""
+    line = torch.arange(10.0)[:, None]
+    often = torch.cat([line, line[:1].expand(4, 1)])
+    assert figures.precision_recall(often, torch.tensor([[-1.0]])) == (1, 0)
+    # A model that draws one picture alone has no reach, and no recall.
+    assert figures.precision_recall(line, torch.full((10, 1), 4.5)) == (1, 0)
+
+
 def test_intervals():
     assert figures.with_interval([3.0]) == (3, None)
     assert figures.with_interval([None, None]) == (None, None)
@@ -88,7 +97,7 @@ FEW = ["--iterations", 4, "--batch-size", 4, "--num-pairs", 20,
 STUDY = [*FEW, "--held-out", 8, "--lpips-iterations", 2, "--steps", 4, 1]
 
 
-def test_the_study(call, tmp_path):
+def test_the_study(call, tmp_path, monkeypatch):
     code, out, err = call(paper_table.main, *STUDY, "--num-seeds", 1)
     assert code == 0, err
     rows = json.loads(Path("runs/study/study.json").read_text())
@@ -130,6 +139,18 @@ def test_the_study(call, tmp_path):
     assert more[: len(again)] == again and more[-1]["frechet"] != at("teacher", 0)["frechet"]
     code, _, err = call(paper_table.main, *STUDY, "--captions", "emoji")
     assert code == 2 and "holds another study (captions was 'open', now 'emoji')" in err
+
+    # The same models, asked for one object: nothing is trained.
+    monkeypatch.setattr(paper_table, "distill", None)
+    asked = [*STUDY, "--num-seeds", 1, "--parts", "teacher", "direct", "--asked"]
+    assert call(paper_table.main, *asked, "single")[0] == 0
+    single = json.loads(Path("runs/study/study-single.json").read_text())
+    assert len(single) == 3 + 5 + 3 and {row["frechet"] for row in single}.isdisjoint(
+        {row["frechet"] for row in rows}
+    )
+    assert json.loads(Path("runs/study/study.json").read_text()) == more
+    code, _, err = call(paper_table.main, *asked, "emoji")
+    assert code == 2 and "--asked emoji: of another world than --captions open" in err
 
 
 # --------------------------------------------------------------------------------------------------
