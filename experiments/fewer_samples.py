@@ -193,9 +193,7 @@ def main():
     for seed in range(args.seed, args.seed + args.num_seeds):
         measure_seed(study_of(seed, args, device, rows, write), distance)
     summary = summary_of(rows)
-    table = markdown_table(summary) + footer(
-        "python experiments/fewer_samples.py", args, device, rows
-    )
+    table = markdown_table(summary) + footer("experiments/fewer_samples.py", args, device, rows)
     write_text(Path(args.out) / "fewer_samples.md", table)
     save_curves(Path(args.out) / "fewer_samples.png", summary)
     print(table + f"{args.out}: fewer_samples.json, .md and .png")

@@ -5,6 +5,7 @@ Is distilling the teacher directly worse, and what does reflow buy?
     python experiments/paper_table.py                   seeds 0, 1 and 2; hours on 2 CPU cores
     python experiments/paper_table.py --num-seeds 1 --parts direct      some rows; others are kept
     python experiments/paper_table.py --captions emoji                  the world of real pictures
+    python experiments/paper_table.py --captions mixed --asked full     measured on others
 
 For each seed, on captions that leave much open ("a shape and a red square"), where a prompt has
 many right pictures:
@@ -45,6 +46,7 @@ every row).
 import argparse
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,7 +64,7 @@ import checkpoint
 import emoji
 import shapes
 from command import (
-    TINY_EMOJI, TINY_TEACHER, Parser, add_machine_options, check_output, not_below_zero,
+    TINY_EMOJI, TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, not_below_zero,
     not_negative, pick_device, pick_dtype, positive, refuse_other, run, share, solver_steps,
     write_json, write_text, write_whole,
 )
@@ -87,7 +89,7 @@ CAPTIONS = {
 }
 # At 5e-4, as in L2, the LPIPS of the training pairs rises from the first updates on.
 LPIPS_LEARNING_RATE = 1e-4
-CAPTIONS_DRAWN = 1000  # different ones, among the pairs
+CAPTIONS_DRAWN = 1000  # for the pairs, some of them more than once
 # Of the noises of their pairs, so that no model is sampled where it was trained. Those of the
 # teacher serve all seeds.
 WORLDS = {"tiny_sd": "reflow", "tiny_emoji": "reflow", "2rf": "second reflow",
@@ -396,16 +398,19 @@ def open_table(path: Path, args: argparse.Namespace) -> tuple[list[dict], Callab
 
 
 def study_of(
-    seed: int, args: argparse.Namespace, device: torch.device, rows: list[dict], write: Callable
+    seed: int, args: argparse.Namespace, device: torch.device, rows: list[dict], write: Callable,
+    asked: str | None = None,
 ) -> Study:
+    """asked: captions to measure on, if others than those of --captions."""
     seeds = seeds_in("evaluation", seed, args.num_samples)
-    captions = captions_of(args.captions, args.num_samples, seeds[0], measuring=True)
+    captions = captions_of(asked or args.captions, args.num_samples, seeds[0], measuring=True)
     questions = judged(world_of(args.captions)[0], captions, seeds, seed)
     return Study(seed, Path(args.out) / f"seed-{seed}", args, device, questions, rows, write)
 
 
-def footer(command: str, args: argparse.Namespace, device: torch.device, rows: list[dict]) -> str:
-    """What made a table, below it."""
+def footer(script: str, args: argparse.Namespace, device: torch.device, rows: list[dict]) -> str:
+    """What made a table, below it. script: its path."""
+    command = shlex.join(["python", script, *sys.argv[1:]])
     settings = ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in vars(args).items()
         if name in SETTINGS
@@ -427,22 +432,26 @@ def main():
     parser.add_argument("--budgets", type=not_below_zero, nargs="+", default=[0.25, 0.5, 1, 2, 4],
                         help="updates of a distillation at which it is measured, in --iterations")
     parser.add_argument("--lpips-iterations", type=not_negative, default=64)
+    parser.add_argument("--asked", choices=CAPTIONS,
+                        help="measure the same models on these captions, in study-ASKED.json and "
+                             "its like; default: on such as they were trained on")
     args = parser.parse_args()
+    if args.asked and world_of(args.asked) != world_of(args.captions):
+        raise BadInput(f"--asked {args.asked}: of another world than --captions {args.captions}")
     folder, device = Path(args.out), pick_device(args.device)
-    rows, write = open_table(folder / "study.json", args)
+    name = f"study-{args.asked}" if args.asked else "study"
+    rows, write = open_table(folder / f"{name}.json", args)
     distance = perceptual_distance("random", device)
     for seed in range(args.seed, args.seed + args.num_seeds):
-        study = study_of(seed, args, device, rows, write)
+        study = study_of(seed, args, device, rows, write, args.asked)
         measure_seed(study, distance)
-        save_pictures(folder / f"study-pictures-{seed}.png", study)
+        save_pictures(folder / f"{name}-pictures-{seed}.png", study)
 
     summary = summary_of(rows)
-    table = markdown_table(summary) + footer(
-        "python experiments/paper_table.py", args, device, rows
-    )
-    write_text(folder / "study.md", table)
-    save_curves(folder / "study.png", summary)
-    print(table + f"{folder}: study.json, study.md, study.png and pictures")
+    table = markdown_table(summary) + footer("experiments/paper_table.py", args, device, rows)
+    write_text(folder / f"{name}.md", table)
+    save_curves(folder / f"{name}.png", summary)
+    print(table + f"{folder}: {name}.json, {name}.md, {name}.png and pictures")
 
 
 if __name__ == "__main__":

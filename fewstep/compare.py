@@ -320,8 +320,7 @@ def main():
         if study.shown:
             save_pictures(folder / f"compare-pictures-{seed}.png", study)
     summary = summary_of(rows)
-    table = markdown_table(summary) + footer(
-        "python fewstep/compare.py", args, device, rows)
+    table = markdown_table(summary) + footer("fewstep/compare.py", args, device, rows)
     write_text(folder / "compare.md", table)
     save_curves(folder / "compare.png", summary)
     print(table + f"{folder}: compare.json, compare.md, compare.png and pictures")
