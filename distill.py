@@ -35,7 +35,7 @@ from torch import Tensor
 import checkpoint
 from command import (
     BadInput, ByModel, Parser, add_machine_options, not_below_zero, not_negative, pick_device,
-    positive, refuse_overwriting, run, settle, share, solver_steps,
+    positive, run, settle, share, solver_steps,
 )
 from evaluation.efficientnet import load_efficientnet
 from pairs import Pairs, pairs_asked
@@ -228,7 +228,6 @@ def main():
         raise BadInput(f"{args.teacher}: its U-Net is a stacked one already; take --student unet")
     if not args.l2_iterations + args.lpips_iterations:
         raise BadInput("--l2-iterations and --lpips-iterations are both 0: nothing to do")
-    refuse_overwriting(args.out, {"--teacher": args.teacher, "--init": args.init})
     init, init_name = checkpoint.load_start(args.init, teacher)
     lpips = None
     if args.lpips_iterations:

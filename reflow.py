@@ -33,7 +33,7 @@ from torch import Tensor
 import checkpoint
 from command import (
     TINY_TEACHER, BadInput, ByModel, Parser, add_machine_options, not_below_zero, not_negative,
-    pick_device, positive, refuse_overwriting, run, settle, share, solver_steps,
+    pick_device, positive, run, settle, share, solver_steps,
 )
 from pairs import Pairs, pairs_asked
 from rectified_flow import flow_velocity, pseudo_huber, reflow_loss
@@ -158,7 +158,6 @@ def main():
     if teacher.kind == "one-step":
         raise BadInput(f"{args.teacher}: a one-step model has no path to straighten; give a "
                        "diffusion or a flow as --teacher")
-    refuse_overwriting(args.out, {"--teacher": args.teacher, "--init": args.init})
     init, init_name = checkpoint.load_start(args.init, teacher)
     world = "reflow" if teacher.kind == "diffusion" else "second reflow"
     asked = pairs_asked(teacher, args, world, TINY_PAIRS)
