@@ -18,6 +18,7 @@ and to tell apart what a method is made of:
 
     velocity, picture loss      Rectified Diffusion's loss, of a network that predicts v, from t = 0
     noise prediction, squared   its form, with the squared error of pictures
+    re-meanflow, exact          with the derivative in place of the difference
     meanflow, fresh noise       Re-MeanFlow without the coupling of the pairs; none is left out
 
 The rate of every training falls over its last part, and starts at the same. Captions and noises
@@ -49,7 +50,7 @@ from distill import distill
 from evaluate import evaluate
 from evaluation.figures import GRADES, with_interval
 from evaluation.plots import grouped, in_steps, markdown_table
-from fewstep import progressive, rectified_diffusion
+from fewstep import meanflow, progressive, rectified_diffusion
 from fewstep.train import (
     NEEDS, Needs, Prompts, Round, finished, guide, next_teacher, of_pictures, of_shorter_pairs,
     rounds_of, student_of, train_round,
@@ -72,6 +73,8 @@ VARIANTS = {
         loss=partial(rectified_diffusion.loss, times=lambda place: place))),
     "noise prediction, squared": ("rectified-diffusion", replace(
         NEEDS["rectified-diffusion"], loss=partial(rectified_diffusion.loss, distance=squared))),
+    "re-meanflow, exact": ("re-meanflow", replace(
+        NEEDS["re-meanflow"], loss=partial(meanflow.loss, derivative=meanflow.along_path))),
     "meanflow, fresh noise": ("re-meanflow", replace(NEEDS["re-meanflow"], data="pictures")),
 }
 ROWS = ("teacher", *INSTAFLOW, *NEEDS, *VARIANTS)
@@ -150,8 +153,8 @@ def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dty
         student = student_of(start, method, needs, init, study.seed)
         if method == "hipa":
             return student, replace(needs, loss=of_pictures(student, "random"))
-        if row == "re-meanflow":
-            return student, replace(needs, loss=of_shorter_pairs(pairs))
+        if method == "re-meanflow" and needs.data == "pairs":
+            return student, replace(needs, loss=of_shorter_pairs(needs.loss, pairs))
         return student, needs
 
     def rounds(iterations: int, needs: Needs) -> list[Round]:

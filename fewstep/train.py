@@ -35,7 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-from command import BadInput, ByModel, Parser, pick_device, refuse_overwriting, run, settle
+from command import BadInput, ByModel, Parser, pick_device, run, settle
 from diffusion import diffusion_velocity
 from distill import FITS_LPIPS, perceptual_distance
 from fewstep import (
@@ -87,8 +87,6 @@ NEEDS = {
                       second_time=True),
 }
 LONGEST, MEASURED = 0.9, 1000  # Re-MeanFlow keeps this share of the pairs, by the first thousand
-# Samples at 512 px that pass 80 GB at once: attention without its fast kernels keeps its scores.
-FITS_MEANFLOW = 4
 
 
 class Prompts:
@@ -177,10 +175,10 @@ def next_teacher(student: StableDiffusion, teacher: Velocity | None) -> Velocity
     return flow_velocity(copy.deepcopy(student.unet).requires_grad_(False))
 
 
-def of_shorter_pairs(pairs: Pairs) -> Callable:
-    """The loss of Re-MeanFlow, without the tenth of the pairs that is longest."""
+def of_shorter_pairs(loss: Callable, pairs: Pairs) -> Callable:
+    """The loss of Re-MeanFlow without the tenth of the pairs that is longest."""
     x0, x1, _ = pairs[torch.arange(min(MEASURED, len(pairs)))]
-    return partial(meanflow.loss, longest=squared(x0, x1).quantile(LONGEST).item())
+    return partial(loss, longest=squared(x0, x1).quantile(LONGEST).item())
 
 
 def of_pictures(model: StableDiffusion, net: str, trained: bool = True) -> Callable:
@@ -220,9 +218,7 @@ def train_round(
         frozen = {"teacher": teacher} if needs.teacher else {}
         if needs.target:
             bare = getattr(unet, "module", unet)  # not the processes' wrapper of it
-            # A compiled network has no forward derivative.
-            network = averaged or (bare.forward if needs.second_time else bare)
-            frozen["target"] = velocity_of(network, needs)
+            frozen["target"] = velocity_of(averaged or bare, needs)
         context = model.encode_prompts(prompts)
         return one.loss(velocity_of(unet, needs), x0, x1, context, *random, **frozen), None
 
@@ -271,14 +267,13 @@ def main():
         raise BadInput(f"--init negated: is a start for velocities, and {args.method} predicts "
                        "noise; leave it away")
     args.init = args.init or ("negated" if needs.kind == "flow" else "teacher")
-    refuse_overwriting(args.out, {"--teacher": args.teacher, "--init": args.init})
     init, init_name = checkpoint.load_start(args.init, teacher)
     prompts, held_out, description = pairs_asked(teacher, args, "reflow", TINY_PAIRS)
 
     rate = args.learning_rate
     if rate is None:
         rate = 5e-4 if teacher.is_tiny else needs.rate
-    fits = {"hipa": FITS_LPIPS, "re-meanflow": FITS_MEANFLOW}.get(args.method, FITS)
+    fits = FITS_LPIPS if args.method == "hipa" else FITS
     fits = args.batch_size if teacher.is_tiny else fits
     options = options_from(args, args.iterations, args.batch_size, rate, args.accumulate, fits)
     dtype = autocast_dtype(args.dtype, device, teacher.unet)
@@ -303,7 +298,7 @@ def main():
     def train_on(one, folder, pairs, train: Callable = train, watch: Callable | None = None):
         nonlocal velocity
         if args.method == "re-meanflow":
-            one.loss = of_shorter_pairs(pairs)
+            one.loss = of_shorter_pairs(needs.loss, pairs)
         train_round(student, velocity, one, needs, pairs, folder, settings, dtype, watch, train)
         velocity = next_teacher(student, velocity)
 

@@ -217,7 +217,7 @@ def test_the_forward_derivative_is_that_of_finite_differences(teacher, monkeypat
     torch.nn.init.normal_(two.until_embedding.linear_2.weight, std=0.05, generator=GENERATOR)
     u = mean_velocity(two)
     x0, x1, t, r, context = inputs(3)
-    found = meanflow.loss(u, x0, x1, context, t, r, target=u)
+    found = meanflow.loss(u, x0, x1, context, t, r, target=u, derivative=meanflow.along_path)
     x, v, h = interpolate(x0, x1, t), x1 - x0, 1e-6
     with torch.no_grad():
         ahead, behind = (u(x + s * v, t + s, r, context) for s in (h, -h))
@@ -230,6 +230,22 @@ def test_the_forward_derivative_is_that_of_finite_differences(teacher, monkeypat
     short = meanflow.loss(u, x0, x1, context, t, r, target=u,
                           longest=squared(x0, x1).min().item())
     assert (short > 0).sum() == 1
+
+
+def test_fast_waves_of_time_cancel_in_the_difference():
+    """u = x (t + r) + sin(1000 t) / 10: the derivative is the wave's, the difference u's own."""
+    x, v, t, r, _ = inputs(64)
+    wave = lambda t: (1000 * t).sin() / 10
+    u = lambda x, t, r, context: x * like(t + r, x) + like(wave(t), x)
+    slow = v * like(t + r, x) + x  # d/dt of x (t + r)
+    near, exact = (way(u, x, v, t, r, None) for way in (meanflow.difference, meanflow.along_path))
+    torch.testing.assert_close(exact, slow + like(100 * (1000 * t).cos(), x))
+    assert squared(near, slow).mean() < squared(exact, slow).mean() / 100
+    # A step shorter than the difference ends where it ends.
+    r = t + meanflow.NEAR / 4
+    whole = like(r - t, x) * meanflow.difference(u, x, v, t, r, None)
+    torch.testing.assert_close(
+        whole, u(x + like(r - t, x) * v, r, r, None) - u(x, t, r, None), rtol=1e-9, atol=1e-9)
 
 
 def test_lora_merged_is_lora_applied(teacher):
