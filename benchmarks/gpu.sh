@@ -2,14 +2,15 @@
 # Everything that is measured on a GPU, in one call: nine minutes by the limits below; writes JSON.
 #
 #     sh benchmarks/gpu.sh                                    one CUDA GPU of 80 GB
-#     DEVICE=cpu SIZE="--latent-size 8 --rounds 1" COUNTS="--num-pairs 64" sh benchmarks/gpu.sh
+#     DEVICE=cpu SIZE="--latent-size 8 --rounds 1" REFLOW="--num-pairs 64 --iterations 4" \
+#         DISTILL="--num-pairs 64 --l2-iterations 4 --lpips-iterations 2" EVALUATE="--num-samples 50" \
+#         sh benchmarks/gpu.sh                            a rehearsal, ten minutes on 2 cores
 #
 # Runs unattended on a bare machine with torch 2.11 or later: what fails is named at the end, and the
 # rest goes on. Results land in benchmarks/results/ and, of the demo's four commands, in runs/gpu/.
 # One GPU proves nothing of NCCL: several processes are not run here.
 DEVICE="${DEVICE:-cuda}"
 SIZE="${SIZE:---rounds 10}"
-COUNTS="${COUNTS:-}"
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-runs/gpu}"
 FAILED=""
@@ -40,12 +41,12 @@ done
 
 # The demo's four commands.
 try 45 reflow $PYTHON reflow.py --device "$DEVICE" --pairs "$OUT/pairs" \
-    --out "$OUT/2rf.safetensors" $COUNTS
+    --out "$OUT/2rf.safetensors" $REFLOW
 try 50 distill $PYTHON distill.py --device "$DEVICE" --teacher "$OUT/2rf.safetensors" \
-    --pairs "$OUT/pairs-2rf" --out "$OUT/instaflow.safetensors" $COUNTS
+    --pairs "$OUT/pairs-2rf" --out "$OUT/instaflow.safetensors" $DISTILL
 try 15 sample $PYTHON sample.py --device "$DEVICE" --model "$OUT/instaflow.safetensors" \
     --out "$OUT/sample.png"
 try 40 evaluate $PYTHON evaluate.py --device "$DEVICE" --steps 8,4,2,1 --out "$OUT/evaluate.json" \
-    --model toy/tiny_sd.safetensors "$OUT/2rf.safetensors" "$OUT/instaflow.safetensors"
+    --model toy/tiny_sd.safetensors "$OUT/2rf.safetensors" "$OUT/instaflow.safetensors" $EVALUATE
 echo "failed:${FAILED:- nothing}"
 test -z "$FAILED"

@@ -89,12 +89,12 @@ for t in torch.linspace(0, 1, 9).tolist():  # where the lines are at that time
     field.quiver(*x.T, *first(x, t).T, color="tab:blue", angles="xy", scale=36, width=0.004)
 for axis, velocity in zip(flows, (first, second)):
     axis.set_title("its flow: bent" if velocity is first else "after reflow: straight")
-    for path in euler(velocity, noises, 200).unbind(1):
-        axis.plot(*path.T, color="tab:orange", linewidth=0.6)
+    for k, path in enumerate(euler(velocity, noises, 200).unbind(1)):  # from A and B in turn
+        axis.plot(*path.T, color=("tab:orange", "tab:brown")[k % 2], linewidth=0.6)
 for axis, step in zip((field, *flows), (blur, blur, sharp)):
     for start, end in zip(NOISES, step):
         axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "black"})
-figure.supxlabel("black: one Euler step from the noise", fontsize=9)
+figure.supxlabel("orange: from around A; brown: from around B; black: one step", fontsize=9)
 Path("runs").mkdir(exist_ok=True)
 figure.savefig("runs/first.png", dpi=150)
 print("runs/first.png")

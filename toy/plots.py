@@ -82,7 +82,8 @@ def save_paths(path: Path, tracks: list[Track], labels: Tensor, data: Tensor) ->
             axis.annotate("", ends[k].tolist(), track.states[0, k].tolist(),
                           arrowprops=arrow, zorder=4)
     figure.supxlabel(
-        "coloured: the model's paths; black: one Euler step from the noise", fontsize=9
+        "coloured by label: the model's paths, dots at their ends; grey: data; "
+        "black: one Euler step from the noise", fontsize=9
     )
     save(figure, path)
 
@@ -98,9 +99,12 @@ def save_ddim(
         points = torch.stack([x / (scale if divided else 1.0) for x, scale in states])
         for k, colour in enumerate(colours(labels)):
             axis.plot(*points[:, k].T, color=colour, linewidth=1.2, marker="o", markersize=3.5)
+            axis.plot(*points[0, k], "o", color=colour, markersize=10, fillstyle="none")
     for k in range(len(labels)):
         axes[1].plot(*torch.stack(euler_states)[:, k].T, "+", color="black", markersize=7)
-    figure.supxlabel("dots: DDIM as published; crosses: Euler's steps on the velocity", fontsize=9)
+    figure.supxlabel(
+        "rings: noise; dots: DDIM as published; crosses: Euler's steps on the velocity", fontsize=9
+    )
     save(figure, path)
 
 
