@@ -196,6 +196,14 @@ def family_of(path: str | Path) -> str:
     return about_of(path, files).get("family") or "sd"
 
 
+def refuse_other_worlds(paths: list[str]) -> None:
+    """BadInput where the checkpoints were made for captions of different worlds."""
+    families = {family_of(path): path for path in paths}
+    if len(families) > 1:
+        one, other = list(families.values())[:2]
+        raise BadInput(f"{one}: was made for other captions than {other}; give models of one world")
+
+
 def configs_in(about: dict) -> tuple[UNetConfig, VAEConfig, TextEncoderConfig]:
     """The sizes of the networks: those in the metadata, else Stable Diffusion's."""
     if "config" not in about:

@@ -13,7 +13,7 @@ world of seeds of their own (sample.seeds_in), and captions are in no list that 
 
 caption_accuracy   share of pictures that show all that their caption says, as the reader reads
 frechet            Fréchet distance between the reader's features of drawn and generated pictures;
-                   the row "drawn" is the best to hope for: two sets of drawn pictures
+                   the row "drawn" has what two sets of drawn pictures have, about the least
 precision, recall  share of generated pictures that lie among the drawn ones, and of drawn among the
                    generated: a model that forgets variety loses recall
 straightness       S of rectified_flow.py along the model's own path at 25 steps, where any of
@@ -122,11 +122,7 @@ def ask_judge(args: argparse.Namespace, device: torch.device) -> tuple[list, lis
                         ("--feature-extractor", args.feature_extractor), ("--clip", args.clip)):
         if given:
             raise BadInput(f"{flag}: is for --coco or --images; give one of them too")
-    families = {checkpoint.family_of(path): path for path in args.model}
-    if len(families) > 1:
-        one, other = list(families.values())[:2]
-        raise BadInput(f"{one}: was made for other captions than {other}; measure them one after "
-                       "the other, each with its own --out")
+    checkpoint.refuse_other_worlds(args.model)
     rows, pictures, questions = [], [], []
     for model, guidance in models(args, device):
         if not questions:

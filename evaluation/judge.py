@@ -36,6 +36,8 @@ def load_judge(path: str):
     if not Path(path).is_file():
         raise BadInput(f"--judge {path}: no such file; give a Python file such as toy/shapes.py")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None:
+        raise BadInput(f"--judge {path}: is no Python file; give one such as toy/shapes.py")
     judge = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = judge  # dataclasses look their module up
     spec.loader.exec_module(judge)
@@ -54,7 +56,7 @@ class Questions:
     seeds: range  # of the noises
     grade: Callable[[Tensor], dict]  # pictures -> a figure for each of GRADES
     seed: int  # the --seed that all this comes from
-    real: dict | None = None  # the grades of other real pictures: the best to hope for
+    real: dict | None = None  # the grades of other real pictures, to compare with
     drawn: Tensor | None = None  # and real pictures to look at, where they are at hand
 
 

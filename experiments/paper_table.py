@@ -11,7 +11,7 @@ For each seed, on captions that leave much open ("a shape and a red square"), wh
 many right pictures:
 
     part       row
-    teacher    drawn                         real pictures of other scenes: the best to hope for
+    teacher    drawn                         real pictures, set against other real ones
                teacher                       at 25, 8, 4, 2, 1 steps of DPM-Solver
     reflow     2-RF                          at 25, 8, 4, 2, 1 Euler steps; `--iterations` updates
                2-RF + distill                after 1/4, 1/2 and 1 times `--iterations` in L2
@@ -192,7 +192,7 @@ class Study:
         self, row: str, model: StableDiffusion, updates: int, source: StableDiffusion | None = None,
         steps: list[int] | None = None, guidance: float | None = None, **about,
     ) -> None:
-        """Measure a model, at these numbers of steps if it has a path, unless the table has it.
+        """Measure a model, at those of these numbers of steps that the table lacks.
 
         source: the teacher of a one-step model, on whose pairs its errors are measured.
         """
@@ -201,9 +201,10 @@ class Study:
         label = row + f", {updates} updates" * bool(updates)
         self.shown += [(f"{label}\n{in_steps(number)}", model, number) for number in steps]
         key = {"row": row, "updates": updates, "seed": self.seed}
-        if sum(key.items() <= each.items() for each in self.rows) == len(steps):
+        known = {each["steps"] for each in self.rows if key.items() <= each.items()}
+        steps = [number for number in steps if number not in known]
+        if not steps:
             return
-        self.rows[:] = [each for each in self.rows if not key.items() <= each.items()]
         errors = {"held_out_error": None, "train_error": None}
         if source is not None:
             errors["held_out_error"], cost = self.errors_on(
@@ -383,16 +384,20 @@ def study_parser(description: str) -> Parser:
     return parser
 
 
-def open_table(path: Path, args: argparse.Namespace) -> tuple[list[dict], Callable[[], None]]:
+def open_table(
+    path: Path, args: argparse.Namespace, asked: str = "",
+) -> tuple[list[dict], Callable[[], None]]:
     """The rows that are there already, and a function that writes them with what was added.
 
-    BadInput where those are of other settings.
+    asked: what the table of the same models lacks in its name. BadInput where those are of other
+    settings.
     """
     check_output(path)
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
     told = path.with_suffix(".settings.json")
     refuse_other(told, settings, "another study", "name another folder with --out")
     write_json(told, settings)
+    path = path.with_stem(path.stem + asked)
     rows = json.loads(path.read_text()) if path.exists() else []
     return rows, lambda: write_json(path, rows)
 
@@ -409,7 +414,7 @@ def study_of(
 
 
 def footer(script: str, args: argparse.Namespace, device: torch.device, rows: list[dict]) -> str:
-    """What made a table, below it. script: its path."""
+    """What wrote a table, below it. script: its path."""
     command = shlex.join(["python", script, *sys.argv[1:]])
     settings = ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in vars(args).items()
@@ -417,7 +422,7 @@ def footer(script: str, args: argparse.Namespace, device: torch.device, rows: li
     )
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     machine = f"{machine_name(device)}, torch {torch.__version__}"
-    return f"\n`{command}`, seeds {seeds}; {settings}; {machine}.\n"
+    return f"\nWritten by `{command}`, seeds {seeds}; {settings}; {machine}.\n"
 
 
 def main():
@@ -439,8 +444,9 @@ def main():
     if args.asked and world_of(args.asked) != world_of(args.captions):
         raise BadInput(f"--asked {args.asked}: of another world than --captions {args.captions}")
     folder, device = Path(args.out), pick_device(args.device)
-    name = f"study-{args.asked}" if args.asked else "study"
-    rows, write = open_table(folder / f"{name}.json", args)
+    asked = f"-{args.asked}" if args.asked else ""
+    name = f"study{asked}"
+    rows, write = open_table(folder / "study.json", args, asked)
     distance = perceptual_distance("random", device)
     for seed in range(args.seed, args.seed + args.num_seeds):
         study = study_of(seed, args, device, rows, write, args.asked)

@@ -45,7 +45,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 sys.path.insert(2, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import checkpoint
-from command import pick_device, positive, run, write_text, write_whole
+from command import BadInput, pick_device, positive, run, write_text, write_whole
 from distill import distill
 from evaluate import evaluate
 from evaluation.figures import GRADES, with_interval
@@ -221,6 +221,8 @@ def by_instaflow(
     few = vars(study.args) | {"num_pairs": FLOW_PAIRS, "teacher_steps": FLOW_STEPS}
     own = replace(study, args=argparse.Namespace(**few)).pairs_of(study.load(flow.model.path))
     spent = flow.passes + FLOW_PAIRS * FLOW_STEPS * passes_of_a_step(flow.model)
+    if spent > passes:
+        raise BadInput(f"--passes {passes}: 2-RF and its pairs cost {spent:.0f}; give more")
     end = trained(flow.model, own, passes - spent, distilled, "2-RF+distill")
     return [replace(end, updates=flow.updates + end.updates, passes=spent + end.passes,
                     minutes=flow.minutes + end.minutes)]

@@ -12,7 +12,7 @@ takes a second time, whose embedding begins at zero: u(x, t, t) = v.
 Stable Diffusion tells its network the time in waves, the fastest of which turn by 1000 radians from
 noise to data. The exact derivative (`along_path`, the papers' way for networks with slower waves)
 is that of their jitter, and the loss rises over the first hundred updates; in a difference over
-0.02 of time (`difference`) they cancel, and the loss falls.
+0.02 of time (`difference`) a wave counts 100 at most, however fast it is, and the loss falls.
 
 Differs from the paper: this difference; half of the steps that begin near the noise, and not all,
 go the whole way, so that two and four steps are learned too; it starts from the teacher with the
@@ -37,7 +37,7 @@ from unet import UNet, unheeded_embedding
 AT_ONE_TIME = 0.75  # share of samples with r = t, where u is the velocity
 WHOLE = 0.5  # of those near the noise, share whose step is the whole way
 FLAT = 0.01  # of the weight
-NEAR = 0.02  # of time, over which `difference` looks: three turns of the fastest wave
+NEAR = 0.02  # of time, over which `difference` looks: a wave changes it by 2 / NEAR at most
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -149,6 +149,10 @@ def test_the_study(call, tmp_path, monkeypatch):
         {row["frechet"] for row in rows}
     )
     assert json.loads(Path("runs/study/study.json").read_text()) == more
+    other = [*asked]
+    other[other.index("--iterations") + 1] = 8
+    code, _, err = call(paper_table.main, *other, "single")
+    assert code == 2 and "holds another study (iterations was 4, now 8)" in err
     code, _, err = call(paper_table.main, *asked, "emoji")
     assert code == 2 and "--asked emoji: of another world than --captions open" in err
 

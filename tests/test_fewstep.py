@@ -232,15 +232,15 @@ def test_the_forward_derivative_is_that_of_finite_differences(teacher, monkeypat
     assert (short > 0).sum() == 1
 
 
-def test_fast_waves_of_time_cancel_in_the_difference():
-    """u = x (t + r) + sin(1000 t) / 10: the derivative is the wave's, the difference u's own."""
+def test_fast_waves_of_time_count_little_in_the_difference():
+    """u = x (t + r) + sin(1000 t) / 10: the derivative is the wave's, which is up to 100 steep."""
     x, v, t, r, _ = inputs(64)
     wave = lambda t: (1000 * t).sin() / 10
     u = lambda x, t, r, context: x * like(t + r, x) + like(wave(t), x)
     slow = v * like(t + r, x) + x  # d/dt of x (t + r)
     near, exact = (way(u, x, v, t, r, None) for way in (meanflow.difference, meanflow.along_path))
     torch.testing.assert_close(exact, slow + like(100 * (1000 * t).cos(), x))
-    assert squared(near, slow).mean() < squared(exact, slow).mean() / 100
+    assert (near - slow).abs().max() < 2 * 0.1 / meanflow.NEAR + 0.1 < (exact - slow).abs().max()
     # A step shorter than the difference ends where it ends.
     r = t + meanflow.NEAR / 4
     whole = like(r - t, x) * meanflow.difference(u, x, v, t, r, None)
@@ -435,7 +435,10 @@ def test_passes_are_counted_where_they_are_computed(teacher):
         u = mean_velocity(two.requires_grad_(True))
         r[3:] = t[3:]  # where no derivative is needed
         meanflow.loss(u, x, v, context, t, r, target=u)
-    assert passes == [20 + 15 + 3 * 2]
+        assert passes == [20 + 15 + 3 * 2]  # two without gradients
+        passes[0] = 0
+        meanflow.loss(u, x, v, context, t, r, target=u, derivative=meanflow.along_path)
+    assert passes == [15 + 3 * 2]
     with compare.counted_passes() as passes:
         pass
     teacher.unet(x, 1000 * t, context)
@@ -501,8 +504,13 @@ def test_held_out_noise_is_none_of_training(monkeypatch):
         assert all((batch[0] - drawn).abs().max() > 0.1 for batch in batches)
 
 
-def test_the_derivative_under_autocast(call, folder):
-    """Large networks train in bf16, whose autocast the forward derivative does not pass."""
-    code, _, err = call(fewstep.train.main, "--method", "re-meanflow", "--dtype", "bf16", *FEW,
-                        "--iterations", 1, "--validation-pairs", 0)
-    assert code == 0, err
+def test_the_derivative_under_autocast(teacher):
+    """Large networks train in bf16: a difference would divide its rounding by NEAR, and autocast
+    does not pass the forward derivative.
+    """
+    x, v, t, r, context = inputs(4, torch.float32)
+    u = mean_velocity(meanflow.with_second_time(teacher.unet))
+    for way in (meanflow.difference, meanflow.along_path):
+        wanted = way(u, x, v, t, r, context)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(way(u, x, v, t, r, context), wanted)

@@ -19,7 +19,8 @@ style together, though on the thing in other styles.
 
 The judge asks EfficientNet (evaluation/efficientnet.py), which never saw an emoji with its name: of
 all real pictures, that whose features are nearest must be of a thing that the caption allows, in
-whichever style. A real picture does not find itself, so that real ones say what can be reached.
+whichever style. Real pictures take the same test, each with itself left out, as a new drawing
+would; a drawing that repeats a picture finds that one, and can do better.
 """
 
 import hashlib
@@ -288,7 +289,7 @@ def real_features(reader: Judge, captions: list[str], seed: int) -> Tensor:
 def right(reader: Judge, features: Tensor, captions: list[str]) -> list[bool]:
     """For each picture: is the real one nearest to it of a thing that its caption allows?
 
-    The nearest other one, if it is real itself: itself is at distance 0, a drawing never is.
+    The nearest other one where it is itself in `reader.real`, at distance 0; a drawing never is.
     """
     # Through matrix products, the default for many rows, the distance to itself is rounded.
     distances = torch.cdist(features, reader.real, compute_mode="donot_use_mm_for_euclid_dist")

@@ -38,6 +38,7 @@ def main():
     add_machine_options(parser, run_seed)
     args = parser.parse_args()
     check_output(args.out)
+    checkpoint.refuse_other_worlds([args.teacher, args.flow, args.one_step])
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     teacher, flow, one = (

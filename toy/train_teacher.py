@@ -35,7 +35,8 @@ import checkpoint
 import emoji
 import shapes
 from command import (
-    HERE, Parser, check_output, pick_dtype, positive, run, write_json, write_text, write_whole,
+    HERE, BadInput, Parser, check_output, pick_dtype, positive, run, write_json, write_text,
+    write_whole,
 )
 from diffusion import NoiseSchedule, noise_loss
 from distill import perceptual_distance
@@ -131,13 +132,11 @@ def make_vocabulary(words: set[str]) -> tuple[dict[str, int], list[str]]:
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     ranks = {}  # merge -> its place among them
     for word in sorted(words):
-        # The merges of earlier words go first, as they will when the word is read; what they leave
-        # is joined here.
-        first, *rest = byte_pairs(word, ranks)
-        for part in rest:
-            ranks[f"{first} {part}"] = len(ranks)
-            first += part
-            tokens.append(first)
+        # The merges that are there go first, as they will when the word is read; what they leave is
+        # joined here. A new merge may be wanted twice in a word ("cucumber"), so look anew.
+        while len(parts := byte_pairs(word, ranks)) > 1:
+            ranks[f"{parts[0]} {parts[1]}"] = len(ranks)
+            tokens.append(parts[0] + parts[1])
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return {token: number for number, token in enumerate(tokens)}, list(ranks)
 
@@ -187,9 +186,10 @@ class WithText(nn.Module):
 
 def train_unet(
     network: WithText, iterations: int, folder: Path, seed: int, latents: Tensor, caption_of,
-    ids_of,
+    ids_of, settings: dict,
 ) -> None:
-    """In place, on scaled latents (N, 4, 8, 8) and a caption of each."""
+    """In place, on scaled latents (N, 4, 8, 8) and a caption of each. settings: of what is before.
+    """
     schedule = NoiseSchedule()
 
     def draw(samples, share, generator):
@@ -209,7 +209,8 @@ def train_unet(
         iterations, 64, learning_rate=1e-3, weight_decay=0.01, warmup_samples=64_000, cooldown=0.3,
         ema_half_life=50_000, ema_ramp=EMA_RAMP, save_every=500, log_every=50, seed=seed,
     )
-    train(network, draw, loss, options, folder / "unet", {"data": len(latents)}, "3 U-Net")
+    settings = {"data": len(latents)} | settings
+    train(network, draw, loss, options, folder / "unet", settings, "3 U-Net")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,9 +220,12 @@ def train_unet(
 def minutes_of(folder: Path, steps: int | None = None) -> float:
     """Minutes that a stage takes, or its first steps.
 
-    By the median of its seconds a step, so that pauses do not count.
+    By the median of its seconds a step, so that pauses do not count. BadInput where that is lost.
     """
     rows = read_metrics(folder)
+    if not rows:
+        raise BadInput(f"{folder}: holds no metrics.jsonl any more, so its minutes are not known; "
+                       "delete the model that it made, to make it again")
     seconds = statistics.median(row["seconds_per_step"] for row in rows)
     return round((steps or rows[-1]["step"]) * seconds / 60, 1)
 
@@ -235,8 +239,8 @@ def measure(model: StableDiffusion, world: ModuleType, reader, seed: int) -> dic
         prompts = [str(caption) for caption in captions]
         with tqdm(total=MEASURED, desc=f"4 figures, {kind} captions") as bar:
             pictures = draw_pictures(model, prompts, seeds, TEACHER_STEPS, bar=bar)
-        # Other pictures of the same captions, as the teacher's are; the same ones would flatter the
-        # autoencoder.
+        # Other pictures of the same captions, as the teacher's are, where they allow others; the
+        # same ones flatter the autoencoder.
         others = world.drawn(captions, seed + 1)
         with torch.inference_mode():
             rebuilt = torch.cat([
@@ -258,7 +262,8 @@ def measure(model: StableDiffusion, world: ModuleType, reader, seed: int) -> dic
 def main():
     parser = Parser("Train a tiny Stable Diffusion from nothing.")
     parser.add_argument("--world", choices=WORLDS, default="shapes")
-    parser.add_argument("--out", help="the model; what else is made lands beside it; default: toy/")
+    parser.add_argument("--out", type=checkpoint.model_file,
+                        help="the model; what else is made lands beside it; default: toy/")
     parser.add_argument("--work", help="folder of the training states; default: runs/teacher-WORLD")
     of_shapes = parser.add_argument_group("shapes alone").add_argument
     of_shapes("--data", type=positive, default=100_000, help="pictures to draw for the U-Net")
@@ -283,14 +288,12 @@ def main():
     def ids_of(prompts: list[str]) -> Tensor:
         return tokenize(tokenizer, prompts, text_config.max_position_embeddings)
 
-    torch.manual_seed(seed_of(seed, 3))
     if args.world == "shapes":
         reader = train_reader(args.reader_iterations, folder, seed)
         tensors = {name: tensor.half() for name, tensor in reader.state_dict().items()}
         write_whole(out.with_name("reader.safetensors"), lambda path: save_file(tensors, path))
-    text_encoder = train_text(
-        args.world, args.text_iterations or world.text_iterations, folder, seed, ids_of, text_config
-    )
+    text_iterations = args.text_iterations or world.text_iterations
+    text_encoder = train_text(args.world, text_iterations, folder, seed, ids_of, text_config)
     # Shapes' answers say all that their captions do; of emoji the U-Net learns more.
     text_encoder.requires_grad_(args.world == "emoji")
     vae = train_autoencoder(world, args.autoencoder_iterations, folder, seed)
@@ -304,7 +307,8 @@ def main():
     network = WithText(UNet(world.unet), text_encoder)
     iterations = args.unet_iterations or world.unet_iterations
     scaled = (vae.config.scaling_factor * latents).clone()
-    train_unet(network, iterations, folder, seed, scaled, caption_of, ids_of)
+    before = {"text": text_iterations, "autoencoder": args.autoencoder_iterations}
+    train_unet(network, iterations, folder, seed, scaled, caption_of, ids_of, before)
 
     model = StableDiffusion(
         network.unet, vae, text_encoder, tokenizer, "diffusion", family=args.world
