@@ -11,7 +11,8 @@ size. In this frame it is InstaFlow's distillation straight from the teacher, wi
 another distance.
 
 Differs from the paper: its exact distances, λ and data are not published where we could read; λ
-here is 1, the filter takes away what a blur keeps, edges are Sobel's. Hence "after".
+here is 1, the filter takes away what a blur keeps, edges are Sobel's. Hence "after". The tiny model
+has attention among 4 x 4 places alone, so its LoRA can do little for fine detail there.
 
 Zhang et al. 2023 (HiPA, arXiv 2311.18158).
 """
