@@ -353,8 +353,8 @@ def save_curves(path: Path, summary: list[dict]) -> None:
                 axis.errorbar(thousand(mine), values, bars, color=colour, marker=next(markers),
                               ls="", ms=8, label=row)
             if row == "2-RF + distill":
-                axis.plot(thousand(mine, "own_samples"), values, ":", color=colour,
-                          label=f"{row}, without reflow's samples")
+                axis.plot(thousand(mine, "own_samples"), values, ":o", color=colour,
+                          fillstyle="none", label=f"{row}, without reflow's samples")
         axis.set(xlabel="thousand samples seen since the teacher", title=name.replace("_", " "))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
