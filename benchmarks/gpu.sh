@@ -2,7 +2,8 @@
 # Everything that is measured on a GPU, in one call: nine minutes by the limits below; writes JSON.
 #
 #     sh benchmarks/gpu.sh                                    one CUDA GPU of 80 GB
-#     DEVICE=cpu SIZE="--latent-size 8 --rounds 1" REFLOW="--num-pairs 64 --iterations 4" \
+#     DEVICE=cpu SLOWER=5 SIZE="--latent-size 8 --rounds 1" DTYPES="bf16 fp32" \
+#         BATCHES="1 2" UPDATE_BATCH=1 REFLOW="--num-pairs 64 --iterations 4" \
 #         DISTILL="--num-pairs 64 --l2-iterations 4 --lpips-iterations 2" EVALUATE="--num-samples 50" \
 #         sh benchmarks/gpu.sh                            a rehearsal, ten minutes on 2 cores
 #
@@ -11,21 +12,25 @@
 # One GPU proves nothing of NCCL: several processes are not run here.
 DEVICE="${DEVICE:-cuda}"
 SIZE="${SIZE:---rounds 10}"
+DTYPES="${DTYPES:-bf16 fp16}"  # CPUs have no fast fp16
+BATCHES="${BATCHES:-1 16}"
+UPDATE_BATCH="${UPDATE_BATCH:-8}"
+SLOWER="${SLOWER:-1}"  # times the limits
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-runs/gpu}"
 FAILED=""
 mkdir -p "$OUT"
 
 try() {  # seconds, what it is called, command
-    limit=$1 name=$2
+    limit=$(($1 * SLOWER)) name=$2
     shift 2
     echo "== $name"
     timeout "$limit" "$@" || FAILED="$FAILED $name"
 }
 
 # One step at 512 px beside diffusers in the same run; the paper has 0.09 s a picture on an A100.
-for dtype in bf16 fp16; do
-    for batch in 1 16; do
+for dtype in $DTYPES; do
+    for batch in $BATCHES; do
         try 50 "sampling-$dtype-$batch" $PYTHON benchmarks/sampling.py --device "$DEVICE" \
             --dtype $dtype --batch-size $batch $SIZE
     done
@@ -36,7 +41,7 @@ try 80 sampling-compiled $PYTHON benchmarks/sampling.py --device "$DEVICE" --dty
 # Updates, with time and peak memory; beside the derived table of benchmarks/README.md.
 for order in "" --contiguous; do
     try 50 "training-step$order" $PYTHON benchmarks/training_step.py --device "$DEVICE" \
-        --dtype bf16 --stages reflow l2 lpips --batch-size 8 --gradient-checkpointing $order $SIZE
+        --dtype bf16 --stages reflow l2 lpips --batch-size "$UPDATE_BATCH" --gradient-checkpointing $order $SIZE
 done
 
 # The demo's four commands.
