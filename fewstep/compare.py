@@ -10,7 +10,8 @@ teacher's pairs come before and are shared (16 passes each, in 8 guided steps), 
 freeflow do without and pay for walks of their own.
 
     2-RF                    reflow                               reflow.py
-    2-RF + distill          half of the passes each, in L2       distill.py
+    2-RF + distill          a quarter goes into 2-RF's pairs,    distill.py, in L2
+                            the rest half into each training
     teacher + distill       without reflow
     perflow ... freeflow    fewstep/train.py
 
@@ -45,7 +46,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 sys.path.insert(2, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import checkpoint
-from command import BadInput, pick_device, positive, run, write_text, write_whole
+from command import pick_device, positive, run, write_text, write_whole
 from distill import distill
 from evaluate import evaluate
 from evaluation.figures import GRADES, with_interval
@@ -78,7 +79,8 @@ VARIANTS = {
     "meanflow, fresh noise": ("re-meanflow", replace(NEEDS["re-meanflow"], data="pictures")),
 }
 ROWS = ("teacher", *INSTAFLOW, *NEEDS, *VARIANTS)
-FLOW_PAIRS, FLOW_STEPS = 4000, 4  # of 2-RF, for its distillation: they are paid for
+FLOW_SHARE, PAIRS_SHARE = 3 / 8, 1 / 4  # of the passes, on 2-RF and its pairs for distillation
+FLOW_STEPS = 4  # of those pairs
 TRIALS = 4  # batches on which the passes of a sample are counted
 
 
@@ -217,12 +219,12 @@ def by_instaflow(
         return [trained(teacher, pairs, passes, reflow, "2-RF")]
     if row == "teacher + distill":
         return [trained(teacher, pairs, passes, distilled, "teacher+distill")]
-    flow = trained(teacher, pairs, passes / 2, reflow, "2rf")
-    few = vars(study.args) | {"num_pairs": FLOW_PAIRS, "teacher_steps": FLOW_STEPS}
+    flow = trained(teacher, pairs, passes * FLOW_SHARE, reflow, "2rf")
+    a_pair = FLOW_STEPS * passes_of_a_step(flow.model)
+    drawn = max(1, round(passes * PAIRS_SHARE / a_pair))
+    few = vars(study.args) | {"num_pairs": drawn, "teacher_steps": FLOW_STEPS}
     own = replace(study, args=argparse.Namespace(**few)).pairs_of(study.load(flow.model.path))
-    spent = flow.passes + FLOW_PAIRS * FLOW_STEPS * passes_of_a_step(flow.model)
-    if spent > passes:
-        raise BadInput(f"--passes {passes}: 2-RF and its pairs cost {spent:.0f}; give more")
+    spent = flow.passes + drawn * a_pair
     end = trained(flow.model, own, passes - spent, distilled, "2-RF+distill")
     return [replace(end, updates=flow.updates + end.updates, passes=spent + end.passes,
                     minutes=flow.minutes + end.minutes)]

@@ -445,8 +445,7 @@ def test_passes_are_counted_where_they_are_computed(teacher):
     assert passes == [0]
 
 
-def test_rows_of_one_cost(call, monkeypatch):
-    monkeypatch.setattr(compare, "FLOW_PAIRS", 8)
+def test_rows_of_one_cost(call):
     rows = ["2-RF + distill", "progressive", *compare.VARIANTS]
     ask = ["--rows", *rows, "--passes", 320, "--num-pairs", 12, "--num-samples", 8,
            "--batch-size", 2, "--teacher-steps", 2, "--num-seeds", 1, "--out", "runs/few"]
