@@ -4,11 +4,11 @@
 #     sh benchmarks/gpu.sh                                    one CUDA GPU of 80 GB
 #     DEVICE=cpu SLOWER=5 SIZE="--latent-size 8 --rounds 1" DTYPES="bf16 fp32" \
 #         BATCHES="1 2" UPDATE_BATCH=1 REFLOW="--num-pairs 64 --iterations 4" \
-#         DISTILL="--num-pairs 64 --l2-iterations 4 --lpips-iterations 2" EVALUATE="--num-samples 50" \
-#         sh benchmarks/gpu.sh                            a rehearsal, ten minutes on 2 cores
+#         DISTILL="--num-pairs 64 --l2-iterations 4 --lpips-iterations 2" \
+#         EVALUATE="--num-samples 50" sh benchmarks/gpu.sh    a rehearsal, ten minutes on 2 cores
 #
-# Runs unattended on a bare machine with torch 2.11 or later: what fails is named at the end, and the
-# rest goes on. Results land in benchmarks/results/ and, of the demo's four commands, in runs/gpu/.
+# Runs unattended on a bare machine with torch 2.11 or later: what fails is named at the end, and
+# the rest goes on. Results land in benchmarks/results/ and, of the demo's four commands, in runs/gpu/.
 # One GPU proves nothing of NCCL: several processes are not run here.
 DEVICE="${DEVICE:-cuda}"
 SIZE="${SIZE:---rounds 10}"
@@ -41,7 +41,8 @@ try 80 sampling-compiled $PYTHON benchmarks/sampling.py --device "$DEVICE" --dty
 # Updates, with time and peak memory; beside the derived table of benchmarks/README.md.
 for order in "" --contiguous; do
     try 50 "training-step$order" $PYTHON benchmarks/training_step.py --device "$DEVICE" \
-        --dtype bf16 --stages reflow l2 lpips --batch-size "$UPDATE_BATCH" --gradient-checkpointing $order $SIZE
+        --dtype bf16 --stages reflow l2 lpips --batch-size "$UPDATE_BATCH" \
+        --gradient-checkpointing $order $SIZE
 done
 
 # The demo's four commands.
