@@ -188,8 +188,7 @@ def train_unet(
     network: WithText, iterations: int, folder: Path, seed: int, latents: Tensor, caption_of,
     ids_of, settings: dict,
 ) -> None:
-    """In place, on scaled latents (N, 4, 8, 8) and a caption of each. settings: of what is before.
-    """
+    """In place, on scaled latents (N, 4, 8, 8), a caption of each. settings: of what is before."""
     schedule = NoiseSchedule()
 
     def draw(samples, share, generator):
