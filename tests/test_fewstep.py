@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -299,6 +298,21 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fewstep")
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """untrained(method): the file of its model as its training begins."""
+    folder = tmp_path_factory.mktemp("untrained")
+
+    def path_of(method: str) -> Path:
+        needs, path = NEEDS[method], folder / f"{method}.safetensors"
+        start = "negated" if needs.kind == "flow" else "teacher"
+        model = fewstep.train.student_of(checkpoint.load(TINY_TEACHER), method, needs, start)
+        checkpoint.save(fewstep.train.finished(model), path, None)
+        return path
+
+    return path_of
+
+
 @pytest.fixture
 def few_pictures(monkeypatch):
     monkeypatch.setattr(watch, "STEPS", (1, 2, 4))
@@ -323,6 +337,9 @@ def test_each_method_trains_resumes_and_is_drawn(method, call, folder, few_pictu
                if name not in start.unet.state_dict()
                or not torch.equal(weight, start.unet.state_dict()[name])}
     assert changed
+    assert model.unet.config.second_time == NEEDS[method].second_time
+    if NEEDS[method].second_time:
+        assert model.unet.until_embedding.linear_2.weight.abs().max() > 0  # trained
     for number in (1, 2, 4, 8):
         if model.takes(number):
             latents = draw_latents(model, ["a shape", "a red circle"], [0, 1], number)
@@ -370,13 +387,12 @@ def test_a_dry_run_knows_the_rounds(call, folder):
         assert not list(Path(".").iterdir())
 
 
-def test_what_the_models_refuse(call, folder):
+def test_what_the_models_refuse(call, untrained):
     for method, wrong in (("perflow", 2), ("hipa", 2), ("freeflow", 4), ("mlcm", 3),
                           ("progressive", 8)):
-        path = folder / f"{method}.safetensors"
-        code, _, err = call(sample.main, "--model", path, "--steps", wrong)
+        code, _, err = call(sample.main, "--model", untrained(method), "--steps", wrong)
         assert code == 2 and f"a {method} model" in err
-    path = folder / "lcm.safetensors"
+    path = untrained("lcm")
     code, _, err = call(sample.main, "--model", path, "--guidance", 3)
     assert code == 2 and "its teacher's guidance" in err
     code, _, err = call(reflow.main, "--teacher", path)
@@ -388,12 +404,12 @@ def test_what_the_models_refuse(call, folder):
     code, _, err = call(fewstep.train.main, "--method", "lcm", "--init", "negated")
     assert code == 2 and "predicts noise" in err
     code, _, err = call(fewstep.train.main, "--method", "lcm", "--teacher",
-                        folder / "freeflow.safetensors")
+                        untrained("freeflow"))
     assert code == 2 and "of kind flow" in err
 
 
-def test_evaluation_takes_the_steps_that_a_method_knows(call, folder):
-    models = [folder / f"{method}.safetensors" for method in ("perflow", "hipa", "lcm")]
+def test_evaluation_takes_the_steps_that_a_method_knows(call, untrained):
+    models = [untrained(method) for method in ("perflow", "hipa", "lcm")]
     code, _, err = call(evaluate.main, "--model", *models, "--steps", "1,2,4", "--num-samples", 8)
     assert code == 0, err
     rows = json.loads(Path("runs/evaluate.json").read_text())
@@ -402,21 +418,13 @@ def test_evaluation_takes_the_steps_that_a_method_knows(call, folder):
                      ("lcm.safetensors", 1), ("lcm.safetensors", 2), ("lcm.safetensors", 4)]
 
 
-def test_re_noising_is_the_same_at_any_batch_size(folder):
-    model = checkpoint.load(folder / "lcm.safetensors")
+def test_re_noising_is_the_same_at_any_batch_size(untrained):
+    model = checkpoint.load(untrained("lcm"))
     prompts, seeds = ["a shape"] * 5, range(5)
     torch.testing.assert_close(draw_latents(model, prompts, seeds, 4, batch_size=2),
                                draw_latents(model, prompts, seeds, 4), rtol=1e-3, atol=1e-3)
     once, twice = (draw_latents(model, prompts, seeds, n) for n in (1, 2))
     assert relative_error(twice, once) > 1e-2
-
-
-def test_a_second_time_survives_the_file(folder):
-    model = checkpoint.load(folder / "re-meanflow.safetensors")
-    assert model.unet.config.second_time
-    weight = model.unet.until_embedding.linear_2.weight
-    assert weight.abs().max() > 0  # trained
-    assert np.isfinite(weight.detach().numpy()).all()
 
 
 # --------------------------------------------------------------------------------------------------
