@@ -260,14 +260,16 @@ def measure_seed(study: Study) -> None:
                     key | {"steps": number, "a_picture": number * passes_of_a_step(model)}
                     | {name: figures[name] for name in GRADES}
                     | {"updates": made.updates, "minutes": made.minutes,
-                       "passes": round(made.passes), "file": model.path}
+                       "passes": round(made.passes), "file": Path(model.path).name}
                 )
         study.rows.extend(measured)
         study.write()
     for one in study.rows:
-        if one["seed"] == study.seed and one["steps"] in (1, 4) and Path(one["file"]).exists():
+        if one["seed"] == study.seed and one["steps"] in (1, 4):
+            path = teacher.path if one["row"] == "teacher" else study.folder / one["file"]
             label = f"{one['row']}\n{in_steps(one['steps'])}"
-            study.shown.append((label, to_measure(study, one["file"]), one["steps"]))
+            if Path(path).exists():
+                study.shown.append((label, to_measure(study, path), one["steps"]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,10 +328,10 @@ def main():
         measure_seed(study)
         if study.shown:
             save_pictures(folder / f"compare-pictures-{seed}.png", study)
-    summary = summary_of(rows)
-    table = markdown_table(summary) + footer("fewstep/compare.py", args, device, rows)
-    write_text(folder / "compare.md", table)
-    save_curves(folder / "compare.png", summary)
+        summary = summary_of(rows)
+        table = markdown_table(summary) + footer("fewstep/compare.py", args, device, rows)
+        write_text(folder / "compare.md", table)
+        save_curves(folder / "compare.png", summary)
     print(table + f"{folder}: compare.json, compare.md, compare.png and pictures")
 
 
