@@ -9,7 +9,8 @@ on its training, and on pairs of its own flow; hipa's decoder and LPIPS are not 
 teacher's pairs come before and are shared (16 passes each, in 8 guided steps), though mlcm and
 freeflow do without and pay for walks of their own.
 
-    2-RF                    reflow                               reflow.py
+    2-RF                    reflow, drawn as sample.py does,     reflow.py
+                            guided, or else "unguided"
     2-RF + distill          a quarter goes into 2-RF's pairs,    distill.py, in L2
                             the rest half into each training
     teacher + distill       without reflow
@@ -40,6 +41,7 @@ from pathlib import Path
 import torch
 import torch.autograd.forward_ad as forward_mode
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
@@ -66,7 +68,8 @@ from training import autocast_dtype, generator_for, to_device
 from unet import UNet, started_from
 
 STEPS = [1, 2, 4, 8]
-INSTAFLOW = ("2-RF", "2-RF + distill", "teacher + distill")
+UNGUIDED = "2-RF, unguided"
+INSTAFLOW = ("2-RF", UNGUIDED, "2-RF + distill", "teacher + distill")
 # Row -> the method that it is drawn by, and what it needs.
 VARIANTS = {
     "velocity, picture loss": ("rectified-diffusion", replace(
@@ -79,6 +82,15 @@ VARIANTS = {
     "meanflow, fresh noise": ("re-meanflow", replace(NEEDS["re-meanflow"], data="pictures")),
 }
 ROWS = ("teacher", *INSTAFLOW, *NEEDS, *VARIANTS)
+PANELS = {  # of the figure, by the rule that is learned; then what a method is made of
+    "InstaFlow": INSTAFLOW,
+    "regression": ("perflow", "rectified-diffusion", "hipa"),
+    "compositional": ("progressive", "lcm", "mlcm", "scott"),
+    "Eulerian; Lagrangian": ("re-meanflow", "freeflow"),
+    "form and loss": (UNGUIDED, "velocity, picture loss", "rectified-diffusion",
+                      "noise prediction, squared"),
+    "of MeanFlow": ("re-meanflow", "re-meanflow, exact", "meanflow, fresh noise"),
+}
 FLOW_SHARE, PAIRS_SHARE = 3 / 8, 1 / 4  # of the passes, on 2-RF and its pairs for distillation
 FLOW_STEPS = 4  # of those pairs
 TRIALS = 4  # batches on which the passes of a sample are counted
@@ -215,12 +227,12 @@ def by_instaflow(
         return Made(saved(study, name, model), updates, spent, minutes_of(study.folder / name))
 
     distilled, pairs = partial(distill, distance=squared, name="L2"), study.pairs_of(teacher)
-    if row == "2-RF":
+    if row in ("2-RF", UNGUIDED):
         return [trained(teacher, pairs, passes, reflow, "2-RF")]
     if row == "teacher + distill":
         return [trained(teacher, pairs, passes, distilled, "teacher+distill")]
     flow = trained(teacher, pairs, passes * FLOW_SHARE, reflow, "2rf")
-    a_pair = FLOW_STEPS * passes_of_a_step(flow.model)
+    a_pair = FLOW_STEPS * passes_of_a_step(flow.model.guidance)
     drawn = max(1, round(passes * PAIRS_SHARE / a_pair))
     few = vars(study.args) | {"num_pairs": drawn, "teacher_steps": FLOW_STEPS}
     own = replace(study, args=argparse.Namespace(**few)).pairs_of(study.load(flow.model.path))
@@ -230,8 +242,8 @@ def by_instaflow(
                     minutes=flow.minutes + end.minutes)]
 
 
-def passes_of_a_step(model: StableDiffusion) -> int:
-    return 1 if model.guidance == 1 else 2
+def passes_of_a_step(guidance: float) -> int:
+    return 1 if guidance == 1 else 2
 
 
 def measure_seed(study: Study) -> None:
@@ -253,11 +265,12 @@ def measure_seed(study: Study) -> None:
         measured = []
         for made in every:
             model = made.model
+            guidance = 1.0 if row == UNGUIDED else model.guidance
             steps = [number for number in STEPS if model.takes(number)]
-            for figures, _ in evaluate(model, [study.questions], steps, model.guidance):
+            for figures, _ in evaluate(model, [study.questions], steps, guidance):
                 number = figures["steps"]
                 measured.append(
-                    key | {"steps": number, "a_picture": number * passes_of_a_step(model)}
+                    key | {"steps": number, "a_picture": number * passes_of_a_step(guidance)}
                     | {name: figures[name] for name in GRADES}
                     | {"updates": made.updates, "minutes": made.minutes,
                        "passes": round(made.passes), "file": Path(model.path).name}
@@ -265,7 +278,7 @@ def measure_seed(study: Study) -> None:
         study.rows.extend(measured)
         study.write()
     for one in study.rows:
-        if one["seed"] == study.seed and one["steps"] in (1, 4):
+        if one["seed"] == study.seed and one["steps"] in (1, 4) and one["row"] != UNGUIDED:
             path = teacher.path if one["row"] == "teacher" else study.folder / one["file"]
             label = f"{one['row']}\n{in_steps(one['steps'])}"
             if Path(path).exists():
@@ -291,26 +304,26 @@ def summary_of(rows: list[dict]) -> list[dict]:
 
 
 def save_curves(path: Path, summary: list[dict]) -> None:
-    """Fréchet distance and captions right against the passes of a picture, a line for each row."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    axes = figure.subplots(1, 2)
+    """Fréchet distance against the passes of a picture, a line for each row."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, len(PANELS) // 2, sharex=True, sharey=True)
     lines = grouped([line for line in summary if line["steps"]], ("row",))
-    for axis, name in zip(axes, ("frechet", "caption_accuracy")):
-        for k, ((row,), mine) in enumerate(lines.items()):
-            # A little apart, so that the intervals of one number do not cover each other.
-            passes = [line["a_picture"] * 1.015 ** (k - len(lines) / 2) for line in mine]
+    floor = [line["frechet"] for line in summary if line["row"] == "drawn"]
+    for axis, (title, rows) in zip(axes.flat, PANELS.items()):
+        axis.axhline(*floor, color="0.8", lw=1, label="drawn")
+        for k, row in enumerate(row for row in ("teacher", *rows) if (row,) in lines):
+            mine = lines[row,]
             axis.errorbar(
-                passes, [line[name] for line in mine],
-                [line[f"{name}_interval"] or 0 for line in mine], capsize=2,
-                label=row, color=f"C{k % 10}", marker="osv^DPX*"[k // 2 % 8],
-                ls="-" if row not in VARIANTS else ":",
+                [line["a_picture"] for line in mine], [line["frechet"] for line in mine],
+                [line["frechet_interval"] or 0 for line in mine], capsize=3, label=row,
+                color="0.5" if row == "teacher" else f"C{k - 1}", marker="xosv^"[k],
             )
-        axis.set(xscale="log", xlabel="passes of the U-Net a picture",
-                 title=name.replace("_", " "))
+        axis.set(title=title, xscale="log", yscale="log")
         axis.set_xticks([*STEPS, 16], [*STEPS, 16])
-        axis.minorticks_off()
-    axes[0].set_yscale("log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.legend(fontsize=9)
+    figure.supxlabel("passes of the U-Net a picture")
+    figure.supylabel("Fréchet distance")
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
