@@ -3,11 +3,11 @@
     python fewstep/compare.py                                   seeds 0, 1 and 2; hours on 2 cores
     python fewstep/compare.py --num-seeds 1 --rows lcm perflow  some rows; others are kept
 
-Cost is counted where it is paid, in passes of a sample through the U-Net: 1 without gradients, 3
-with, 2 with a forward derivative; a guided pass of the teacher is 2. Every row may spend --passes
-on its training, and on pairs of its own flow; hipa's decoder and LPIPS are not counted. The
-teacher's pairs come before and are shared (16 passes each, in 8 guided steps), though mlcm and
-freeflow do without and pay for walks of their own.
+Cost is counted where it is paid, on four batches, in passes of a sample through the U-Net: 1
+without gradients, 3 with, 2 with a forward derivative; a guided pass of the teacher is 2. Every row
+may spend --passes on its training, and on pairs of its own flow; hipa's decoder and LPIPS are not
+counted. The teacher's pairs come before and are shared (16 passes each, in 8 guided steps), though
+mlcm and freeflow do without and pay for walks of their own.
 
     2-RF                    reflow, drawn as sample.py does,     reflow.py
                             guided, or else "unguided"
@@ -23,11 +23,12 @@ and to tell apart what a method is made of:
     re-meanflow, exact          with the derivative in place of the difference
     meanflow, fresh noise       Re-MeanFlow without the coupling of the pairs; none is left out
 
-The rate of every training falls over its last part, and starts at the same. Captions and noises
-that figures are taken on are in none of the pairs. Of progressive distillation each number of steps
-is its own round's model, which has cost what was spent until then. Writes compare.json (a row for
-each seed), compare.md (means with 95 % intervals over seeds), compare.png (quality against the
-passes that a picture takes: guided steps count 2) and compare-pictures-SEED.png.
+Every training's rate rises to the same over the same share of it, and falls over its last part.
+Captions and noises that figures are taken on are in none of the pairs. Of progressive distillation
+each number of steps is its own round's model, which has cost what was spent until then. Writes
+compare.json (a row for each seed), compare.md (means with 95 % intervals over seeds), compare.png
+(quality against the passes that a picture takes: guided steps count 2) and
+compare-pictures-SEED.png.
 """
 
 import argparse
@@ -64,7 +65,7 @@ from rectified_flow import squared
 from reflow import reflow
 from stable_diffusion import StableDiffusion
 from train_teacher import minutes_of
-from training import autocast_dtype, generator_for, to_device
+from training import TrainingOptions, autocast_dtype, generator_for, to_device
 from unet import UNet, started_from
 
 STEPS = [1, 2, 4, 8]
@@ -93,6 +94,7 @@ PANELS = {  # of the figure, by the rule that is learned; then what a method is 
 }
 FLOW_SHARE, PAIRS_SHARE = 3 / 8, 1 / 4  # of the passes, on 2-RF and its pairs for distillation
 FLOW_STEPS = 4  # of those pairs
+WARMUP = 0.06  # share of a training over which the rate rises: few updates are no handicap
 TRIALS = 4  # batches on which the passes of a sample are counted
 
 
@@ -153,10 +155,17 @@ def updates_for(study: Study, passes: float, a_sample: float) -> int:
     return max(len(progressive.ROUNDS), round(passes / a_sample / study.args.batch_size))
 
 
+def options_for(study: Study, iterations: int) -> TrainingOptions:
+    """Those of paper_table.py, but for the warm-up."""
+    warmup = round(WARMUP * iterations) * study.args.batch_size
+    return replace(study.options(iterations), warmup_samples=warmup)
+
+
 def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dtype) -> list[Made]:
     """Of a method or a variant: its models, as many as it has rounds for steps of their own."""
     method, needs = VARIANTS.get(row) or (row, NEEDS[row])
-    pairs, velocity = study.pairs_of(teacher), guide(teacher, teacher.guidance)
+    pairs = study.pairs_of(teacher)
+    velocity = guide(in_fp32(study, teacher.path), teacher.guidance)
     folder = study.folder / row.replace(", ", "-").replace(" ", "-")
     texts = [text for shard in pairs.prompts for text in shard]
     data = Prompts(texts) if needs.data == "prompts" else pairs
@@ -172,7 +181,7 @@ def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dty
         return student, needs
 
     def rounds(iterations: int, needs: Needs) -> list[Round]:
-        return rounds_of(method, study.options(iterations), needs)
+        return rounds_of(method, options_for(study, iterations), needs)
 
     (student, own), costs, teach = begun(), [], velocity
     for one in rounds(len(progressive.ROUNDS), own):
@@ -199,11 +208,11 @@ def saved(study: Study, name: str, model: StableDiffusion) -> StableDiffusion:
     """The model from its file, to draw with."""
     path = study.folder / f"{name}.safetensors"
     checkpoint.save(finished(model), path, None)
-    return to_measure(study, path)
+    return in_fp32(study, path)
 
 
-def to_measure(study: Study, path: str | Path) -> StableDiffusion:
-    """In fp32: a single step from t = 0.064 multiplies the rounding of a predicted noise by 15."""
+def in_fp32(study: Study, path: str | Path) -> StableDiffusion:
+    """To measure, and to teach: a step from t = 0.064 multiplies a noise's rounding by 15."""
     return checkpoint.load(path, study.device)
 
 
@@ -220,9 +229,9 @@ def by_instaflow(
 
     def trained(start: StableDiffusion, pairs: Pairs, passes: float, step: Callable, name: str):
         whole = partial(step, folder=study.folder / name, settings={}, dtype=dtype)
-        cost = passes_of(partial(whole, begun(start), pairs, options=study.options(1)))
+        cost = passes_of(partial(whole, begun(start), pairs, options=options_for(study, 1)))
         updates, model = updates_for(study, passes, cost), begun(start)
-        whole(model, pairs, options=study.options(updates))
+        whole(model, pairs, options=options_for(study, updates))
         spent = updates * cost * batch
         return Made(saved(study, name, model), updates, spent, minutes_of(study.folder / name))
 
@@ -259,7 +268,7 @@ def measure_seed(study: Study) -> None:
         if any(key.items() <= each.items() for each in study.rows):
             continue
         if row == "teacher":
-            every = [Made(to_measure(study, teacher.path), 0, 0.0, 0.0)]
+            every = [Made(in_fp32(study, teacher.path), 0, 0.0, 0.0)]
         else:
             every = (by_instaflow if row in INSTAFLOW else by_method)(study, row, teacher, dtype)
         measured = []
@@ -282,7 +291,7 @@ def measure_seed(study: Study) -> None:
             path = teacher.path if one["row"] == "teacher" else study.folder / one["file"]
             label = f"{one['row']}\n{in_steps(one['steps'])}"
             if Path(path).exists():
-                study.shown.append((label, to_measure(study, path), one["steps"]))
+                study.shown.append((label, in_fp32(study, path), one["steps"]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -311,8 +320,9 @@ def save_curves(path: Path, summary: list[dict]) -> None:
     floor = [line["frechet"] for line in summary if line["row"] == "drawn"]
     for axis, (title, rows) in zip(axes.flat, PANELS.items()):
         axis.axhline(*floor, color="0.8", lw=1, label="drawn")
-        for k, row in enumerate(row for row in ("teacher", *rows) if (row,) in lines):
-            mine = lines[row,]
+        for k, row in enumerate(("teacher", *rows)):
+            if not (mine := lines.get((row,))):
+                continue
             axis.errorbar(
                 [line["a_picture"] for line in mine], [line["frechet"] for line in mine],
                 [line["frechet_interval"] or 0 for line in mine], capsize=3, label=row,

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from diffusion import diffusion_start
-from fewstep.steps import SCHEDULE, at, end, huber, noisy_step, step, walk
+from fewstep.steps import SCHEDULE, at, end, huber_each, noisy_step, step, walk
 from rectified_flow import Distance, Velocity, interpolate, squared
 
 # Steps of the teacher from noise to data: the paper's 50, but such that 2, 4 and 8 steps of the
@@ -44,7 +44,7 @@ ETA, NOISY_STEPS, NOISY_GAP = 0.2, 3, 0.024
 
 def same_end(
     student: Velocity, target: Velocity, x: Tensor, t: Tensor, y: Tensor, u: Tensor, context,
-    distance: Distance = huber,
+    distance: Distance = huber_each,
 ) -> Tensor:
     """D(end(x, t), end'(y, u)): (B,). At the data, u = 1, the second is y itself."""
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
     x = X0 + d u(X0, 0, d)                the student's own place at time d
     y = the teacher's step from x, at d, to e = d + 0.05
-    min_u  E ‖u(X0, 0, e) - (y - X0) / e‖²          e ~ U[0, 1]
+    min_u  E ‖u(X0, 0, e) - (y - X0) / e‖²          e ~ U[0.064, 1]
 
 u(X0, 0, d) is the mean velocity of the first stretch of the path, up to time d. The student walks
 ahead, the teacher says how to go on from there, and the student learns to have been there: dF/dt =
@@ -10,7 +10,7 @@ v(F, t), the path's own equation. It needs prompts and noise, so no pairs and no
 grow along the path, which the paper's second half, a corrector, undoes; that is not made here.
 
 Differs from the paper: Stable Diffusion has no velocity before t = 0.064, so its path is taken up
-there, as samplers do.
+there, as samplers do, and a step to e < 0.114 starts there from the noise.
 
 FreeFlow, arXiv 2511.19428.
 """

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.steps import at, end, huber
+from fewstep.steps import at, end, huber_each
 from rectified_flow import Distance, Velocity, interpolate
 
 
@@ -30,7 +30,7 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor]:
 
 def loss(
     student: Velocity, x0: Tensor, x1: Tensor, context, place: Tensor, *,
-    distance: Distance = huber, times: Callable = at,
+    distance: Distance = huber_each, times: Callable = at,
 ) -> Tensor:
     """(B,). x0 and x1 of a pair; times: of the places, for a flow the places themselves."""
     t = times(place)

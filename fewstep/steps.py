@@ -77,7 +77,7 @@ def onto_schedule(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 def noisy_step(
     velocity: Velocity, x: Tensor, t: Tensor, u: Tensor, context, eta: float, noise: Tensor,
 ) -> Tensor:
-    """From times t to u > t with a part of the noise renewed. eta 0 is Euler, 1 ancestral sampling.
+    """From times t to u >= t, part of the noise renewed. eta 0 is Euler, 1 ancestral sampling.
 
     DDIM's family of samplers (Song et al. 2020, 2010.02502, equation 16) in flow coordinates, where
     r = t / (1 - t) is the ratio of signal to noise.
@@ -90,6 +90,6 @@ def noisy_step(
     return interpolate(mixed, x1, u)
 
 
-def huber(a: Tensor, b: Tensor) -> Tensor:
+def huber_each(a: Tensor, b: Tensor) -> Tensor:
     """√(e² + c²) - c of each number of e = a - b, their mean: (B, ...) -> (B,)."""
     return (((a - b).square() + HUBER**2).sqrt() - HUBER).flatten(1).mean(1)

@@ -120,15 +120,16 @@ class Round:
 
 
 def rounds_of(method: str, options: TrainingOptions, needs: Needs) -> list[Round]:
-    """The trainings of a method, `options.iterations` in all."""
+    """The trainings of a method, `options.iterations` and its warm-up in all."""
     losses = {method: needs.loss}
     if method == "progressive":
         losses = {f"{steps} steps": partial(needs.loss, steps=steps,
                                             diffusion=steps == progressive.ROUNDS[0])
                   for steps in progressive.ROUNDS}
     elif method == "mlcm":
-        losses = {"segments": consistency.mlcm_segments, "edges": consistency.mlcm_edges}
+        losses = {"segments": needs.loss, "edges": consistency.mlcm_edges}
     each, left = divmod(options.iterations, len(losses))
+    options = replace(options, warmup_samples=options.warmup_samples // len(losses))
     if not each:
         raise BadInput(f"--iterations {options.iterations}: {method} trains in {len(losses)} "
                        "rounds; give at least one for each")
@@ -209,9 +210,13 @@ def train_round(
     seen = one.before * one.options.batch_size  # samples of earlier rounds
 
     def draw(samples: Tensor, share: slice, generator: torch.Generator) -> tuple:
+        samples = samples + seen
+        if seen:  # the loop counts each round from 0, which would bring the first round's noise
+            step = int(samples[0]) // one.options.batch_size
+            generator = generator_for(one.options.seed, step)
         noise = torch.randn(len(samples), *shape, generator=generator)[share]
         random = [numbers[share] for numbers in needs.draw(len(samples), generator)]
-        x0, x1, prompts = pairs.batch(samples[share] + seen, one.options.seed)
+        x0, x1, prompts = pairs.batch(samples[share], one.options.seed)
         return x0 if needs.data == "pairs" else noise, x1, prompts, *random
 
     def loss(unet, x0: Tensor, x1: Tensor, prompts: list[str], *random: Tensor) -> tuple:
