@@ -5,7 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ import unet
 import watch
 from command import TINY_TEACHER
 from conftest import ROOT, relative_error
-from diffusion import diffusion_velocity
+from diffusion import diffusion_start, diffusion_velocity
 from fewstep import (
     compare, consistency, freeflow, hipa, lora, meanflow, perflow, progressive, rectified_diffusion,
     steps,
@@ -29,7 +32,7 @@ from fewstep import (
 from fewstep.train import NEEDS
 from rectified_flow import interpolate, like, mean_velocity, reflow_loss, squared
 from sample import draw_latents
-from training import generator_for, read_metrics
+from training import TrainingOptions, generator_for, read_metrics
 
 B = 6
 GENERATOR = torch.Generator().manual_seed(0)
@@ -166,6 +169,66 @@ def test_scott_without_noise_in_one_step_is_lcm():
     assert (noisy - found).abs().max() > 1e-3
 
 
+def test_progressive_distillation_by_hand():
+    """Target, weight and times, sample by sample; the diffusion is taken up at its first time."""
+    place = torch.tensor([0.1, 0.3, 0.6, 0.9, 0.2, 0.8]).double()
+    ahead = lambda x, t, context: bent(x, t, context) + like(t.square(), x)
+    found = progressive.loss(ahead, X0, X1, CONTEXT, place, teacher=bent, steps=4, diffusion=True)
+    time = lambda t: torch.tensor([t]).double()
+    for k, t in enumerate((0.0, 0.25, 0.5, 0.75, 0.0, 0.75)):
+        x0, x1, context = (given[k : k + 1] for given in (X0, X1, CONTEXT))
+        x, u, since = (1 - t) * x0 + t * x1, t + 0.25, t or steps.FIRST
+        y = x if t else diffusion_start(x, steps.SCHEDULE)
+        middle = (since + u) / 2
+        y = y + (middle - since) * bent(y, time(since), context)
+        y = y + (u - middle) * bent(y, time(middle), context)
+        expected = max(t**2, (1 - t) ** 2) * squared(ahead(x, time(t), context), (y - x) / 0.25)
+        torch.testing.assert_close(found[k : k + 1], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_freeflow_by_hand():
+    ends = torch.tensor([0.08, 0.11, 0.3, 0.5, 0.8, 1.0]).double()
+    student = lambda x, t, until, context: bent(x, t, context) + like(until, x) * x
+    target = lambda x, t, until, context: 0.9 * student(x, t, until, context)
+    found = freeflow.loss(student, X0, None, CONTEXT, ends, teacher=bent, target=target)
+    time = lambda t: torch.tensor([t]).double()
+    for k, e in enumerate(ends.tolist()):
+        x0, context = X0[k : k + 1], CONTEXT[k : k + 1]
+        if e - 0.05 > steps.FIRST:
+            d = e - 0.05
+            x = x0 + d * target(x0, time(0.0), time(d), context)
+        else:  # where the diffusion begins
+            d, x = steps.FIRST, diffusion_start(x0, steps.SCHEDULE)
+        y = x + (e - d) * bent(x, time(d), context)
+        expected = squared(student(x0, time(0.0), time(e), context), (y - x0) / e)
+        torch.testing.assert_close(found[k : k + 1], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_few_steps_are_drawn_by_hand():
+    """To the end and back with new noise; or the mean velocity between two times."""
+    def unet(x, s, context, until=None):
+        waves = like((s / 300).sin() + (0 if until is None else (until / 200).cos()), x)
+        return 0.3 * x.sin() + waves
+
+    x0, again = X0.float(), torch.randn(B, 2, 4, 8, 8, generator=GENERATOR)
+    time = lambda t: torch.full((B,), t)
+    draw = partial(sample.draw_in_few_steps, noise=x0, steps=2, context=CONTEXT,
+                   noises=lambda shape: again)
+    t0, t1, _ = steps.SCHEDULE.sampling_times(2).tolist()
+    v = diffusion_velocity(unet, steps.SCHEDULE)
+    x = diffusion_start(x0, steps.SCHEDULE)
+    x = x + (1 - t0) * v(x, time(t0), CONTEXT)
+    x = t1 * x + (1 - t1) * again[:, 1]
+    x = x + (1 - t1) * v(x, time(t1), CONTEXT)
+    lcm = SimpleNamespace(method="lcm", kind="diffusion", unet=unet)
+    torch.testing.assert_close(draw(lcm), x)
+    u = mean_velocity(unet)
+    x = x0 + 0.5 * u(x0, time(0.0), time(0.5), CONTEXT)
+    x = x + 0.5 * u(x, time(0.5), time(1.0), CONTEXT)
+    meanflows = SimpleNamespace(method="re-meanflow", kind="flow", unet=unet)
+    torch.testing.assert_close(draw(meanflows), x)
+
+
 def test_fresh_noise_keeps_points_on_the_teachers_marginal():
     """With data of ±1 in one dimension and the flow's own noise, the middle would be empty."""
     count = 20_000
@@ -284,6 +347,87 @@ def test_high_frequencies_are_what_a_blur_takes():
     found = hipa.edges(step)
     torch.testing.assert_close(found[..., 15:17], torch.full((1, 3, 32, 2), 2**0.5 - 1))
     assert found[..., :14].max() < -0.998
+
+
+# --------------------------------------------------------------------------------------------------
+# A method's trainings
+
+
+class Numbered:
+    """Pairs whose noise and picture say which sample they are of."""
+
+    def batch(self, samples, seed):
+        x0 = like(samples.float(), torch.empty(1, 1, 1, 1)).expand(-1, 4, 8, 8)
+        return x0, x0 + 0.5, ["a shape"] * len(samples)
+
+
+@pytest.mark.parametrize("method", NEEDS)
+def test_whose_noise_a_method_learns_from(method, teacher, tmp_path):
+    """The pair's own, or fresh: other noise at every update of every round."""
+    needs, batches = NEEDS[method], []
+
+    def fetch(network, draw, loss, options, *rest, **more):
+        for k in range(2):
+            samples = torch.arange(4 * k, 4 * k + 4)
+            batches.append(draw(samples, slice(1, 3), generator_for(options.seed, k)))
+
+    student = fewstep.train.student_of(teacher, method, needs)
+    rounds = fewstep.train.rounds_of(method, TrainingOptions(8, 4, warmup_samples=16), needs)
+    for one in rounds:
+        assert one.options.warmup_samples == 16 // len(rounds)
+        fewstep.train.train_round(student, None, one, needs, Numbered(), tmp_path, {},
+                                  torch.float32, train=fetch)
+    starts = [4 * (one.before + k) for one in rounds for k in range(2)]
+    for (x0, x1, prompts, *random), start in zip(batches, starts, strict=True):
+        assert x1[:, 0, 0, 0].tolist() == [start + 1.5, start + 2.5] and len(prompts) == 2
+        assert all(len(numbers) == 2 for numbers in random)
+        assert torch.equal(x0, x1 - 0.5) == (needs.data == "pairs")
+    noises = torch.cat([batch[0] for batch in batches]).flatten(1)
+    assert len(noises.unique(dim=0)) == len(noises)
+
+
+def test_the_averaged_target_follows_the_student(teacher, tmp_path):
+    x, _, t, _, context = inputs(2, torch.float32)
+    looks = []
+
+    def loss(student, *batch, target, **more):
+        with torch.no_grad():
+            looks.append((student(x, t, context), target(x, t, context)))
+        return consistency.lcm(student, *batch, target=target, **more)
+
+    needs = replace(NEEDS["lcm"], loss=loss)
+    student = fewstep.train.student_of(teacher, "lcm", needs)
+    [one] = fewstep.train.rounds_of("lcm", TrainingOptions(3, 4, ema_half_life=8), needs)
+    fewstep.train.train_round(student, fewstep.train.guide(teacher, 1.0), one, needs, Numbered(),
+                              tmp_path, {}, torch.float32)
+    (begun, target), *_, (last, later) = looks
+    assert torch.equal(begun, target)
+    behind, moved = relative_error(later, last), relative_error(later, begun)
+    assert behind > 0.1 * moved and moved > 0.1 * relative_error(last, begun)
+
+
+# Passes of a sample: the teacher's are guided and count 2, the student's with gradients 3.
+COSTS = {"perflow": 8 * 2 + 3, "progressive": 2 * 2 + 3, "lcm": 2 + 1 + 3,
+         "mlcm": pytest.approx(4.5 * 2 + 2 + 1 + 3, rel=0.2),  # by the segment, one to eight steps
+         "scott": 3 * 2 + 1 + 3, "rectified-diffusion": 3,
+         "re-meanflow": pytest.approx(3 + 2 / 4, rel=0.1),  # one sample in four asks a derivative
+         "hipa": 3, "freeflow": 1 + 2 + 3}
+
+
+@pytest.mark.parametrize("method", NEEDS)
+def test_what_a_method_costs(method, teacher, tmp_path):
+    needs = NEEDS[method]
+    student = fewstep.train.student_of(teacher, method, needs)
+    if method == "hipa":
+        needs = replace(needs, loss=fewstep.train.of_pictures(student, "random"))
+    one, *later = fewstep.train.rounds_of(method, TrainingOptions(4, 16), needs)
+    velocity = fewstep.train.guide(teacher, 2.5)
+    cost = lambda one, velocity: compare.passes_of(partial(
+        fewstep.train.train_round, student, velocity, one, needs, Numbered(), tmp_path, {},
+        torch.float32))
+    assert cost(one, velocity) == COSTS[method]
+    if method == "progressive":  # the teacher of a later round has learned guidance
+        assert cost(later[0], fewstep.train.next_teacher(student, velocity)) == 2 + 3
 
 
 # --------------------------------------------------------------------------------------------------
