@@ -164,8 +164,7 @@ def options_for(study: Study, iterations: int) -> TrainingOptions:
 def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dtype) -> list[Made]:
     """Of a method or a variant: its models, as many as it has rounds for steps of their own."""
     method, needs = VARIANTS.get(row) or (row, NEEDS[row])
-    pairs = study.pairs_of(teacher)
-    velocity = guide(in_fp32(study, teacher.path), teacher.guidance)
+    pairs, velocity = study.pairs_of(teacher), guide(teacher, teacher.guidance)
     folder = study.folder / row.replace(", ", "-").replace(" ", "-")
     texts = [text for shard in pairs.prompts for text in shard]
     data = Prompts(texts) if needs.data == "prompts" else pairs
@@ -212,7 +211,7 @@ def saved(study: Study, name: str, model: StableDiffusion) -> StableDiffusion:
 
 
 def in_fp32(study: Study, path: str | Path) -> StableDiffusion:
-    """To measure, and to teach: a step from t = 0.064 multiplies a noise's rounding by 15."""
+    """To measure: a single step from t = 0.064 multiplies the rounding of a noise by 15."""
     return checkpoint.load(path, study.device)
 
 
