@@ -171,8 +171,7 @@ def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dty
 
     def begun() -> tuple[StableDiffusion, Needs]:
         start = checkpoint.load(teacher.path, study.device)
-        init = "negated" if needs.kind == "flow" else "teacher"
-        student = student_of(start, method, needs, init, study.seed)
+        student = student_of(start, method, needs, seed=study.seed)
         if method == "hipa":
             return student, replace(needs, loss=of_pictures(student, "random"))
         if method == "re-meanflow" and needs.data == "pairs":

@@ -66,6 +66,11 @@ class Needs:
     second_time: bool = False
     rate: float = 1e-6  # of Stable Diffusion where no other is published: reflow's
 
+    @property
+    def start(self) -> str:
+        """What the student's weights begin as: the teacher's, as --init says it."""
+        return "negated" if self.kind == "flow" else "teacher"
+
 
 NEEDS = {
     "perflow": Needs(perflow.loss, perflow.draw, "diffusion", "pictures", rate=8e-5),
@@ -147,10 +152,10 @@ def rounds_of(method: str, options: TrainingOptions, needs: Needs) -> list[Round
 
 
 def student_of(
-    teacher: StableDiffusion, method: str, needs: Needs, start="negated", seed: int = 0,
+    teacher: StableDiffusion, method: str, needs: Needs, start=None, seed: int = 0,
 ) -> StableDiffusion:
-    """A copy of the teacher as the method's student. start: as for `started_from`."""
-    unet = started_from(copy.deepcopy(teacher.unet), start, teacher.kind, seed)
+    """A copy of the teacher as the method's student. start: as for `started_from`, or its own."""
+    unet = started_from(copy.deepcopy(teacher.unet), start or needs.start, teacher.kind, seed)
     torch.manual_seed(seed)  # for what is new: the second time's embedding, LoRA
     unet = meanflow.with_second_time(unet) if needs.second_time else unet
     if method == "hipa":
@@ -271,7 +276,7 @@ def main():
     if args.init == "negated" and needs.kind == "diffusion":
         raise BadInput(f"--init negated: is a start for velocities, and {args.method} predicts "
                        "noise; leave it away")
-    args.init = args.init or ("negated" if needs.kind == "flow" else "teacher")
+    args.init = args.init or needs.start
     init, init_name = checkpoint.load_start(args.init, teacher)
     prompts, held_out, description = pairs_asked(teacher, args, "reflow", TINY_PAIRS)
 

@@ -448,9 +448,8 @@ def untrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("untrained")
 
     def path_of(method: str) -> Path:
-        needs, path = NEEDS[method], folder / f"{method}.safetensors"
-        start = "negated" if needs.kind == "flow" else "teacher"
-        model = fewstep.train.student_of(checkpoint.load(TINY_TEACHER), method, needs, start)
+        path = folder / f"{method}.safetensors"
+        model = fewstep.train.student_of(checkpoint.load(TINY_TEACHER), method, NEEDS[method])
         checkpoint.save(fewstep.train.finished(model), path, None)
         return path
 
