@@ -83,6 +83,7 @@ VARIANTS = {
     "meanflow, fresh noise": ("re-meanflow", replace(NEEDS["re-meanflow"], data="pictures")),
 }
 ROWS = ("teacher", *INSTAFLOW, *NEEDS, *VARIANTS)
+ORDER = ("drawn", *ROWS)
 PANELS = {  # of the figure, by the rule that is learned; then what a method is made of
     "InstaFlow": INSTAFLOW,
     "regression": ("perflow", "rectified-diffusion", "hipa"),
@@ -284,7 +285,7 @@ def measure_seed(study: Study) -> None:
                 )
         study.rows.extend(measured)
         study.write()
-    for one in study.rows:
+    for one in sorted(study.rows, key=lambda one: ORDER.index(one["row"])):
         if one["seed"] == study.seed and one["steps"] in (1, 4) and one["row"] != UNGUIDED:
             path = teacher.path if one["row"] == "teacher" else study.folder / one["file"]
             label = f"{one['row']}\n{in_steps(one['steps'])}"
@@ -305,9 +306,9 @@ def summary_of(rows: list[dict]) -> list[dict]:
             line[name], line[f"{name}_interval"] = with_interval([one[name] for one in group])
         line |= {name: with_interval([one[name] for one in group])[0]
                  for name in ("updates", "passes", "minutes")}
+        line["passes"] = None if line["passes"] is None else round(line["passes"])
         summary.append(line | {"seeds": len(group)})
-    order = ("drawn", *ROWS)
-    return sorted(summary, key=lambda line: (order.index(line["row"]), line["steps"] or 0))
+    return sorted(summary, key=lambda line: (ORDER.index(line["row"]), line["steps"] or 0))
 
 
 def save_curves(path: Path, summary: list[dict]) -> None:
