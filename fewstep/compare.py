@@ -27,7 +27,7 @@ Every training's rate rises to the same over the same share of it, and falls ove
 Captions and noises that figures are taken on are in none of the pairs. Of progressive distillation
 each number of steps is its own round's model, which has cost what was spent until then. Writes
 compare.json (a row for each seed), compare.md (means with 95 % intervals over seeds), compare.png
-(quality against the passes that a picture takes: guided steps count 2) and
+(quality against the passes that a picture takes: guided steps count 2), compare-losses.png and
 compare-pictures-SEED.png.
 """
 
@@ -65,7 +65,7 @@ from rectified_flow import squared
 from reflow import reflow
 from stable_diffusion import StableDiffusion
 from train_teacher import minutes_of
-from training import TrainingOptions, autocast_dtype, generator_for, to_device
+from training import TrainingOptions, autocast_dtype, generator_for, read_metrics, to_device
 from unet import UNet, started_from
 
 STEPS = [1, 2, 4, 8]
@@ -156,6 +156,10 @@ def updates_for(study: Study, passes: float, a_sample: float) -> int:
     return max(len(progressive.ROUNDS), round(passes / a_sample / study.args.batch_size))
 
 
+def folder_of(row: str) -> str:
+    return row.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
+
+
 def options_for(study: Study, iterations: int) -> TrainingOptions:
     """Those of paper_table.py, but for the warm-up."""
     warmup = round(WARMUP * iterations) * study.args.batch_size
@@ -166,7 +170,7 @@ def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dty
     """Of a method or a variant: its models, as many as it has rounds for steps of their own."""
     method, needs = VARIANTS.get(row) or (row, NEEDS[row])
     pairs, velocity = study.pairs_of(teacher), guide(teacher, teacher.guidance)
-    folder = study.folder / row.replace(", ", "-").replace(" ", "-")
+    folder = study.folder / folder_of(row)
     texts = [text for shard in pairs.prompts for text in shard]
     data = Prompts(texts) if needs.data == "prompts" else pairs
 
@@ -236,16 +240,16 @@ def by_instaflow(
 
     distilled, pairs = partial(distill, distance=squared, name="L2"), study.pairs_of(teacher)
     if row in ("2-RF", UNGUIDED):
-        return [trained(teacher, pairs, passes, reflow, "2-RF")]
+        return [trained(teacher, pairs, passes, reflow, folder_of("2-RF"))]
     if row == "teacher + distill":
-        return [trained(teacher, pairs, passes, distilled, "teacher+distill")]
+        return [trained(teacher, pairs, passes, distilled, folder_of(row))]
     flow = trained(teacher, pairs, passes * FLOW_SHARE, reflow, "2rf")
     a_pair = FLOW_STEPS * passes_of_a_step(flow.model.guidance)
     drawn = max(1, round(passes * PAIRS_SHARE / a_pair))
     few = vars(study.args) | {"num_pairs": drawn, "teacher_steps": FLOW_STEPS}
     own = replace(study, args=argparse.Namespace(**few)).pairs_of(study.load(flow.model.path))
     spent = flow.passes + drawn * a_pair
-    end = trained(flow.model, own, passes - spent, distilled, "2-RF+distill")
+    end = trained(flow.model, own, passes - spent, distilled, folder_of(row))
     return [replace(end, updates=flow.updates + end.updates, passes=spent + end.passes,
                     minutes=flow.minutes + end.minutes)]
 
@@ -336,6 +340,30 @@ def save_curves(path: Path, summary: list[dict]) -> None:
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
+def save_losses(path: Path, seeds: range) -> None:
+    """The loss against updates: a panel for each row, a line for each seed, pieces for rounds."""
+    figure = Figure(figsize=(13, 11), layout="constrained")
+    axes = figure.subplots(4, 4)
+    rows = [row for row in ROWS if row not in ("teacher", UNGUIDED)]
+    for axis, row in zip(axes.flat, rows, strict=True):
+        parts = [""]
+        if row in NEEDS:
+            options = TrainingOptions(len(progressive.ROUNDS), 1)
+            parts = [one.part for one in rounds_of(row, options, NEEDS[row])]
+        for seed in seeds:
+            done = 0
+            for part in parts:
+                logged = read_metrics(path.parent / f"seed-{seed}" / folder_of(row) / part)
+                if logged:
+                    axis.plot([done + one["step"] for one in logged],
+                              [one["loss"] for one in logged], f"C{seed % 10}.-", lw=1, ms=3)
+                    done += logged[-1]["step"]
+        axis.set(title=row, yscale="log")
+    figure.supxlabel("updates")
+    figure.supylabel("loss, each method's own")
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=90))
+
+
 def main():
     parser = study_parser("The methods beside InstaFlow, at one cost.")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
@@ -354,7 +382,8 @@ def main():
         table = markdown_table(summary) + footer("fewstep/compare.py", args, device, rows)
         write_text(folder / "compare.md", table)
         save_curves(folder / "compare.png", summary)
-    print(table + f"{folder}: compare.json, compare.md, compare.png and pictures")
+        save_losses(folder / "compare-losses.png", range(args.seed, seed + 1))
+    print(table + f"{folder}: compare.json, compare.md and pictures")
 
 
 if __name__ == "__main__":
