@@ -315,26 +315,26 @@ def summary_of(rows: list[dict]) -> list[dict]:
     return sorted(summary, key=lambda line: (ORDER.index(line["row"]), line["steps"] or 0))
 
 
-def save_curves(path: Path, summary: list[dict]) -> None:
-    """Fréchet distance against the passes of a picture, a line for each row."""
+def save_curves(path: Path, rows: list[dict]) -> None:
+    """Fréchet distance against the passes of a picture: a point for each seed, lines by means."""
     figure = Figure(figsize=(13, 8), layout="constrained")
     axes = figure.subplots(2, len(PANELS) // 2, sharex=True, sharey=True)
-    lines = grouped([line for line in summary if line["steps"]], ("row",))
-    floor = [line["frechet"] for line in summary if line["row"] == "drawn"]
-    for axis, (title, rows) in zip(axes.flat, PANELS.items()):
-        axis.axhline(*floor, color="0.8", lw=1, label="drawn")
-        for k, row in enumerate(("teacher", *rows)):
+    means = {(line["row"], line["steps"]): line["frechet"] for line in summary_of(rows)}
+    lines = grouped(rows, ("row",))
+    for axis, (title, shown) in zip(axes.flat, PANELS.items()):
+        axis.axhline(means["drawn", None], color="0.8", lw=1, label="drawn")
+        for k, row in enumerate(("teacher", *shown)):
             if not (mine := lines.get((row,))):
                 continue
-            axis.errorbar(
-                [line["a_picture"] for line in mine], [line["frechet"] for line in mine],
-                [line["frechet_interval"] or 0 for line in mine], capsize=3, label=row,
-                color="0.5" if row == "teacher" else f"C{k - 1}", marker="xosv^"[k],
-            )
+            look = {"color": "0.5" if row == "teacher" else f"C{k - 1}", "marker": "xosv^"[k]}
+            axis.scatter([one["a_picture"] for one in mine], [one["frechet"] for one in mine],
+                         s=12, alpha=0.5, **look)
+            passes = {one["a_picture"]: means[row, one["steps"]] for one in mine}
+            axis.plot(*zip(*sorted(passes.items())), label=row, **look)
         axis.set(title=title, xscale="log", yscale="log")
         axis.set_xticks([*STEPS, 16], [*STEPS, 16])
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.legend(fontsize=9)
+        axis.legend(fontsize=9, loc="upper right")
     figure.supxlabel("passes of the U-Net a picture")
     figure.supylabel("Fréchet distance")
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110))
@@ -378,10 +378,9 @@ def main():
         measure_seed(study)
         if study.shown:
             save_pictures(folder / f"compare-pictures-{seed}.png", study)
-        summary = summary_of(rows)
-        table = markdown_table(summary) + footer("fewstep/compare.py", args, device, rows)
+        table = markdown_table(summary_of(rows)) + footer("fewstep/compare.py", args, device, rows)
         write_text(folder / "compare.md", table)
-        save_curves(folder / "compare.png", summary)
+        save_curves(folder / "compare.png", rows)
         save_losses(folder / "compare-losses.png", range(args.seed, seed + 1))
     print(table + f"{folder}: compare.json, compare.md and pictures")
 
