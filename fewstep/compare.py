@@ -1,6 +1,6 @@
 """InstaFlow and the methods beside it: one teacher, one set of pairs, one student, one cost.
 
-    python fewstep/compare.py                                   seeds 0, 1 and 2; hours on 2 cores
+    python fewstep/compare.py                                   seeds 0, 1 and 2; 2 hours on 2 cores
     python fewstep/compare.py --num-seeds 1 --rows lcm perflow  some rows; others are kept
 
 Cost is counted where it is paid, on four batches, in passes of a sample through the U-Net: 1
@@ -19,7 +19,8 @@ mlcm and freeflow do without and pay for walks of their own.
 and to tell apart what a method is made of:
 
     velocity, picture loss      Rectified Diffusion's loss, of a network that predicts v, from t = 0
-    noise prediction, squared   its form, with the squared error of pictures
+    velocity, squared           the same with the squared error of pictures: 2-RF's times (1 - t)^2
+    noise prediction, squared   Rectified Diffusion's form with that error
     re-meanflow, exact          with the derivative in place of the difference
     meanflow, fresh noise       Re-MeanFlow without the coupling of the pairs; none is left out
 
@@ -32,6 +33,7 @@ compare-pictures-SEED.png.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,6 +78,9 @@ VARIANTS = {
     "velocity, picture loss": ("rectified-diffusion", replace(
         NEEDS["rectified-diffusion"], kind="flow",
         loss=partial(rectified_diffusion.loss, times=lambda place: place))),
+    "velocity, squared": ("rectified-diffusion", replace(
+        NEEDS["rectified-diffusion"], kind="flow",
+        loss=partial(rectified_diffusion.loss, distance=squared, times=lambda place: place))),
     "noise prediction, squared": ("rectified-diffusion", replace(
         NEEDS["rectified-diffusion"], loss=partial(rectified_diffusion.loss, distance=squared))),
     "re-meanflow, exact": ("re-meanflow", replace(
@@ -89,8 +94,8 @@ PANELS = {  # of the figure, by the rule that is learned; then what a method is 
     "regression": ("perflow", "rectified-diffusion", "hipa"),
     "compositional": ("progressive", "lcm", "mlcm", "scott"),
     "Eulerian; Lagrangian": ("re-meanflow", "freeflow"),
-    "form and loss": (UNGUIDED, "velocity, picture loss", "rectified-diffusion",
-                      "noise prediction, squared"),
+    "form and loss": (UNGUIDED, "velocity, picture loss", "velocity, squared",
+                      "rectified-diffusion", "noise prediction, squared"),
     "of MeanFlow": ("re-meanflow", "re-meanflow, exact", "meanflow, fresh noise"),
 }
 FLOW_SHARE, PAIRS_SHARE = 3 / 8, 1 / 4  # of the passes, on 2-RF and its pairs for distillation
@@ -326,7 +331,7 @@ def save_curves(path: Path, rows: list[dict]) -> None:
         for k, row in enumerate(("teacher", *shown)):
             if not (mine := lines.get((row,))):
                 continue
-            look = {"color": "0.5" if row == "teacher" else f"C{k - 1}", "marker": "xosv^"[k]}
+            look = {"color": "0.5" if row == "teacher" else f"C{k - 1}", "marker": "xosv^D"[k]}
             axis.scatter([one["a_picture"] for one in mine], [one["frechet"] for one in mine],
                          s=12, alpha=0.5, **look)
             passes = {one["a_picture"]: means[row, one["steps"]] for one in mine}
@@ -342,10 +347,12 @@ def save_curves(path: Path, rows: list[dict]) -> None:
 
 def save_losses(path: Path, seeds: range) -> None:
     """The loss against updates: a panel for each row, a line for each seed, pieces for rounds."""
-    figure = Figure(figsize=(13, 11), layout="constrained")
-    axes = figure.subplots(4, 4)
     rows = [row for row in ROWS if row not in ("teacher", UNGUIDED)]
-    for axis, row in zip(axes.flat, rows, strict=True):
+    columns = 4
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(13, 2.7 * lines), layout="constrained")
+    for k, row in enumerate(rows):
+        axis = figure.add_subplot(lines, columns, k + 1)
         parts = [""]
         if row in NEEDS:
             options = TrainingOptions(len(progressive.ROUNDS), 1)
@@ -367,7 +374,7 @@ def save_losses(path: Path, seeds: range) -> None:
 def main():
     parser = study_parser("The methods beside InstaFlow, at one cost.")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
-    parser.add_argument("--passes", type=positive, default=300_000,
+    parser.add_argument("--passes", type=positive, default=80_000,
                         help="of samples through the U-Net, for each row")
     parser.set_defaults(out="runs/fewstep", captions="mixed")
     args = parser.parse_args()
