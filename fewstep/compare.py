@@ -1,13 +1,13 @@
 """InstaFlow and the methods beside it: one teacher, one set of pairs, one student, one cost.
 
-    python fewstep/compare.py                                   seeds 0, 1 and 2; 2 hours on 2 cores
+    python fewstep/compare.py                                   seeds 0, 1 and 2; over 2 hours
     python fewstep/compare.py --num-seeds 1 --rows lcm perflow  some rows; others are kept
 
 Cost is counted where it is paid, on four batches, in passes of a sample through the U-Net: 1
 without gradients, 3 with, 2 with a forward derivative; a guided pass of the teacher is 2. Every row
 may spend --passes on its training, and on pairs of its own flow; hipa's decoder and LPIPS are not
 counted. The teacher's pairs come before and are shared (16 passes each, in 8 guided steps), though
-mlcm and freeflow do without and pay for walks of their own.
+mlcm and freeflow do without.
 
     2-RF                    reflow, drawn as sample.py does,     reflow.py
                             guided, or else "unguided"
@@ -346,13 +346,9 @@ def save_curves(path: Path, rows: list[dict]) -> None:
 
 
 def save_losses(path: Path, seeds: range) -> None:
-    """The loss against updates: a panel for each row, a line for each seed, pieces for rounds."""
-    rows = [row for row in ROWS if row not in ("teacher", UNGUIDED)]
-    columns = 4
-    lines = math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(13, 2.7 * lines), layout="constrained")
-    for k, row in enumerate(rows):
-        axis = figure.add_subplot(lines, columns, k + 1)
+    """The loss against updates: a panel for each row trained, a line a seed, pieces for rounds."""
+    lines = {}  # of each row: (updates, losses, color)
+    for row in ROWS:
         parts = [""]
         if row in NEEDS:
             options = TrainingOptions(len(progressive.ROUNDS), 1)
@@ -362,9 +358,19 @@ def save_losses(path: Path, seeds: range) -> None:
             for part in parts:
                 logged = read_metrics(path.parent / f"seed-{seed}" / folder_of(row) / part)
                 if logged:
-                    axis.plot([done + one["step"] for one in logged],
-                              [one["loss"] for one in logged], f"C{seed % 10}.-", lw=1, ms=3)
-                    done += logged[-1]["step"]
+                    updates = [done + one["step"] for one in logged]
+                    losses = [one["loss"] for one in logged]
+                    lines.setdefault(row, []).append((updates, losses, f"C{seed % 10}"))
+                    done = updates[-1]
+    if not lines:
+        return
+    columns = min(4, len(lines))
+    height = math.ceil(len(lines) / columns)
+    figure = Figure(figsize=(3.25 * columns, 2.7 * height), layout="constrained")
+    for k, (row, pieces) in enumerate(lines.items()):
+        axis = figure.add_subplot(height, columns, k + 1)
+        for updates, losses, color in pieces:
+            axis.plot(updates, losses, color=color, marker=".", lw=1, ms=3)
         axis.set(title=row, yscale="log")
     figure.supxlabel("updates")
     figure.supylabel("loss, each method's own")

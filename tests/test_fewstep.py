@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoint
@@ -613,12 +614,25 @@ def test_rows_of_one_cost(call):
                 ("progressive", 8), ("progressive", 4), ("progressive", 2)):
             assert 280 <= one["passes"] <= 360, one
     assert all(Path("runs/few", f"compare{end}").exists()
-               for end in (".md", ".png", "-pictures-0.png"))
+               for end in (".md", ".png", "-losses.png", "-pictures-0.png"))
     before = Path("runs/few/compare.json").read_bytes()
     assert call(compare.main, *ask)[0] == 0
     assert Path("runs/few/compare.json").read_bytes() == before
     code, _, err = call(compare.main, *ask, "--passes", 400)
     assert code == 2 and "another study" in err
+
+
+def test_losses_are_drawn_of_the_rows_that_were_trained(tmp_path):
+    path, widths = tmp_path / "losses.png", []
+    compare.save_losses(path, range(2))
+    assert not path.exists()
+    for row in ("lcm", "velocity, picture loss"):
+        folder = tmp_path / "seed-1" / compare.folder_of(row)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')
+        compare.save_losses(path, range(2))
+        widths.append(Image.open(path).width)
+    assert widths[1] == pytest.approx(2 * widths[0], abs=2)
 
 
 @pytest.mark.slow
