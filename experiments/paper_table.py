@@ -98,7 +98,8 @@ KEYS = ("row", "updates", "steps")
 FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
 COSTS = ("samples", "own_samples", "minutes")
 SETTINGS = ("iterations", "lpips_iterations", "batch_size", "cooldown", "num_pairs",
-            "teacher_steps", "captions", "held_out", "num_samples", "passes", "dtype")
+            "teacher_steps", "captions", "held_out", "num_samples", "passes", "learning_rate",
+            "dtype")
 
 
 def world_of(captions: str) -> tuple[ModuleType, str]:

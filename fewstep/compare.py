@@ -2,6 +2,7 @@
 
     python fewstep/compare.py                                   seeds 0, 1 and 2; over 2 hours
     python fewstep/compare.py --num-seeds 1 --rows lcm perflow  some rows; others are kept
+    python fewstep/compare.py --learning-rate 5e-3 --rows hipa --out runs/hipa    another study
 
 Cost is counted where it is paid, on four batches, in passes of a sample through the U-Net: 1
 without gradients, 3 with, 2 with a forward derivative; a guided pass of the teacher is 2. Every row
@@ -51,7 +52,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 sys.path.insert(2, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import checkpoint
-from command import pick_device, positive, run, write_text, write_whole
+from command import not_below_zero, pick_device, positive, run, write_text, write_whole
 from distill import distill
 from evaluate import evaluate
 from evaluation.figures import GRADES, with_interval
@@ -168,7 +169,8 @@ def folder_of(row: str) -> str:
 def options_for(study: Study, iterations: int) -> TrainingOptions:
     """Those of paper_table.py, but for the warm-up."""
     warmup = round(WARMUP * iterations) * study.args.batch_size
-    return replace(study.options(iterations), warmup_samples=warmup)
+    options = study.options(iterations, study.args.learning_rate)
+    return replace(options, warmup_samples=warmup)
 
 
 def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dtype) -> list[Made]:
@@ -382,6 +384,7 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
     parser.add_argument("--passes", type=positive, default=80_000,
                         help="of samples through the U-Net, for each row")
+    parser.add_argument("--learning-rate", type=not_below_zero, default=5e-4, help="of each row")
     parser.set_defaults(out="runs/fewstep", captions="mixed")
     args = parser.parse_args()
     folder, device = Path(args.out), pick_device(args.device)

@@ -618,8 +618,9 @@ def test_rows_of_one_cost(call):
     before = Path("runs/few/compare.json").read_bytes()
     assert call(compare.main, *ask)[0] == 0
     assert Path("runs/few/compare.json").read_bytes() == before
-    code, _, err = call(compare.main, *ask, "--passes", 400)
-    assert code == 2 and "another study" in err
+    for other in (("--passes", 400), ("--learning-rate", 0.005)):
+        code, _, err = call(compare.main, *ask, *other)
+        assert code == 2 and "another study" in err
 
 
 def test_losses_are_drawn_of_the_rows_that_were_trained(tmp_path):
