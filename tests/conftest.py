@@ -37,7 +37,8 @@ def call(monkeypatch, capsys, tmp_path):
         said = [line for line in lines if line.startswith(("error:", "note:"))]
         return code, out, "\n".join(said)
 
-    return run
+    yield run
+    assert Path.cwd() == tmp_path  # and not in somebody's runs/, as after monkeypatch.undo()
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

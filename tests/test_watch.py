@@ -237,10 +237,10 @@ def test_what_was_seen_before_the_first_state_is_of_this_run(call, monkeypatch):
     def kill(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_state", kill)
-    assert call(reflow.main, *REFLOW)[0] == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save_state", kill)
+        assert call(reflow.main, *REFLOW)[0] == 2
     before = read_metrics(STATE, "held_out_loss")[0]
-    monkeypatch.undo()
     assert call(reflow.main, *REFLOW, "--init", "teacher")[0] == 0
     after = read_metrics(STATE, "held_out_loss")[0]
     assert (before["step"], after["step"]) == (0, 0)
