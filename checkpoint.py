@@ -1,41 +1,24 @@
-"""Checkpoints: a Stable Diffusion 1.x file or folder in, the model out, and back.
+"""Checkpoints: a Stable Diffusion 1.x file or folder in, our model out, and back.
 
     model = checkpoint.load("sd14.safetensors", "cuda", torch.bfloat16)      a StableDiffusion
     checkpoint.save(model, "2rf.safetensors")                                one file
     python checkpoint.py sd14.safetensors sd14/                              to a folder, or back
 
-This file is the door of single files in the original layout; diffusers_folder.py is that of
-folders. Our modules carry diffusers' names, the single file those of the original code under three
-prefixes: `original_names` is the table between the two, used in both directions.
-
-Loading is strict: a missing or wrongly shaped tensor is an error, and what a file holds beyond the
-model is passed over and named. What metadata says is data: it is checked, and never names a file.
+This file picks the format; formats/ reads and writes it.
 """
 
 import argparse
-import json
-from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from command import BadInput, Parser, first_line, run, write_whole
-from diffusers_folder import export, family_of_folder, load_folder
-from stable_diffusion import (
-    KINDS, StableDiffusion, checked_about, empty_networks, fill, fingerprint, tell_unused,
-    tensors_in,
-)
-from text_encoder import TextEncoderConfig, tokenizer_from, tokenizer_in, tokenizer_parts
-from unet import UNet, UNetConfig
-from vae import VAEConfig
-
-# One entry for all: safetensors writes several in any order, runs would differ.
-METADATA = "instaflow"
-UNET_PREFIX, EMA_PREFIX = "model.diffusion_model.", "model_ema."
-VAE_PREFIX, TEXT_PREFIX = "first_stage_model.", "cond_stage_model.transformer."
-STARTS = ("teacher", "negated", "random")  # what --init knows beside checkpoints
+from command import BadInput, Parser, run
+from formats.diffusers_folder import export, load_folder
+from formats.single_file import load_single_file, save
+from formats.tokenizers import tokenizer_in
+from formats.weights import fingerprint
+from stable_diffusion import INITS, KINDS, StableDiffusion, initial_student
+from unet import stack
 
 
 def load(
@@ -44,9 +27,8 @@ def load(
 ) -> StableDiffusion:
     """Load a single file or a diffusers folder, in evaluation mode.
 
-    kind overrides what the file says; tokenizer is a folder with vocab.json and merges.txt; use_ema
-    reads the averaged U-Net of a full training checkpoint. BadInput, one line, for whatever is
-    wrong with the files.
+    kind overrides the file's own; tokenizer: a folder with vocab.json and merges.txt; use_ema: the
+    averaged U-Net of a full training checkpoint. BadInput, one line, for whatever is wrong.
     """
     path = Path(path)
     if path.is_dir():
@@ -55,15 +37,12 @@ def load(
             raise BadInput(f"{path}: --use-ema reads full single-file checkpoints; a diffusers "
                            "folder holds one U-Net")
     elif not path.is_file():
-        raise BadInput(f"{path}: no such file or folder; `make demo`, or reflow.py and then "
-                       "distill.py, make those in runs/; else give an SD 1.x .safetensors or a "
-                       "diffusers folder")
+        raise BadInput(f"{path}: no such file or folder; `make demo`, or reflow.py and distill.py, "
+                       "make those in runs/; else give an SD 1.x .safetensors or diffusers folder")
     elif path.suffix != ".safetensors":
-        raise BadInput(
-            f"{path}: only .safetensors is read, since pickles can run code; convert it where you "
-            "trust it: safetensors.torch.save_file(torch.load(file)['state_dict'], "
-            "'out.safetensors')"
-        )
+        raise BadInput(f"{path}: only .safetensors is read, since pickles can run code; convert it "
+                       "where you trust it: safetensors.torch.save_file("
+                       "torch.load(file)['state_dict'], 'out.safetensors')")
     else:
         model = load_single_file(path, device, dtype, use_ema)
     model.path, model.kind = str(path), kind or model.kind
@@ -73,269 +52,53 @@ def load(
     found = expected if model.tokenizer is None else len(model.tokenizer.get_vocab())
     if found != expected:
         raise BadInput(f"{tokenizer or path}: the tokenizer has {found} tokens and the text "
-                       f"encoder {expected}; give its own")
+                       f"encoder {expected}; give the text encoder's own")
     for network in (model.unet, model.vae, model.text_encoder):
         network.eval()
     return model
 
 
-def load_single_file(path: Path, device, dtype, use_ema: bool = False) -> StableDiffusion:
-    files = tensors_in([path])
-    about = about_of(path, files)
-    refuse_other_models(path, files)
-    networks = empty_networks(str(path), lambda: configs_in(about), dtype)
-    table = original_names(networks["unet"].config, networks["vae"].config)
-    used = set()
-    for part, network in networks.items():
-        keys = single_file_names(part, network.state_dict(), table[part])
-        if part == "unet" and use_ema:
-            if not any(key.startswith(EMA_PREFIX + "diffusion_model") for key in files):
-                raise BadInput(
-                    f"{path}: holds no averaged weights ({EMA_PREFIX}*); leave --use-ema away"
-                )
-            used |= set(keys.values())
-            dotless = lambda key: key.removeprefix("model.").replace(".", "")
-            keys = {name: EMA_PREFIX + dotless(key) for name, key in keys.items()}
-        if part == "text_encoder" and not any(
-            k.startswith(TEXT_PREFIX + "text_model.") for k in files
-        ):
-            keys = {name: key.replace("text_model.", "", 1) for name, key in keys.items()}
-        fill(network, part, keys, files, str(path), device, dtype)
-        used |= set(keys.values())
-    tell_unused(path, {key for key in set(files) - used if not key.startswith(KNOWN_EXTRAS)})
-    return StableDiffusion(
-        **networks, tokenizer=stored_tokenizer(path, about), kind=about.get("kind") or "diffusion",
-        family=about.get("family") or "sd", method=about.get("method") or "",
-    )
+def load_student(
+    args: argparse.Namespace, device: torch.device, teacher_hash: str, init: str,
+) -> StableDiffusion:
+    """What training starts from, in fp32: --teacher, with the U-Net that --init names.
 
-
-# --------------------------------------------------------------------------------------------------
-# The original names
-
-
-IN_UNET_RESNET = [
-    ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
-    ("norm2", "out_layers.0"), ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection"),
-]
-IN_VAE = [
-    (".mid_block.resnets.0.", ".mid.block_1."), (".mid_block.resnets.1.", ".mid.block_2."),
-    (".mid_block.attentions.0.", ".mid.attn_1."), (".group_norm.", ".norm."), (".to_q.", ".q."),
-    (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."),
-    (".conv_norm_out.", ".norm_out."), (".conv_shortcut.", ".nin_shortcut."),
-    (".resnets.", ".block."), (".downsamplers.0.", ".downsample."),
-    (".upsamplers.0.", ".upsample."), ("encoder.down_blocks.", "encoder.down."),
-]
-
-
-def original_names(unet: UNetConfig, vae: VAEConfig) -> dict[str, list[tuple[str, str]]]:
-    """For each network the (part of our name, part of the original name) that differ."""
-    levels, layers = len(unet.block_out_channels), unet.layers_per_block
-    table = [
-        ("conv_in.", "input_blocks.0.0."),
-        ("time_embedding.linear_1.", "time_embed.0."),
-        ("time_embedding.linear_2.", "time_embed.2."),
-        ("mid_block.attentions.0.", "middle_block.1."),
-        ("conv_norm_out.", "out.0."),
-        ("conv_out.", "out.2."),
-    ]
-    resnets = [("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.2")]
-    for i in range(levels):
-        # Going down, blocks are counted from 1 (0 is conv_in), and halving is a block of its own.
-        for j in range(layers):
-            block = i * (layers + 1) + j + 1
-            resnets.append((f"down_blocks.{i}.resnets.{j}", f"input_blocks.{block}.0"))
-            table.append((f"down_blocks.{i}.attentions.{j}.", f"input_blocks.{block}.1."))
-        halving = (i + 1) * (layers + 1)
-        table.append((f"down_blocks.{i}.downsamplers.0.conv.", f"input_blocks.{halving}.0.op."))
-        # Going up, doubling is the last part of a level's last block, behind its attention if any.
-        for j in range(layers + 1):
-            block = i * (layers + 1) + j
-            resnets.append((f"up_blocks.{i}.resnets.{j}", f"output_blocks.{block}.0"))
-            table.append((f"up_blocks.{i}.attentions.{j}.", f"output_blocks.{block}.1."))
-        part = 2 if unet.attention_levels[levels - 1 - i] else 1
-        table.append((f"up_blocks.{i}.upsamplers.0.conv.", f"output_blocks.{block}.{part}.conv."))
-    table += [(f"{our}.{a}.", f"{their}.{b}.") for our, their in resnets for a, b in IN_UNET_RESNET]
-
-    last = len(vae.block_out_channels) - 1  # the original counts the decoder's levels from the top
-    up = [(f"decoder.up_blocks.{i}.", f"decoder.up.{last - i}.") for i in range(last + 1)]
-    return {"unet": table, "vae": IN_VAE + up, "text_encoder": []}
-
-
-def single_file_names(part: str, names: Iterable[str], table: list) -> dict[str, str]:
-    """Our names of one network -> names in a single file."""
-    prefix = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encoder": TEXT_PREFIX}[part]
-    renamed = {}
-    for name in names:
-        original = name
-        for ours, theirs in table:
-            original = original.replace(ours, theirs)
-        renamed[name] = prefix + original
-    return renamed
-
-
-# --------------------------------------------------------------------------------------------------
-# What a single file says of itself
-
-
-def about_of(path: Path, files: dict) -> dict:
-    """The metadata of a file of ours; empty for those that others wrote."""
-    text = (next(iter(files.values())).metadata() or {}).get(METADATA) if files else None
-    try:
-        return checked_about(path, {} if text is None else json.loads(text))
-    except ValueError as problem:
-        why = first_line(problem)
-        raise BadInput(f"{path}: its metadata is malformed ({why}); get it again") from None
-
-
-def family_of(path: str | Path) -> str:
-    """The name in stable_diffusion.FAMILIES of a checkpoint, without loading it."""
-    path = Path(path)
-    if path.is_dir():
-        return family_of_folder(path)
-    files = tensors_in([path]) if path.suffix == ".safetensors" else {}
-    return about_of(path, files).get("family") or "sd"
-
-
-def refuse_other_worlds(paths: list[str]) -> None:
-    """BadInput where the checkpoints were made for captions of different worlds."""
-    families = {family_of(path): path for path in paths}
-    if len(families) > 1:
-        one, other = list(families.values())[:2]
-        raise BadInput(f"{one}: was made for other captions than {other}; give models of one world")
-
-
-def configs_in(about: dict) -> tuple[UNetConfig, VAEConfig, TextEncoderConfig]:
-    """The sizes of the networks: those in the metadata, else Stable Diffusion's."""
-    if "config" not in about:
-        return UNetConfig(), VAEConfig(), TextEncoderConfig()
-
-    def read(config_class, part: str):
-        values = about["config"][part].items()
-        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
-
-    return read(UNetConfig, "unet"), read(VAEConfig, "vae"), read(TextEncoderConfig, "text_encoder")
-
-
-def stored_tokenizer(path: Path, about: dict):
-    if not about.get("tokenizer"):
-        return None
-    try:
-        return tokenizer_from(**about["tokenizer"])
-    except Exception as problem:  # the tokenizers library raises its own, without a class for them
-        raise BadInput(f"{path}: the tokenizer in its metadata is malformed "
-                       f"({first_line(problem)}); get it again") from None
-
-
-def refuse_other_models(path: Path, files: dict) -> None:
-    """BadInput that names what the file is, where it is not Stable Diffusion 1.x."""
-    ours = "this project reads SD 1.4, 1.5 and fine-tunes of them"
-    if any(key.startswith("conditioner.") for key in files):
-        raise BadInput(f"{path}: a Stable Diffusion XL file; {ours}")
-    if any(key.startswith("cond_stage_model.model.") for key in files):
-        raise BadInput(f"{path}: a Stable Diffusion 2.x file; {ours}")
-    for what, prefix in (("U-Net", UNET_PREFIX), ("autoencoder", VAE_PREFIX),
-                         ("text encoder", TEXT_PREFIX)):
-        if not any(key.startswith(prefix) for key in files):
-            raise BadInput(f"{path}: holds no {what} ({prefix}*); give a whole SD 1.x checkpoint")
-    if "v_pred" in files:
-        raise BadInput(f"{path}: a v-prediction model; this project reads those that predict the "
-                       "noise, as SD 1.4 and 1.5 do")
-    entrance = UNET_PREFIX + "input_blocks.0.0.weight"
-    if entrance in files and files[entrance].get_slice(entrance).get_shape()[1:2] == [9]:
-        raise BadInput(
-            f"{path}: an inpainting model (9 channels in); give one that draws from a prompt alone"
-        )
-
-
-# What real files hold beside the networks: the averaged U-Net, the schedule's buffers, CLIP's.
-KNOWN_EXTRAS = (
-    EMA_PREFIX, "betas", "alphas_cumprod", "sqrt_", "posterior_", "log_one_minus", "logvar",
-    "lvlb_weights", "model_ema_decay", "scale_factor", "cond_stage_model.logit_scale",
-    "cond_stage_model.text_projection",
-)
-
-
-# --------------------------------------------------------------------------------------------------
-# Writing
-
-
-def save(
-    model: StableDiffusion, path: str | Path, dtype: torch.dtype | None = torch.float16,
-) -> None:
-    """Write one .safetensors file in the original layout, whole or not at all.
-
-    Configurations, kind, family and vocabulary lie in its metadata. dtype None keeps each tensor's.
+    teacher_hash, init: as the run's settings have them. BadInput: a file has changed meanwhile.
     """
-    parts = ("unet", "vae", "text_encoder")
-    about = {"kind": model.kind, "family": model.family, "method": model.method,
-             "config": {part: asdict(getattr(model, part).config) for part in parts}}
-    if model.tokenizer is not None:
-        vocabulary, merges = tokenizer_parts(model.tokenizer)
-        about["tokenizer"] = {"vocabulary": vocabulary, "merges": merges}
-    table = original_names(model.unet.config, model.vae.config)
-    tensors = {}
-    for part in parts:
-        state = getattr(model, part).state_dict()
-        keys = single_file_names(part, state, table[part])
-        for name, tensor in state.items():
-            if part == "vae" and ".to_" in name and tensor.ndim == 2:
-                # Its attention's linear maps are convolutions there.
-                tensor = tensor[:, :, None, None]
-            tensors[keys[name]] = tensor.detach().to(
-                "cpu", dtype or tensor.dtype, memory_format=torch.contiguous_format
-            )
-    metadata = {METADATA: json.dumps(about)}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    for path, known in ((args.teacher, teacher_hash), (args.init, init)):
+        if path not in INITS and fingerprint(path) != known:
+            raise BadInput(f"{path}: has changed since this command started; run it again")
+    student = load(args.teacher, device, torch.float32, args.kind, args.tokenizer)
+    student.get_tokenizer()  # to be saved with the model
+    init = args.init if args.init in INITS else load(args.init, device).unet
+    student.unet = initial_student(student.unet, init, student.kind, args.seed)
+    if getattr(args, "student", None) == "stacked":  # of distill.py
+        student.unet = stack(student.unet)
+    student.unet.gradient_checkpointing = args.gradient_checkpointing
+    student.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
+    return student
 
 
-def file_size(*networks: torch.nn.Module) -> int:
-    """Bytes that these networks take in a file of `save`, in fp16."""
-    return 2 * sum(p.numel() for network in networks for p in network.parameters())
-
-
-# --------------------------------------------------------------------------------------------------
-# Commands
-
-
-def initial_weights(text: str) -> str:
-    """argparse type of --init: one of STARTS, or a checkpoint."""
-    if text not in STARTS and not Path(text).exists():
-        raise argparse.ArgumentTypeError(
-            f"must be {', '.join(STARTS)} or a checkpoint that exists, got {text!r}"
-        )
-    return text
-
-
-def model_file(text: str) -> str:
-    """argparse type of --out: the name of a single file, as `load` takes it."""
-    if not text.endswith(".safetensors"):
-        raise argparse.ArgumentTypeError(f"must end in .safetensors, got {text!r}")
-    return text
-
-
-def load_start(init: str, teacher: StableDiffusion) -> tuple[str | UNet, str]:
-    """What --init says (its name, or the U-Net of a checkpoint), and how settings call it.
-
-    BadInput where that U-Net is not built like the teacher's.
-    """
-    if init in STARTS:
-        return init, init
-    unet = load(init).unet
-    if unet.config != teacher.unet.config:
+def check_init(init: str, teacher: StableDiffusion) -> str:
+    """--init in a run's settings. BadInput: a checkpoint with another U-Net than the teacher's."""
+    if init in INITS:
+        return init
+    if not Path(init).exists():
+        raise BadInput(f"--init: must be {', '.join(INITS)} or a checkpoint that exists, got "
+                       f"{init!r}")
+    if load(init, "meta").unet.config != teacher.unet.config:
         raise BadInput(f"--init {init}: its U-Net is not built like the teacher's; give one that "
-                       "was made from that")
-    return unet, fingerprint(init)
+                       "was made from that teacher")
+    return fingerprint(init)
 
 
 def main():
     parser = Parser("Convert a checkpoint between the single-file layout and a diffusers folder.")
     parser.add_argument("source", help="an SD 1.x .safetensors file or a diffusers folder")
     parser.add_argument("target", help="ending in .safetensors for a single file, else a folder")
-    parser.add_argument("--kind", choices=KINDS,
-                        help="what the U-Net predicts, if the source does not say")
-    parser.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, to store along")
-    parser.add_argument("--use-ema", action="store_true",
-                        help="the averaged U-Net of a full checkpoint")
+    parser.add_argument("--kind", choices=KINDS, help="override what the U-Net predicts")
+    parser.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, to store too")
+    parser.add_argument("--use-ema", action="store_true", help="of a full training checkpoint")
     args = parser.parse_args()
     model = load(args.source, kind=args.kind, tokenizer=args.tokenizer, use_ema=args.use_ema)
     dtype = None if args.use_ema else torch.float16  # averages are not rounded

@@ -1,27 +1,21 @@
-"""The one training loop: the tiny teacher, reflow and both stages of distillation use `train`.
+"""The one training loop: the tiny teachers, reflow and both stages of distillation use `train`.
 
-In order: fetch a batch, set the learning rate, forward, backward, clip, AdamW, average the weights
-(EMA), log, save. Progress, warm-up and EMA half-life are counted in samples.
+Each iteration: fetch a batch, set the learning rate, forward, backward, clip, AdamW, EMA, log,
+save, validate. Progress, warm-up and EMA half-life are counted in samples.
 
-Everything random in a step is drawn from a generator seeded by (seed, step), and samples are
-numbered from 0 over the whole run. So the position in the run is one number, and a run that was
-killed and started again computes, bit for bit on a CPU, what it would have without stopping.
+Everything random in an iteration comes from a generator seeded by (seed, iteration), and samples
+are numbered from 0 over the whole run. One number is therefore the position in a run: after
+`kill -9` the same command continues, and on a CPU ends bit for bit as without stopping.
 
-Under torchrun every process computes its share of each batch, DistributedDataParallel averages the
-gradients while the backward pass still runs, and the first process writes. The same batch at any
-number of processes gives the same run up to rounding, so the number may change between stops. A GPU
-holds, beside activations, 4 bytes a parameter of weights, 4 of gradients, 8 of moments and 4 of
-EMA, which ema_device moves into main memory.
-
-The state is one file that appears whole or not at all, `<out>.state/state.safetensors`, beside
-`settings.json` and `metrics.jsonl`, which `plot_loss` draws. It is written every `save_every`
-iterations, and whenever a run is logged 15 minutes after the last time. Before the first update and
-after each state a callback may look at the averaged weights (watch.py).
+Under torchrun each process computes its share of each batch, DistributedDataParallel averages the
+gradients, and the first process writes; the result is the same up to rounding. Beside activations a
+GPU holds 16 bytes a parameter (weights, gradients, two moments) and 4 of EMA, which --ema-device
+cpu moves to main memory. A run's folder: state.safetensors, settings.json, metrics.jsonl.
 """
 
 import argparse
 import contextlib
-import functools
+import copy
 import hashlib
 import json
 import math
@@ -32,7 +26,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -40,16 +33,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from command import (
-    BadInput, check_output, dtype_name, from_all_processes, keep_others_out, note, pick_dtype, rank,
-    refuse_other, wait_for_all, world_size, write_json, write_text, write_whole,
+    BadInput, DefaultByModel, all_gather, barrier, check_same_settings, dtype_name, fraction,
+    lock_folder, non_negative, non_negative_int, pick_dtype, positive, rank, world_size,
+    write_atomically, write_json, write_text,
 )
 
-PAPERS_WARMUP, PAPERS_HALF_LIFE = 1_000, 6_931  # updates: EMA 0.9999 halves in 6,931
-LOG_SAMPLES, LOG_UPDATES = 640, 10
-SAVE_SECONDS = 15 * 60  # a state is never older than that when a run is logged
-LEAST_SCALE = 2**-10  # of fp16's losses; below it a gradient is not finite for other reasons
-BYTES_PER_PARAMETER = 16  # of a saved state: weights, EMA and two moments in fp32
-TIME_BINS = 10  # the loss is also reported for each tenth of [0, 1]
+PAPER_WARMUP, PAPER_HALF_LIFE = 1_000, 6_931  # iterations: EMA 0.9999 halves in 6,931
+SAVE_SECONDS = 15 * 60  # a state is never older than this when a run is logged
+TIME_BINS = 10  # the loss is also logged for each tenth of [0, 1]
 
 
 @dataclass
@@ -57,42 +48,25 @@ class TrainingOptions:
     """How to train. Counts are samples unless the name says iterations."""
 
     iterations: int
-    batch_size: int = 64  # samples of one update, over all parts and processes
+    batch_size: int = 64  # over all micro-batches and processes
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     warmup_samples: int = 0
-    cooldown: float = 0.0  # share of the run, at its end, over which the rate falls to 0
+    cooldown: float = 0.0  # last fraction of the run, in which the learning rate falls to 0
     ema_half_life: int = 500_000
-    ema_ramp: float = 0.0  # the half-life is at most this share of the samples seen; 0: no limit
+    ema_ramp: float = 0.0  # the half-life is at most this fraction of the samples seen; 0: no limit
     clip_norm: float = 1.0
     seed: int = 0
-    # What does not change the result, but for rounding; a run may go on with others of these:
-    accumulate: int = 1  # parts of a batch that pass by themselves, over all processes
+    dtype: torch.dtype = torch.float32  # of the forward pass; bf16 under autocast
+    # These change nothing but rounding, so a run may continue with others:
+    accumulate: int = 1  # micro-batches of a batch, over all processes
     save_every: int = 1000  # iterations
-    log_every: int | None = None  # iterations; None: 640 samples or 10 updates, what comes first
-    ema_device: str | None = None  # where the averaged weights lie; None: beside the weights
+    log_every: int | None = None  # iterations; None: 640 samples or 10 iterations, whichever first
+    name: str = "training"  # for the progress bar and error lines
 
     def __post_init__(self):
         if self.log_every is None:
-            self.log_every = max(1, min(LOG_UPDATES, LOG_SAMPLES // self.batch_size))
-
-
-def options_from(
-    args: argparse.Namespace, iterations: int, batch: int, rate: float, accumulate: int | None,
-    fits: int,
-) -> TrainingOptions:
-    """Those of one stage, from what reflow.py or distill.py is asked for.
-
-    fits: samples that pass at once where accumulate is None.
-    """
-    warmup, half_life = args.warmup_samples, args.ema_half_life
-    return TrainingOptions(
-        iterations, batch, rate, cooldown=args.cooldown,
-        warmup_samples=PAPERS_WARMUP * batch if warmup is None else warmup,
-        ema_half_life=half_life or PAPERS_HALF_LIFE * batch, ema_ramp=args.ema_ramp,
-        accumulate=accumulate or math.ceil(batch / fits),
-        seed=args.seed, save_every=args.save_every, ema_device=args.ema_device,
-    )
+            self.log_every = max(1, min(10, 640 // self.batch_size))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -100,177 +74,156 @@ def options_from(
 
 
 def train(
-    network: nn.Module, draw: Callable, loss: Callable, options: TrainingOptions,
-    folder: str | Path, settings: dict, name: str = "training", dtype: torch.dtype = torch.float32,
-    watch: Callable | None = None, averaged: nn.Module | None = None,
+    network: nn.Module, ema: nn.Module, batch: Callable, loss: Callable, options: TrainingOptions,
+    folder: str | Path, settings: dict, validate: Callable | None = None,
 ) -> None:
-    """Train the network in place, resuming from `folder`; it ends with its averaged (EMA) weights.
+    """Train the network, resuming from `folder`. Both networks end with the averaged weights.
 
-    draw(samples, share, generator): this process's share of a batch, a tuple of tensors and lists
-        with an entry a sample. samples (B,) int64 are the numbers of the whole batch's samples and
-        share a slice of them; what is random is drawn for the whole batch and then sliced, so that
-        any number of processes sees the same.
-    loss(network, *batch): the loss of each sample (B,), and their t in [0, 1] (B,) or None. It
-        calls the network that it is given, once, and gets a part of a batch at a time.
+    ema: of `ema_copy`; it has the averaged weights in every iteration.
+    batch(samples, share, generator): this process's share of a batch: tensors and lists with one
+        entry a sample. samples (B,) int64 numbers the whole batch, share is a slice of it. Draw
+        random numbers for the whole batch, then slice: any number of processes sees the same.
+    loss(network, *batch): losses (B,), and their t in [0, 1] (B,) or None; calls network once.
     settings: what else decides the result; a run in the same folder must have the same.
-    dtype: bf16 or fp16 runs the forward pass under autocast; weights, moments, EMA stay fp32.
-    watch(step, loss): called by the first process while the network has its averaged weights; what
-        it returns, a dictionary of figures, goes to metrics.jsonl.
-    averaged: a copy of the network that shall have the averaged weights at every step, for a loss
-        whose target it is.
+    validate(step, loss): called before the first iteration and after each save of save_every.
 
-    BadInput: a loss or gradient that is not finite, no memory left, Ctrl-C (each names the state
-    that is kept); a damaged state, one of other settings or beyond the iterations asked for,
-    another run at work in the folder, no room for the state.
+    BadInput: a loss or gradient that is not finite, out of memory, Ctrl-C (each names the state
+    that is kept); a damaged state, or one of another run; another run at work in the folder.
     """
-    guard = functools.partial(explained, name, Path(folder), options)
-    with guard():
-        run = open_run(network, options, Path(folder), settings, name, dtype)
-        shared = shared_by_processes(network)
-        for key, weight in averaged.named_parameters() if averaged else ():
-            weight.data = run.ema.get(key, weight.data)  # the same memory
-    share = slice(*(r * options.batch_size // world_size() for r in (rank(), rank() + 1)))
+    folder, size = Path(folder), options.batch_size
+    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    averages = {name: weight for name, weight in ema.named_parameters() if name in weights}
+    device = next(iter(weights.values())).device
+    autocast = torch.autocast(device.type, options.dtype, cache_enabled=False,
+                              enabled=options.dtype != torch.float32)
+    share = slice(*(r * size // world_size() for r in (rank(), rank() + 1)))
+    micro = math.ceil(size / options.accumulate)
 
     def fetch(step: int) -> tuple:
-        samples = torch.arange(step * options.batch_size, (step + 1) * options.batch_size)
-        return draw(samples, share, generator_for(options.seed, step))
+        samples = torch.arange(step * size, (step + 1) * size)
+        return batch(samples, share, generator_for(options.seed, step))
 
-    network.train()
-    losses, times = [], []
-    with guard(), ThreadPoolExecutor(1) as ahead, progress_bar(run) as bar:
-        coming = ahead.submit(fetch, run.step)
-        if is_looked_at(run):  # at its start, or where a killed run had no time for it
-            look(run, watch, loss)
-        last_log = time.monotonic()
-        for step in range(run.step, options.iterations):
-            batch = to_device(coming.result(), run.device)
-            if step + 1 < options.iterations:  # fetched while this one is computed
-                coming = ahead.submit(fetch, step + 1)
+    with errors_name_the_state(options, folder), ThreadPoolExecutor(1) as prefetch:
+        optimizer = torch.optim.AdamW(weights.values(), weight_decay=options.weight_decay,
+                                      fused=device.type in ("cpu", "cuda"))
+        state = {}  # all tensors that training changes, by their keys on disk
+        for name, weight in weights.items():
+            moments = {"exp_avg": torch.zeros_like(weight.data),
+                       "exp_avg_sq": torch.zeros_like(weight.data)}
+            optimizer.state[weight] = {"step": torch.zeros((), device=device)} | moments
+            tensors = {"weights": weight.data, "ema": averages[name].data} | moments
+            state |= {f"{kind}.{name}": tensor for kind, tensor in tensors.items()}
+        first = open_run(folder, options, settings, state)
+        for moments in optimizer.state.values():
+            moments["step"].fill_(first)
+        model = network
+        if world_size() > 1:
+            model = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        network.train()
+        coming = prefetch.submit(fetch, first)
+        if validate and (first % options.save_every == 0 or first == options.iterations):
+            with autocast:
+                validate(first, loss)
+        losses, times, saved, logged = [], [], time.monotonic(), time.monotonic()
+        bar = tqdm(range(first, options.iterations), options.name, options.iterations,
+                   initial=first, unit="it", dynamic_ncols=True, disable=rank() > 0)
+        for step in bar:
+            inputs = [x.to(device) if isinstance(x, Tensor) else x for x in coming.result()]
+            if step + 1 < options.iterations:  # prepared while this iteration computes
+                coming = prefetch.submit(fetch, step + 1)
 
-            rate = learning_rate_at(step, options)
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
-            update_losses, update_times, norm = update(run, shared, loss, batch)
-            losses, times = losses + update_losses, times + update_times
+            learning_rate = learning_rate_at(step, options)
+            optimizer.param_groups[0]["lr"] = learning_rate
 
-            run.step = step + 1
-            last, overdue = run.step == options.iterations, False
-            if run.step % options.log_every == 0 or last:
-                seconds = (time.monotonic() - last_log) / options.log_every
-                mean, overdue = log(run, losses, times, norm, rate, seconds)
-                losses, times, last_log = [], [], time.monotonic()
-                bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
-            if run.step % options.save_every == 0 or last or overdue:
-                save_state(run)
-                last_log += look(run, watch, loss) if is_looked_at(run) else 0.0
-            bar.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    for key, weight in run.weights.items():
-        weight.data.copy_(run.ema[key])
+            for start in range(0, len(inputs[0]), micro):
+                is_last = start + micro >= len(inputs[0])
+                sync = world_size() == 1 or is_last  # processes average the last gradients only
+                with contextlib.nullcontext() if sync else model.no_sync():
+                    with autocast:
+                        each, t = loss(model, *(x[start : start + micro] for x in inputs))
+                    (each.sum() * (world_size() / size)).backward()
+                losses.append(each.detach())
+                times.append(t)
+
+            norm = nn.utils.clip_grad_norm_(weights.values(), options.clip_norm).item()
+            if not math.isfinite(norm):  # and has not reached the weights
+                finite = all(all_gather([torch.isfinite(torch.cat(losses)).all().item()]))
+                what = "gradient is not finite, though the loss is," if finite else (
+                    "loss is not finite")
+                raise FloatingPointError(f"the {what} at step {step}, samples {step * size} to "
+                                         f"{(step + 1) * size - 1}")
+            optimizer.step()
+            # Several processes share the gradients' memory, which is zeroed in place.
+            optimizer.zero_grad(set_to_none=world_size() == 1)
+
+            half_life = options.ema_half_life
+            if options.ema_ramp:
+                half_life = min(half_life, options.ema_ramp * step * size)
+            decay = 0.5 ** (size / max(1.0, half_life))
+            latest = [weights[name].detach().to(mean.device) for name, mean in averages.items()]
+            torch._foreach_lerp_(list(averages.values()), latest, 1 - decay)
+
+            step += 1  # iterations done
+            is_last, overdue = step == options.iterations, False
+            if step % options.log_every == 0 or is_last:
+                seconds = (time.monotonic() - logged) / options.log_every
+                row = {"step": step, "samples": step * size, "loss": None, "gradient_norm": norm,
+                       "learning_rate": learning_rate, "seconds_per_step": seconds}
+                overdue = log(folder, row, losses, times, time.monotonic() - saved >= SAVE_SECONDS)
+                bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+                losses, times, logged = [], [], time.monotonic()
+            if step % options.save_every == 0 or is_last or overdue:
+                save_state(folder, step, options, settings, state)
+                saved = time.monotonic()
+            if validate and (step % options.save_every == 0 or is_last):
+                started = time.monotonic()
+                with autocast:
+                    validate(step, loss)
+                logged += time.monotonic() - started
+
+    optimizer.zero_grad(set_to_none=True)
+    for name, weight in weights.items():
+        weight.data.copy_(averages[name])
     network.eval()
 
 
-def shared_by_processes(network: nn.Module) -> nn.Module:
-    """The network, under several processes with its gradients averaged over them."""
-    if world_size() == 1:
-        return network
-    return DistributedDataParallel(network, gradient_as_bucket_view=True)
-
-
-def update(run: "Run", shared: nn.Module, loss: Callable, batch: tuple) -> tuple[list, list, float]:
-    """One update of the weights from this process's share of a batch: losses, t, gradient's norm.
-
-    shared: the network, or DistributedDataParallel around it.
-    """
-    options, mine = run.options, len(batch[0]) if batch else 1
-    part = math.ceil(options.batch_size / options.accumulate)
-    scale = world_size() / options.batch_size  # the processes' gradients are averaged
-    half = run.dtype != torch.float32
-    autocast = torch.autocast(run.device.type, run.dtype, enabled=half, cache_enabled=False)
-    # Buckets of several processes are the gradients' own memory: those are kept and zeroed.
-    run.optimizer.zero_grad(set_to_none=world_size() == 1)
-    losses, times = [], []
-    for start in range(0, mine, part):
-        alone = world_size() > 1 and start + part < mine  # only the last part is averaged
-        with shared.no_sync() if alone else contextlib.nullcontext():
-            with autocast:
-                per_sample, t = loss(shared, *(c[start : start + part] for c in batch))
-            run.scaler.scale(per_sample.sum() * scale).backward()
-        losses.append(per_sample.detach())
-        times.append(t)
-
-    run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.weights.values(), options.clip_norm).item()
-    check_finite(run, norm, losses)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    average(run)
-    return losses, times, norm
+def ema_copy(network: nn.Module, device: str | torch.device | None = None) -> nn.Module:
+    """A copy to average the weights in, on `device`; weights that do not train are shared."""
+    frozen = {id(w): w for w in network.parameters() if not w.requires_grad}
+    ema = copy.deepcopy(network, frozen)
+    for weight in ema.parameters():
+        if id(weight) not in frozen:
+            weight.requires_grad_(False)
+            weight.data = weight.data.to(device or weight.device)
+    return ema.eval()
 
 
 def learning_rate_at(step: int, options: TrainingOptions) -> float:
-    """Rising over the warm-up's samples, constant, falling to 0 over the cooldown's share."""
+    """Linear warm-up over warmup_samples, constant, linear cooldown to 0."""
     warm = (step + 1) * options.batch_size / max(options.warmup_samples, 1)
     left = (1 - step / options.iterations) / options.cooldown if options.cooldown else 1.0
     return options.learning_rate * min(1.0, warm, left)
 
 
-def to_device(batch: tuple, device: torch.device) -> tuple:
-    return tuple(c.to(device) if isinstance(c, Tensor) else c for c in batch)
-
-
-def average(run: "Run") -> None:
-    """Move the averaged weights towards the new ones: half the way in a half-life's samples."""
-    options, half_life = run.options, run.options.ema_half_life
-    if options.ema_ramp:
-        half_life = min(half_life, options.ema_ramp * run.step * options.batch_size)
-    kept = 0.5 ** (options.batch_size / max(1.0, half_life))
-    now = [weight.detach().to(run.ema_device) for weight in run.weights.values()]
-    torch._foreach_lerp_(list(run.ema.values()), now, 1 - kept)
-
-
-def check_finite(run: "Run", norm: float, losses: list[Tensor]) -> None:
-    """BadInput where the gradient is not finite, before it reaches the weights.
-
-    Under fp16 the scaler passes over such an update and lowers its scale, until that is right.
-    """
-    if math.isfinite(norm):
-        return
-    finite = all(from_all_processes([torch.isfinite(torch.cat(losses)).all().item()]))
-    if finite and run.scaler.is_enabled() and run.scaler.get_scale() >= LEAST_SCALE:
-        return
-    size, step = run.options.batch_size, run.step
-    what = "the loss is not finite"
-    if finite:
-        what = "the gradient is not finite, though the loss is,"
-    raise BadInput(
-        f"{run.name}: {what} at step {step}, samples {step * size} to {(step + 1) * size - 1}; "
-        f"{kept(run.folder)}; try another run, with another --out, at a lower learning rate or in "
-        "--dtype fp32"
-    )
-
-
 @contextlib.contextmanager
-def explained(name: str, folder: Path, options: TrainingOptions):
-    """One line for what stops a run from outside, which names what of it is kept."""
+def errors_name_the_state(options: TrainingOptions, folder: Path):
+    """What stops a run as one line, which says what of the run is kept."""
     try:
         yield
+        return
+    except FloatingPointError as problem:
+        what, remedy = str(problem), ("; try another run, with another --out, at a lower learning "
+                                      "rate or in --dtype fp32")
     except KeyboardInterrupt:
-        raise BadInput(
-            f"{name}: interrupted; {kept(folder)}, run the same command again to continue"
-        ) from None
+        what, remedy = "interrupted", ", run the same command again to continue"
     except torch.OutOfMemoryError:
-        raise BadInput(
-            f"{name}: out of GPU memory; {kept(folder)}, and the run goes on with what needs less: "
-            f"more parts of a batch than {options.accumulate} (--accumulate, in LPIPS "
-            "--lpips-accumulate), --gradient-checkpointing, --ema-device cpu, --validation-pairs 0"
-        ) from None
-
-
-def kept(folder: Path) -> str:
-    """What of a run is not lost."""
-    step = saved_progress(folder)["step"]
-    return f"the state of step {step} is kept in {folder}" if step else "no state is saved yet"
+        what, remedy = "out of GPU memory", (
+            f", continue it with more micro-batches than {options.accumulate} (--accumulate, for "
+            "LPIPS --lpips-accumulate), --gradient-checkpointing, --ema-device cpu or "
+            "--validation-pairs 0")
+    step = saved_step(folder)
+    kept = f"the state of step {step} is kept in {folder}" if step else "no state is saved yet"
+    raise BadInput(f"{options.name}: {what}; {kept}{remedy}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,358 +233,170 @@ def kept(folder: Path) -> str:
 def seed_of(*numbers: int) -> int:
     """A seed from integers, e.g. (seed, step): well mixed, the same on every machine."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # torch's generators take no more than 63 bits
+    return int.from_bytes(digest, "little") >> 1  # torch's generators take 63 bits
 
 
 def generator_for(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*numbers))
 
 
-@functools.lru_cache(maxsize=2)
-def permutation(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(size, generator=generator_for(seed, epoch))
-
-
-def shuffled(samples: Tensor, size: int, seed: int) -> Tensor:
-    """Sample numbers of the run -> indices into data of `size`, in a new order every epoch."""
-    epochs, indices = samples // size, torch.empty_like(samples)
-    for epoch in epochs.unique().tolist():
-        mine = epochs == epoch
-        indices[mine] = permutation(size, seed, epoch)[samples[mine] % size]
-    return indices
-
-
 # --------------------------------------------------------------------------------------------------
-# A run and its state on disk
+# The state on disk
 
 
-@dataclass
-class Run:
-    """What training changes, and where it lies on the disk."""
-
-    name: str
-    folder: Path
-    options: TrainingOptions
-    settings: dict  # what decides the result
-    weights: dict[str, nn.Parameter]
-    ema: dict[str, Tensor]
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler
-    dtype: torch.dtype  # of the forward pass
-    step: int = 0  # iterations done
-    saved: int = 0  # at the last state on the disk
-    saved_at: float = 0.0
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.weights.values())).device
-
-    @property
-    def ema_device(self) -> torch.device:
-        return next(iter(self.ema.values())).device
+def run_settings(options: TrainingOptions, settings: dict) -> dict:
+    """What decides a run's result. Its length does so only with a cooldown."""
+    decisive = settings | asdict(options) | {"dtype": dtype_name(options.dtype)}
+    for name in ("accumulate", "save_every", "log_every", "name"):
+        del decisive[name]
+    return decisive if options.cooldown else {k: decisive[k] for k in decisive if k != "iterations"}
 
 
-def new_run(
-    network: nn.Module, options: TrainingOptions, folder: Path, settings: dict, name: str, dtype,
-) -> Run:
-    """A run at its start. Nothing is read or written."""
-    weights = {key: weight for key, weight in network.named_parameters() if weight.requires_grad}
-    device = next(iter(weights.values())).device
-    fused = device.type in ("cpu", "cuda")  # one kernel, without copies of all moments
-    return Run(
-        name, folder, options, decisive(options, settings, dtype), weights,
-        ema={key: w.detach().to(options.ema_device or device, copy=True)
-             for key, w in weights.items()},
-        optimizer=torch.optim.AdamW(weights.values(), options.learning_rate,
-                                    weight_decay=options.weight_decay, fused=fused),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        dtype=dtype, saved_at=time.monotonic(),
-    )
-
-
-def open_run(
-    network: nn.Module, options: TrainingOptions, folder: Path, settings: dict, name: str, dtype,
-) -> Run:
-    """The run in this folder, where it stands, or a new one. BadInput as in `train`."""
-    count = sum(w.numel() for w in network.parameters() if w.requires_grad)
-    state = folder / "state.safetensors"
-    # Room for two, because the old state is replaced only when the new one is whole.
-    check_output(state, needed=(1 if state.exists() else 2) * BYTES_PER_PARAMETER * count)
-    keep_others_out(folder)
-    check_stage(folder, options, settings, dtype)
-    wait_for_all()
-    run = new_run(network, options, folder, settings, name, dtype)
-    load_state(run)
-    if len(set(from_all_processes([run.step]))) > 1:
-        raise BadInput(f"{folder}: the processes find states of different steps in it; name an "
-                       "--out that all nodes share")
-    # Those of a run that has no state yet may be of other settings.
-    rows = [json.dumps(row) + "\n" for row in read_metrics(folder, "step")
-            if 0 < run.step >= row["step"]]
-    write_text(folder / "metrics.jsonl", "".join(rows))
-    return run
-
-
-def check_stage(folder: str | Path, options: TrainingOptions, settings: dict, dtype) -> bool:
-    """Is this very run finished? To be asked for every stage of a command before any work.
-
-    BadInput where the folder holds another run, or this run beyond the iterations that are asked
-    for, and where there are more processes than samples in a batch.
-    """
+def check_run(folder: str | Path, options: TrainingOptions, settings: dict) -> bool:
+    """Is this run finished? BadInput: the folder holds another run, or this one beyond its end."""
     if options.batch_size < world_size():
-        raise BadInput(
-            f"--batch-size {options.batch_size}: smaller than the number of processes, "
-            f"{world_size()}"
-        )
-    step = saved_progress(folder)["step"]
-    if not step:  # settings alone are of a run that was killed before its first state
+        raise BadInput(f"--batch-size {options.batch_size}: smaller than the number of processes, "
+                       f"{world_size()}")
+    step = saved_step(folder)
+    if not step:  # settings.json without a state: killed before the first save
         return False
-    remedy = f"give another --out or delete {folder}"
-    refuse_other(
-        Path(folder, "settings.json"), decisive(options, settings, dtype), "another run", remedy
-    )
+    check_same_settings(Path(folder, "settings.json"), run_settings(options, settings),
+                        "another run", f"give another --out or delete {folder}")
     if step > options.iterations:
         raise BadInput(f"{folder}: its run is at iteration {step}, beyond the {options.iterations} "
                        "asked for; ask for at least as many, or give another --out")
     return step == options.iterations
 
 
-def is_finished(
-    out: str | Path, stages: list[tuple[Path, TrainingOptions, dict]], dtype: torch.dtype,
-) -> bool:
-    """Are all stages of a command at their end, and is its model newer than their states?
-
-    stages: folder, options and settings of each. All are checked, as by `check_stage`.
-    """
-    ended = [check_stage(folder, options, settings, dtype) for folder, options, settings in stages]
-    out, last = Path(out), stages[-1][0] / "state.safetensors"
-    # A run that looks at its states writes a model with each, so that one may be of an earlier one.
-    newer = out.exists() and last.exists() and out.stat().st_mtime_ns >= last.stat().st_mtime_ns
-    return from_all_processes([all(ended) and newer])[0]
-
-
-def decisive(options: TrainingOptions, settings: dict, dtype: torch.dtype) -> dict:
-    """What decides a run's result. Its length does not, unless its rate is to fall to 0."""
-    practical = {"accumulate", "save_every", "log_every", "ema_device"}
-    practical |= set() if options.cooldown else {"iterations"}
-    chosen = {key: value for key, value in asdict(options).items() if key not in practical}
-    return settings | chosen | {"dtype": dtype_name(dtype)}
+def open_run(folder: Path, options: TrainingOptions, settings: dict, state: dict) -> int:
+    """Lock and check the folder, load its state, drop later metrics; the iterations done."""
+    lock_folder(folder)
+    check_run(folder, options, settings)
+    barrier()
+    step = load_state(folder, state)
+    if len(set(all_gather([step]))) > 1:
+        raise BadInput(f"{folder}: the processes find states of different steps in it; name an "
+                       "--out that all nodes share")
+    rows = [row for row in read_metrics(folder, "step") if 0 < step >= row["step"]]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return step
 
 
-def save_state(run: Run) -> None:
-    """Write the state, and with the first the settings; the others wait for the first process."""
-    if not run.saved:
-        write_json(run.folder / "settings.json", run.settings)
+def save_state(folder: Path, step: int, options: TrainingOptions, settings: dict, state: dict):
+    """Write settings.json and state.safetensors; the other processes wait."""
+    write_json(folder / "settings.json", run_settings(options, settings))
     if rank() == 0:
-        tensors, updates = {}, 0
-        for name, weight in run.weights.items():
-            # Under fp16 every update so far may have been passed over: no moments are as zeros.
-            zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight),
-                     "step": 0}
-            moments = run.optimizer.state.get(weight) or zeros
-            updates = int(moments["step"])
-            for kind, tensor in (("weights", weight.detach()), ("ema", run.ema[name]),
-                                 ("exp_avg", moments["exp_avg"]),
-                                 ("exp_avg_sq", moments["exp_avg_sq"])):
-                tensors[f"{kind}.{name}"] = channels_last(tensor)
-        # In one entry, since safetensors writes several in any order and runs would differ.
-        progress = json.dumps(
-            {"step": run.step, "updates": updates, "scaler": run.scaler.state_dict()}
-        )
-        write_whole(run.folder / "state.safetensors",
-                    functools.partial(save_file, tensors, metadata={"progress": progress}))
-    wait_for_all()  # for the first, which may write for minutes
-    run.saved, run.saved_at = run.step, time.monotonic()
+        # Kernels lie on disk as (O, H, W, I): of a large network in memory, so nothing is copied.
+        tensors = {key: permuted(tensor, 0, 2, 3, 1).contiguous() for key, tensor in state.items()}
+        progress = {"progress": json.dumps({"step": step})}
+        write_atomically(folder / "state.safetensors",
+                         lambda path: save_file(tensors, path, progress))
+    barrier()
 
 
-def load_state(run: Run) -> None:
-    """Copy the saved state, if there is one, into the run."""
-    path, progress = run.folder / "state.safetensors", saved_progress(run.folder)
-    if not progress["step"]:
-        return
+def load_state(folder: Path, state: dict) -> int:
+    """Copy the saved state into the run's; the iterations done, 0 without a state."""
+    path, step = folder / "state.safetensors", saved_step(folder)
     try:
-        for name, weight in run.weights.items():
-            with safe_open(path, "pt") as file:  # what is read stays mapped until then
-                saved = {kind: channels_second(file.get_tensor(f"{kind}.{name}"))
-                         for kind in ("weights", "ema", "exp_avg", "exp_avg_sq")}
-                weight.data.copy_(saved["weights"])
-                run.ema[name].copy_(saved["ema"])
-                moments = {kind: torch.empty_like(weight).copy_(saved[kind])
-                           for kind in ("exp_avg", "exp_avg_sq")}
-            step = torch.tensor(float(progress["updates"]), device=weight.device)
-            run.optimizer.state[weight] = moments | {"step": step}
+        for start in range(0, len(state) if step else 0, 4):
+            with safe_open(path, "pt") as file:  # opened for a few: what is read stays mapped
+                for key in list(state)[start : start + 4]:
+                    state[key].copy_(permuted(file.get_tensor(key), 0, 3, 1, 2))
     except (SafetensorError, RuntimeError) as problem:
-        raise BadInput(
-            f"{path}: damaged or of another model ({problem}); delete {run.folder} to start again"
-        ) from None
-    if run.scaler.is_enabled():
-        run.scaler.load_state_dict(progress["scaler"])
-    run.step = run.saved = progress["step"]
+        raise BadInput(f"{path}: damaged or of another model ({problem}); delete {folder} to start "
+                       "again") from None
+    return step
 
 
-def saved_progress(folder: str | Path) -> dict:
-    """How far the run in this folder is: {"step", "updates", "scaler"}; step 0 where there is none.
+def permuted(tensor: Tensor, *order: int) -> Tensor:
+    return tensor.permute(order) if tensor.ndim == 4 else tensor
 
-    updates: those that the optimizer made, fewer than the steps where fp16's scale was too large.
-    """
+
+def saved_step(folder: str | Path) -> int:
+    """Iterations done by the run in this folder, 0 without a state."""
     path = Path(folder) / "state.safetensors"
     if not path.exists():
-        return {"step": 0}
+        return 0
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["progress"])
+            return json.loads(file.metadata()["progress"])["step"]
     except (SafetensorError, KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: damaged, or not a state; delete {folder} to start again") from None
 
 
-def channels_last(tensor: Tensor) -> Tensor:
-    """(O, I, H, W) -> (O, H, W, I): a large network's order in memory, written without a copy."""
-    return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
-
-
-def channels_second(tensor: Tensor) -> Tensor:
-    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
-
-
-def autocast_dtype(name: str, device: torch.device, network: nn.Module) -> torch.dtype:
-    """The dtype to train in: --dtype's; under "auto" a small network on a CPU stays in fp32.
-
-    There casting costs more time than products in bf16 save.
-    """
-    small = sum(p.numel() for p in network.parameters()) < 50_000_000
-    fp32 = name == "auto" and device.type == "cpu" and small
-    return torch.float32 if fp32 else pick_dtype(name, device)
-
-
-# --------------------------------------------------------------------------------------------------
-# What a run reports
-
-
-def progress_bar(run: Run) -> tqdm:
-    return tqdm(total=run.options.iterations, initial=run.step, desc=run.name, unit="it",
-                dynamic_ncols=True, disable=rank() > 0)
-
-
-def log(
-    run: Run, losses: list, times: list, norm: float, rate: float, seconds: float,
-) -> tuple[float, bool]:
-    """Add a row to metrics.jsonl; the mean loss, and if the first process finds a save overdue."""
-    late = time.monotonic() - run.saved_at >= SAVE_SECONDS
+def log(folder: Path, row: dict, losses: list, times: list, late: bool) -> bool:
+    """Add mean losses to the row and append it; is a save overdue for the first process?"""
     t = [] if times[0] is None else [torch.cat(times).float().cpu()]
-    everyone = from_all_processes([(torch.cat(losses).float().cpu(), t, late)])
-    losses = torch.cat([losses for losses, _, _ in everyone])
-    times = [t[0] for _, t, _ in everyone if t]
-    row = {
-        "step": run.step,
-        "samples": run.step * run.options.batch_size,
-        "loss": losses.mean().item(),
-        "gradient_norm": norm if math.isfinite(norm) else None,
-        "learning_rate": rate,
-        "seconds_per_step": seconds,
-        "loss_by_t": mean_by_time(losses, torch.cat(times)) if times else [],
-    }
-    add_metrics(run, row)
-    return row["loss"], everyone[0][2]
+    gathered = all_gather([(torch.cat(losses).float().cpu(), t, late)])
+    losses = torch.cat([mine for mine, _, _ in gathered])
+    times = [t[0] for _, t, _ in gathered if t]
+    row |= {"loss": losses.mean().item(), "loss_by_t": []}
+    if times:
+        bins = (torch.cat(times) * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        row["loss_by_t"] = [losses[bins == k].mean().item() if (bins == k).any() else None
+                            for k in range(TIME_BINS)]
+    append_metrics(folder, row)
+    return gathered[0][2]
 
 
-def add_metrics(run: Run, row: dict) -> None:
+def append_metrics(folder: Path, row: dict) -> None:
     if rank() == 0:
-        with open(run.folder / "metrics.jsonl", "a") as file:
+        with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def is_looked_at(run: Run) -> bool:
-    """Not at states that are written for their age alone: looking is dear."""
-    return run.step % run.options.save_every == 0 or run.step == run.options.iterations
-
-
-def look(run: Run, watch: Callable | None, loss: Callable) -> float:
-    """Have `watch` look at the averaged weights, unless it has at this step; the seconds it took.
-
-    A run that was killed meanwhile finds its state, and looks again.
-    """
-    if watch is None:
-        return 0.0
-    seen = any(row["step"] == run.step for row in read_metrics(run.folder, "held_out_loss"))
-    if from_all_processes([seen])[0]:
-        return 0.0
-    started = time.monotonic()
-    if world_size() == 1:
-        run.optimizer.zero_grad(set_to_none=True)  # room for what is looked at
-    half = run.dtype != torch.float32
-    if rank() == 0:
-        trained = {name: w.detach().to("cpu", copy=True) for name, w in run.weights.items()}
-        for name, weight in run.weights.items():
-            weight.data.copy_(run.ema[name])
-        with torch.autocast(run.device.type, run.dtype, enabled=half):
-            figures = watch(run.step, loss)
-        for name, weight in run.weights.items():
-            weight.data.copy_(trained[name])
-        samples = run.step * run.options.batch_size
-        add_metrics(run, {"step": run.step, "samples": samples} | figures)
-        plot_loss(run.folder)
-    wait_for_all()  # for the first, which may draw for minutes
-    return time.monotonic() - started
-
-
-def mean_by_time(losses: Tensor, times: Tensor) -> list[float | None]:
-    """The mean loss in each tenth of [0, 1]; None where no t fell."""
-    bins = (times * TIME_BINS).long().clamp(0, TIME_BINS - 1)
-    return [losses[bins == k].mean().item() if (bins == k).any() else None
-            for k in range(TIME_BINS)]
-
-
-def tell_what_is_kept(options: TrainingOptions) -> None:
-    """Say it where a short run's averaged weights are still much its start's."""
-    left = 0.5 ** (options.iterations * options.batch_size / options.ema_half_life)
-    # The paper's shortest stage, 18,000 updates, leaves 0.17 of them.
-    if left > 0.2 and options.iterations and not options.ema_ramp:
-        note(f"after {options.iterations:,} iterations {left:.0%} of the averaged weights are "
-             f"still the start's, by --ema-half-life {options.ema_half_life:,}; --ema-ramp 0.05 "
-             "forgets it sooner")
-
-
 def read_metrics(folder: str | Path, having: str = "loss") -> list[dict]:
-    """The rows of metrics.jsonl with this key: "loss" of updates, "held_out_loss" of watch.py.
-
-    A last line that a killed run left unfinished is passed over.
-    """
+    """Rows of metrics.jsonl with this key: "loss" of training, "held_out_loss" of validation."""
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last
     return [row for row in rows if having in row]
 
 
-def plot_loss(folder: str | Path) -> None:
-    """loss.png from metrics.jsonl: the loss over samples, and over t where it has one.
+def add_training_options(parser: argparse.ArgumentParser, out: str, batch_size=64) -> None:
+    """The flags of every training command, but for its iterations."""
+    add, either = parser.add_argument_group("training").add_argument, DefaultByModel
+    add("--batch-size", type=positive, default=batch_size, help="samples of an iteration")
+    add("--init", default=either("teacher", "negated"),
+        help="initial weights: teacher, negated (a diffusion's output), random or a CHECKPOINT")
+    add("--learning-rate", type=non_negative, help="peak; default for the tiny model 0.0005, for "
+        "Stable Diffusion 1e-06, in a reflow of a flow 1e-07, in fewstep/ the method's own")
+    add("--cooldown", type=fraction, default=either(0.0, 0.6),
+        help="last fraction of a stage, in which the learning rate falls to 0")
+    add("--warmup-samples", type=non_negative_int, default=either(None, 6_400),
+        help="samples until the full learning rate; for SD 1,000 times the batch")
+    add("--ema-half-life", type=positive, default=either(None, 10_000),
+        help="samples in which the EMA halves; for SD 6,931 times the batch")
+    add("--ema-ramp", type=fraction, default=either(0.0, 0.05),
+        help="limit the half-life to this fraction of the samples seen; 0: no limit")
+    add("--accumulate", type=positive, help="micro-batches of a batch; default: as 80 GB need them")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        default=either(True, False), help="less memory, a third more time")
+    add("--ema-device", choices=["cpu"], help="keep the EMA in main memory")
+    add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
+    add("--save-every", type=positive, default=500, help="iterations; 15 minutes at most")
+    add("--out", default=out, help="the model; OUT.state/ has its training state")
 
-    With what watch.py saw: the loss on pairs that nothing is trained on.
-    """
-    rows, held_out = read_metrics(folder), read_metrics(folder, "held_out_loss")
-    if not rows:
-        return
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for label, key, part, style in (("training", "loss", rows, {"linewidth": 1}),
-                                    ("held out", "held_out_loss", held_out, {"marker": "o"})):
-        if part:
-            axes[0].plot([row["samples"] for row in part], [row[key] for row in part],
-                         label=label, **style)
-    scale = "log" if all(row["loss"] > 0 for row in rows) else "linear"
-    axes[0].set(xlabel="samples seen", ylabel="loss", yscale=scale, title="loss")
-    axes[0].legend()
-    late = [row["loss_by_t"] for row in rows[-max(1, len(rows) // 5) :] if row["loss_by_t"]]
-    if late:
-        means = [[by_t[k] for by_t in late if by_t[k] is not None] for k in range(TIME_BINS)]
-        centres = [(k + 0.5) / TIME_BINS for k in range(TIME_BINS)]
-        heights = [sum(m) / len(m) if m else 0 for m in means]
-        axes[1].bar(centres, heights, width=0.9 / TIME_BINS, color="tab:blue",
-                    label="training, last fifth of the run")
-        if held_out and held_out[-1]["held_out_loss_by_t"]:
-            axes[1].plot(centres, held_out[-1]["held_out_loss_by_t"], "o", color="tab:orange",
-                         label="held out")
-        axes[1].set(xlabel="t  (0 noise, 1 data)", ylabel="loss", title="loss by t")
-        axes[1].legend()
-    else:
-        axes[1].set_visible(False)
-    write_whole(Path(folder) / "loss.png", lambda path: figure.savefig(path, dpi=120))
+
+def training_options(
+    args: argparse.Namespace, name: str, iterations: int, batch_size: int, learning_rate: float,
+    accumulate: int | None, fits: int, dtype: torch.dtype,
+) -> TrainingOptions:
+    """The options of one stage from resolved flags. fits: samples that 80 GB hold at once."""
+    warmup = PAPER_WARMUP * batch_size if args.warmup_samples is None else args.warmup_samples
+    return TrainingOptions(
+        iterations, batch_size, learning_rate, warmup_samples=warmup, cooldown=args.cooldown,
+        ema_half_life=args.ema_half_life or PAPER_HALF_LIFE * batch_size, ema_ramp=args.ema_ramp,
+        seed=args.seed, dtype=dtype, accumulate=accumulate or math.ceil(batch_size / fits),
+        save_every=args.save_every, name=name,
+    )
+
+
+def autocast_dtype(name: str, device: torch.device, network: nn.Module) -> torch.dtype:
+    """The dtype to train in. "auto": small networks on a CPU stay in fp32, which is faster."""
+    small = sum(p.numel() for p in network.parameters()) < 50_000_000
+    slow = name == "auto" and device.type == "cpu" and small
+    dtype = torch.float32 if slow else pick_dtype(name, device)
+    if dtype == torch.float16:  # gradients would underflow
+        raise BadInput("--dtype fp16: is for sampling only; train in bf16 or fp32")
+    return dtype

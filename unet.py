@@ -1,9 +1,7 @@
-"""The U-Net of Stable Diffusion 1.x: the network that predicts noise, and after reflow, velocity.
+"""The U-Net of Stable Diffusion 1.x. It predicts noise; after reflow it predicts velocity.
 
-It sees a latent x (B, 4, H, W), a timestep (B,) and the text as context (B, L, 768), and answers
-with something of x's shape. A down path halves the resolution level by level and remembers every
-state; an up path takes those states back in reverse order. At Stable Diffusion's sizes, for a
-64 x 64 latent:
+The down path halves the resolution at each level and stores every feature map as a skip. The up
+path concatenates the skips in reverse order. At Stable Diffusion's sizes, for a 64 x 64 latent:
 
             channels       resolution   a layer is
     in         4 ->  320     64         3 x 3 convolution
@@ -18,10 +16,8 @@ state; an up path takes those states back in reverse order. At Stable Diffusion'
              640 ->  320     64         3 x (residual block, attention)
     out      320 ->    4     64         norm, SiLU, 3 x 3 convolution
 
-"Attention" is a transformer block: the pixels look at each other, then at the words of the prompt,
-then pass a gated feed-forward layer. Sizes come from `UNetConfig`, so the tiny model of `toy/` is
-the same class. Attributes carry the names of the diffusers layout: a diffusers folder loads without
-renaming.
+"Attention" is a transformer block: self-attention over the pixels, cross-attention to the prompt's
+tokens, a gated feed-forward layer. Attributes have diffusers' names: its folders load as they are.
 
 Sources: Rombach et al. 2022 (arXiv 2112.10752), U-Net and cross-attention; Ho et al. 2020
 (2006.11239), residual blocks and timestep embedding.
@@ -39,31 +35,26 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of the U-Net; the defaults are Stable Diffusion 1.x."""
+    """Sizes; the defaults are Stable Diffusion 1.x's, the tiny models of toy/ have their own."""
 
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     layers_per_block: int = 2
-    attention_heads: int = 8  # in diffusers' config.json this number is called attention_head_dim
+    attention_heads: int = 8  # diffusers' config.json calls it attention_head_dim
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
-    sample_size: int = 64  # height and width of the latent the model was trained at
-    stacked: bool = False  # two in series: StackedUNet
-    second_time: bool = False  # until when? It then answers with a mean velocity
+    sample_size: int = 64  # height and width of the training latents
+    stacked: bool = False  # StackedUNet: two U-Nets in series
+    second_time: bool = False  # a second timestep, for mean velocities (fewstep/meanflow.py)
 
 
 def timestep_embedding(timestep: Tensor, channels: int) -> Tensor:
-    """Cosines and sines of the timestep at `channels / 2` frequencies from 1 down to 1/10000.
-
-    timestep (B,) float -> (B, channels) float32. The Transformer's position code, cosines first.
-    """
+    """(B,) float -> (B, channels) float32: cosines, then sines; frequencies 1 down to 1/10000."""
     half = channels // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, device=timestep.device, dtype=torch.float32) / half
-    )
-    angles = timestep.float()[:, None] * frequencies  # (B, half)
+    k = torch.arange(half, device=timestep.device, dtype=torch.float32)
+    angles = timestep.float()[:, None] * torch.exp(-math.log(10000) * k / half)  # (B, half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -77,17 +68,8 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-def unheeded_embedding(config: UNetConfig) -> TimestepEmbedding:
-    """That of a second time, which begins at zero: as a network of one time."""
-    first = config.block_out_channels[0]
-    embedding = TimestepEmbedding(first, 4 * first)
-    for weight in embedding.linear_2.parameters():
-        nn.init.zeros_(weight)
-    return embedding
-
-
 class ResnetBlock(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut; the time enters as a shift between them."""
+    """Two 3 x 3 convolutions and a shortcut; the time embedding is added between them."""
 
     def __init__(self, in_channels: int, out_channels: int, time_channels: int, groups: int):
         super().__init__()
@@ -107,7 +89,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x to `context`, or to x itself where no context is given."""
+    """Multi-head attention from x to `context`; self-attention without a context."""
 
     def __init__(self, channels: int, context_channels: int, heads: int):
         super().__init__()
@@ -119,11 +101,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = (
-            # (B, tokens, C) -> (B, heads, tokens, C / heads)
-            project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        )
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        # (B, tokens, C) -> (B, heads, tokens, C / heads)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
         h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, tokens, C)
 
@@ -138,32 +118,22 @@ class GatedGELU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        # The middle is dropout in the original (rate 0); it stays so that the last is named net.2.
-        self.net = nn.Sequential(
-            GatedGELU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     def __init__(self, channels: int, context_channels: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, channels, heads)  # pixels to pixels
+        self.attn1 = Attention(channels, channels, heads)
         self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, context_channels, heads)  # pixels to words
+        self.attn2 = Attention(channels, context_channels, heads)
         self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
+        gelu, linear = GatedGELU(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        # Identity replaces the original's dropout (rate 0), so that the last layer is named net.2.
+        self.ff = nn.ModuleDict({"net": nn.Sequential(gelu, nn.Identity(), linear)})
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = x + self.attn1(self.norm1(x))  # self-attention
+        x = x + self.attn2(self.norm2(x), context)  # cross-attention
+        return x + self.ff["net"](self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -178,11 +148,9 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        # (B, C, H, W) -> (B, HW, C)
-        h = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)
+        h = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, C)
         h = self.transformer_blocks[0](h, context)
-        h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        h = h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)  # (B, C, H, W)
         return x + self.proj_out(h)
 
 
@@ -196,7 +164,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to the next skip's size (twice, or one less if it was odd)."""
+    """Nearest-neighbour upsampling to the next skip's size: 2 H, or 2 H - 1 if that size is odd."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -207,50 +175,50 @@ class Upsample(nn.Module):
 
 
 class Row(NamedTuple):
-    """A row of the table above: a level's residual blocks, and what stands between them."""
+    """One row of the table above, which is one level of the U-Net."""
 
-    inputs: list[int]  # channels into each residual block; on the way up with those of the skip
-    channels: int  # out of each
-    attentions: int  # transformers, one after each of the first residual blocks
-    resample: bool  # is the resolution changed at its end?
+    inputs: list[int]  # input channels of each residual block, the up path's with the skip
+    channels: int  # output channels
+    attentions: int  # number of transformers, one after each of the first residual blocks
+    resample: bool  # whether the level ends by halving or doubling the resolution
 
 
 def rows_of(config: UNetConfig) -> tuple[list[Row], Row, list[Row]]:
-    """The rows of the table at the top of this file, down, mid and up, for any config."""
-    widths, layers = config.block_out_channels, config.layers_per_block
-    last = len(widths) - 1
-    down, before, skips = [], widths[0], [widths[0]]  # skips: channels of every remembered state
+    """The down, mid and up rows of the table at the top of this file, for any config."""
+    widths, attends = config.block_out_channels, config.attention_levels
+    layers, last = config.layers_per_block, len(widths) - 1
+    down, up, before, skips = [], [], widths[0], [widths[0]]  # skips: channels of every skip
     for level, width in enumerate(widths):
-        attentions = layers * config.attention_levels[level]
-        down.append(Row([before] + [width] * (layers - 1), width, attentions, level < last))
-        skips += [width] * (layers + (level < last))  # the halved state is remembered too
+        inputs = [before] + [width] * (layers - 1)
+        down.append(Row(inputs, width, layers * attends[level], level < last))
+        skips += [width] * (layers + (level < last))  # the halved feature map is a skip too
         before = width
     mid = Row([before, before], before, 1, False)
-    up = []
     for level, width in reversed(list(enumerate(widths))):
         inputs = [channels + skips.pop() for channels in [before] + [width] * layers]
-        attentions = (layers + 1) * config.attention_levels[level]
-        up.append(Row(inputs, width, attentions, level > 0))
+        up.append(Row(inputs, width, (layers + 1) * attends[level], level > 0))
         before = width
     return down, mid, up
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each maybe with a transformer. Base of the three paths."""
+    """Residual blocks at one resolution, each with or without a transformer after it."""
 
     def __init__(self, row: Row, config: UNetConfig):
         super().__init__()
-        time_channels, groups = 4 * config.block_out_channels[0], config.norm_num_groups
-        self.resnets = nn.ModuleList(
-            ResnetBlock(channels, row.channels, time_channels, groups) for channels in row.inputs
-        )
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(row.channels, config) for _ in range(row.attentions)
-        )
+        out, time, groups = row.channels, 4 * config.block_out_channels[0], config.norm_num_groups
+        self.resnets = nn.ModuleList(ResnetBlock(n, out, time, groups) for n in row.inputs)
+        transformers = (SpatialTransformer(out, config) for _ in range(row.attentions))
+        self.attentions = nn.ModuleList(transformers)
 
     def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[index](x, time)
         return self.attentions[index](x, context) if index < len(self.attentions) else x
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        for index in range(len(self.resnets)):
+            x = self.layer(index, x, time, context)
+        return x
 
 
 class DownLevel(Level):
@@ -259,19 +227,11 @@ class DownLevel(Level):
         self.downsamplers = nn.ModuleList([Downsample(row.channels)] * row.resample)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
-        """Every state on the way; the last is the level's output."""
-        states = []
+        """The skips of this level; the last one is its output."""
+        skips = [x]
         for index in range(len(self.resnets)):
-            x = self.layer(index, x, time, context)
-            states.append(x)
-        return states + [halve(x) for halve in self.downsamplers]
-
-
-class MidLevel(Level):
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        for index in range(len(self.resnets)):
-            x = self.layer(index, x, time, context)
-        return x
+            skips.append(self.layer(index, skips[-1], time, context))
+        return skips[1:] + [halve(skips[-1]) for halve in self.downsamplers]
 
 
 class UpLevel(Level):
@@ -279,48 +239,39 @@ class UpLevel(Level):
         super().__init__(row, config)
         self.upsamplers = nn.ModuleList([Upsample(row.channels)] * row.resample)
 
-    def forward(
-        self, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor], size: torch.Size,
-    ) -> Tensor:
-        """skips: a state of the down path for each layer, as used; size: of the next level."""
+    def forward(self, x: Tensor, time: Tensor, context: Tensor, skips: list, size: torch.Size):
+        """skips: one for each layer, in order. size: height and width of the next level."""
         for index, skip in enumerate(skips):
             x = self.layer(index, torch.cat([x, skip], dim=1), time, context)
-        for double in self.upsamplers:
-            x = double(x, size)
-        return x
+        return self.upsamplers[0](x, size) if self.upsamplers else x
 
 
 class UNet(nn.Module):
-    """unet(x, timestep, context): noise or velocity at a timestep in [0, 1000), given the text.
-
-    With config.second_time it takes a second timestep, `until`, and answers with the mean velocity
-    between the two (fewstep/meanflow.py); by default both are one.
+    """unet(x, timestep, context) predicts noise or velocity at a timestep in [0, 1000].
 
     x (B, in_channels, H, W), timestep (B,) float, context (B, L, cross_attention_dim)
-    -> (B, out_channels, H, W) in the dtype of the weights' computation. H and W may be any size of
-    at least 2 ** (levels - 1). `gradient_checkpointing = True` recomputes each level in the
-    backward pass: less memory, a third more time.
+    -> (B, out_channels, H, W) in the dtype of the weights, or of autocast; H, W >= 2^(levels - 1).
+    With config.second_time: mean velocity from `timestep` to `until` (B,), by default `timestep`.
+    `gradient_checkpointing = True`: the backward pass recomputes each level, a third more time.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        first, groups = config.block_out_channels[0], config.norm_num_groups
+        first = config.block_out_channels[0]
         down, mid, up = rows_of(config)
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.time_embedding = TimestepEmbedding(first, 4 * first)
         if config.second_time:
-            self.until_embedding = unheeded_embedding(config)
+            self.until_embedding = TimestepEmbedding(first, 4 * first)
         self.down_blocks = nn.ModuleList(DownLevel(row, config) for row in down)
-        self.mid_block = MidLevel(mid, config)
+        self.mid_block = Level(mid, config)
         self.up_blocks = nn.ModuleList(UpLevel(row, config) for row in up)
-        self.conv_norm_out = nn.GroupNorm(groups, first)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
-    def forward(
-        self, x: Tensor, timestep: Tensor, context: Tensor, until: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, until: Tensor | None = None):
         return self.read_out(self.body(self.read_in(x), timestep, context, until))
 
     def read_in(self, x: Tensor) -> Tensor:
@@ -329,25 +280,18 @@ class UNet(nn.Module):
     def read_out(self, x: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def body(
-        self, x: Tensor, timestep: Tensor, context: Tensor, until: Tensor | None = None,
-    ) -> Tensor:
-        """Between the outer convolutions: (B, block_out_channels[0], H, W) to the same shape."""
-        dtype = self.time_embedding.linear_1.weight.dtype
+    def body(self, x: Tensor, timestep: Tensor, context: Tensor, until: Tensor | None = None):
+        """All between the outer convolutions: (B, block_out_channels[0], H, W) -> same shape."""
+        first, dtype = self.config.block_out_channels[0], self.time_embedding.linear_1.weight.dtype
         context = context.to(dtype)
-        first = self.config.block_out_channels[0]
         time = self.time_embedding(timestep_embedding(timestep, first).to(dtype))
         if self.config.second_time:
             until = timestep if until is None else until
             time = time + self.until_embedding(timestep_embedding(until, first).to(dtype))
-
         skips = [x]
         for block in self.down_blocks:
-            skips += self._run(block, x, time, context)
-            x = skips[-1]
-
-        x = self._run(self.mid_block, x, time, context)
-
+            skips += self._run(block, skips[-1], time, context)
+        x = self._run(self.mid_block, skips[-1], time, context)
         for block in self.up_blocks:
             taken = [skips.pop() for _ in block.resnets]
             size = skips[-1].shape[-2:] if skips else x.shape[-2:]
@@ -361,12 +305,11 @@ class UNet(nn.Module):
 
 
 class StackedUNet(nn.Module):
-    """Two U-Nets in series that share no weights: the student of InstaFlow-1.7B.
+    """Two U-Nets in series that share no weights: InstaFlow-1.7B's student. Called like a UNet.
 
-    Called like a UNet. The joint is thinned: the first's output block (norm, SiLU, convolution to 4
-    channels) and the second's input block (convolution from 4 channels) are left out, and what the
-    first has computed passes on in all its channels. At Stable Diffusion's sizes 1,719,017,924
-    parameters. InstaFlow (arXiv 2309.06380) thins it too; accounts of it do not agree on how much.
+    1,719,017,924 parameters at Stable Diffusion's sizes. The first has no output block, the second
+    no input convolution, so all 320 channels pass on. InstaFlow (arXiv 2309.06380) removes layers
+    there too; accounts differ on how many.
     """
 
     def __init__(self, config: UNetConfig):
@@ -393,33 +336,10 @@ def build_unet(config: UNetConfig) -> UNet | StackedUNet:
 
 
 def stack(unet: UNet) -> StackedUNet:
-    """A stacked U-Net, both halves with this U-Net's weights."""
+    """A StackedUNet; each half gets its own copy of this U-Net's weights."""
     with torch.device("meta"):
         stacked = StackedUNet(replace(unet.config, stacked=True))
     weights = unet.state_dict()
     for half in (stacked.first, stacked.second):
-        state = {name: weights[name].clone() for name in half.state_dict()}
-        half.load_state_dict(state, assign=True)
+        half.load_state_dict({k: weights[k].clone() for k in half.state_dict()}, assign=True)
     return stacked
-
-
-def started_from(unet: UNet, start: str | UNet, kind: str, seed: int) -> UNet:
-    """What training starts from: the "teacher"'s weights, "negated" or "random", or another U-Net.
-
-    "negated" changes the sign of what a diffusion predicts, in place. The velocity X1 - X0 contains
-    -X0, and at t = 0 the noise prediction is X0 itself: the paper's start points away from its
-    target, and this one half way towards it. On the tiny model the loss of reflow after 300 updates
-    of 64 is 0.06, where the paper's start has 0.95 and after 1400 updates 0.07 (seed 0). A flow is
-    left as it is.
-    """
-    like = next(unet.parameters())
-    if isinstance(start, nn.Module):
-        return start.to(like.device)
-    if start == "random":
-        torch.manual_seed(seed)
-        return build_unet(unet.config).to(like)
-    if start == "negated" and kind == "diffusion":
-        with torch.no_grad():
-            unet.conv_out.weight.neg_()
-            unet.conv_out.bias.neg_()
-    return unet

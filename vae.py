@@ -1,15 +1,14 @@
-"""The KL autoencoder of Stable Diffusion: pictures to latents an eighth their size, and back.
+"""The KL autoencoder of Stable Diffusion. Images become latents of 1/8 the resolution, and back.
 
-The diffusion and the flow live in its latent space, where a 512 x 512 picture is (4, 64, 64)
-numbers:
+The diffusion and the flow run in its latent space, where a 512 x 512 image is a (4, 64, 64) latent:
 
-    encode   (B, 3, H, W) in [-1, 1]  ->  a normal distribution over (B, 4, H/8, W/8)
-    decode   (B, 4, H/8, W/8)         ->  (B, 3, H, W) in [-1, 1], up to a little overshoot
+    encode   images (B, 3, H, W) in [-1, 1]  ->  normal distribution over (B, 4, H/8, W/8)
+    decode   latents (B, 4, H/8, W/8)        ->  (B, 3, H, W) in [-1, 1], with slight overshoot
 
-Stable Diffusion multiplies latents by 0.18215 so that they have about unit variance. `encode`
-returns the distribution before that scaling; `encode_latents` and `decode` speak SD-scaled latents,
-as everything else in this project does. Both halves are stacks of residual blocks, with one
-self-attention at the lowest resolution:
+Stable Diffusion multiplies latents by 0.18215, which gives them about unit variance. `encode`
+returns the distribution before this scaling. `encode_latents` and `decode` use SD-scaled latents,
+like the rest of the project. Encoder and decoder are residual blocks, with one self-attention at
+the lowest resolution:
 
              SD's decoder      resolution (of 512)
     mid      512 -> 512         64     residual block, attention, residual block
@@ -18,7 +17,7 @@ self-attention at the lowest resolution:
              512 -> 256        256     3 residual blocks, double
              256 -> 128        512     3 residual blocks
 
-The encoder is its mirror, with 2 residual blocks a level. Attributes carry diffusers' names.
+The encoder mirrors the decoder, with 2 residual blocks a level. Attributes have diffusers' names.
 Sources: Rombach et al. 2022 (arXiv 2112.10752), Esser et al. 2021 (2012.09841).
 """
 
@@ -32,10 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the autoencoder; the defaults are Stable Diffusion 1.x.
-
-    Each level but the last halves the picture.
-    """
+    """Sizes of the autoencoder; the defaults are Stable Diffusion 1.x."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -47,7 +43,7 @@ class VAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels of the picture along one side of a latent pixel: 8 for Stable Diffusion."""
+        """Image height / latent height: each level but the last halves, so 8 for SD."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -68,7 +64,7 @@ class ResnetBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """One head over all pixels."""
+    """Single-head attention over all pixels."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -79,8 +75,7 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        # (B, C, H, W) -> (B, 1, HW, C)
-        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]
+        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)[:, None]  # (B, 1, HW, C)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         h = self.to_out[0](h[:, 0]).unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)  # (B, C, H, W)
         return x + h
@@ -97,7 +92,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride 2, with one row and column of padding at the bottom and right, as in the original."""
+    """A convolution of stride 2. As in the original, only the bottom and right are padded."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -117,24 +112,20 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution: "down", "up" or None."""
+    """Residual blocks at one resolution. `resample`: "down" then halves it, "up" doubles it."""
 
     def __init__(
         self, in_channels: int, out_channels: int, layers: int, groups: int, resample: str | None,
     ):
         super().__init__()
         inputs = [in_channels] + [out_channels] * (layers - 1)
-        self.resnets = nn.ModuleList(
-            ResnetBlock(channels, out_channels, groups) for channels in inputs
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(n, out_channels, groups) for n in inputs)
         self.downsamplers = nn.ModuleList([Downsample(out_channels)] * (resample == "down"))
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] * (resample == "up"))
 
     def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        for resample in [*self.downsamplers, *self.upsamplers]:
-            x = resample(x)
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
+            x = layer(x)
         return x
 
 
@@ -157,8 +148,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -189,27 +179,24 @@ class Decoder(nn.Module):
 
 @dataclass
 class LatentDistribution:
-    """A normal distribution for each number of the latent, before SD's scaling.
-
-    mean, logvar: (B, 4, h, w).
-    """
+    """Independent normal distributions over unscaled latents; mean and logvar (B, 4, h, w)."""
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise, drawn on the generator's device (the CPU where there is none)."""
+        """mean + std * noise; the noise comes from the generator's device, by default the CPU."""
         device = generator.device if generator is not None else "cpu"
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """KL divergence from N(0, I), summed over the latent: (B,)."""
+        """KL divergence from N(0, I) in nats, summed over the latent: (B,)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
 class AutoencoderKL(nn.Module):
-    """`encode`, `encode_latents` and `decode`; see the top of this file for shapes and units."""
+    """`encode`, `encode_latents` and `decode`, with shapes and units as at the top of this file."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -221,18 +208,16 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def encode(self, images: Tensor) -> LatentDistribution:
-        """images (B, 3, H, W) in [-1, 1] -> distribution over unscaled latents (B, 4, H/8, W/8)."""
+        """Images (B, 3, H, W) in [-1, 1] -> distribution over unscaled (B, 4, H/8, W/8)."""
         moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
         mean, logvar = moments.chunk(2, dim=1)
-        # The original's bounds, so that exp stays finite.
-        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))
+        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))  # as in the original: finite exp
 
     def encode_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """images in [-1, 1] -> SD-scaled latents: a sample with a generator, else the mean."""
+        """Images in [-1, 1] -> SD-scaled latents: a sample with a generator, else the mean."""
         latent = self.encode(images)
-        return self.config.scaling_factor * (
-            latent.mean if generator is None else latent.sample(generator)
-        )
+        latents = latent.mean if generator is None else latent.sample(generator)
+        return self.config.scaling_factor * latents
 
     def decode(self, latents: Tensor) -> Tensor:
         """SD-scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [-1, 1]."""
@@ -241,5 +226,5 @@ class AutoencoderKL(nn.Module):
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
+    """Images (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 on the CPU."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()

@@ -1,21 +1,21 @@
-"""The bill before starting: GPU-days, wall-clock days, disk and network of InstaFlow's full recipe.
+"""What InstaFlow's full recipe costs: GPU-days, wall-clock days, disk and network traffic.
 
     python benchmarks/cost.py                      on 8 A100, at the rates of the paper's days
     python benchmarks/cost.py --rates benchmarks/results/training_step-bf16-cuda.json \\
                               --gpus 4 --price 2.5
 
 The recipe is that of InstaFlow-0.9B (arXiv 2309.06380, table of training costs): 3.2 million pairs,
-two stages of reflow, distillation in L2 and in LPIPS; 199.2 A100-days. --rates takes what
-benchmarks/training_step.py measured: samples a second of one GPU in each stage. What is counted,
-and what it could be without our savings:
+two stages of reflow, distillation in L2 and in LPIPS; 199.2 A100-days. --rates takes the results
+of benchmarks/training_step.py: samples a second of one GPU in each stage. Counted are
 
-    disk       a pair is its latent in fp16 and a seed; a training state is weights, EMA and two
-               moments in fp32, and for a moment there are two of it
-    network    gradients are summed once an update: in a ring each GPU sends 2 (N - 1) / N times
-               their 4 bytes a parameter
+    disk       a pair is a latent in fp16 and a seed; a training state is weights, EMA and two
+               moments in fp32, twice while one state replaces another
+    network    each iteration sums the gradients: in a ring of N GPUs each sends 2 (N - 1) / N
+               times their 4 bytes a parameter
+
+A second table compares each of our savings with the cost without it.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -23,24 +23,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import BadInput, Parser, not_below_zero, positive, run
+from command import BadInput, Parser, at_least, non_negative, positive, run
 from evaluation.plots import markdown_table
-from training import BYTES_PER_PARAMETER
 
 DAY = 24 * 3600
 PARAMETERS = 859_520_964  # of the U-Net
+BYTES_PER_PARAMETER = 16  # of a training state: weights, EMA and two moments in fp32
 LATENT = 4 * 64 * 64  # numbers of a latent at 512 px
-PICTURE = 3 * 512 * 512  # bytes of a picture
+IMAGE = 3 * 512 * 512  # bytes of an image
 PAPER_DAYS = 199.2
 
 
 @dataclass
 class Stage:
-    """One stage of the recipe: the paper's A100-days for `samples` in updates of `batch`."""
+    """One stage of the recipe: the paper's A100-days for `samples` in iterations of `batch`."""
 
     name: str
     samples: int
-    batch: int  # 0: nothing is trained
+    batch: int  # 0: no training
     a100_days: float
 
     @property
@@ -59,9 +59,9 @@ RECIPE = {
 
 
 def rates_from(path: str | None) -> dict[str, float]:
-    """Samples a second of one GPU for every stage: the paper's A100, or measured ones.
+    """Samples a second of one GPU in each stage: the paper's A100, or measured rates.
 
-    Both reflows have one rate.
+    Both stages of reflow have the same rate.
     """
     if path is None:
         return {name: stage.rate for name, stage in RECIPE.items()}
@@ -71,20 +71,20 @@ def rates_from(path: str | None) -> dict[str, float]:
         return {name: measured[name.removesuffix(" large batch")] for name in RECIPE}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise BadInput(
-            f"--rates {path}: not a file of benchmarks/training_step.py ({problem!r})"
+            f"--rates {path}: not a result of benchmarks/training_step.py ({problem!r})"
         ) from None
 
 
 def bill(rates: dict[str, float], gpus: int, price: float | None) -> list[dict]:
-    """A row for each stage, and their sum."""
+    """A row for each stage, and their sum. price: of a GPU-hour."""
     rows = []
     for name, stage in RECIPE.items():
         gpu_days = stage.samples / rates[name] / DAY
         row = {"stage": stage.name, "samples": f"{stage.samples:,}",
                "samples a second, one GPU": rates[name]}
         row |= {"GPU-days": gpu_days, f"days on {gpus}": gpu_days / gpus}
-        updates = stage.samples / stage.batch if stage.batch else 0
-        row["TB sent by each GPU"] = updates * 4 * PARAMETERS * 2 * (gpus - 1) / gpus / 1e12
+        iterations = stage.samples / stage.batch if stage.batch else 0
+        row["TB sent by each GPU"] = iterations * 4 * PARAMETERS * 2 * (gpus - 1) / gpus / 1e12
         rows.append(row)
     total = {"stage": "all", "samples": "", "samples a second, one GPU": None}
     rows.append(total | {key: sum(row[key] for row in rows) for key in list(rows[0])[3:]})
@@ -95,11 +95,11 @@ def bill(rates: dict[str, float], gpus: int, price: float | None) -> list[dict]:
 
 
 def savings(rates: dict[str, float], reflow_share: float | None) -> list[dict]:
-    """What is not stored, not computed and not drawn, each against doing without the saving."""
+    """A row for each saving: the cost with it and without it."""
     pairs, tera, giga = RECIPE["pairs"].samples, 1e12, 1e9
     rows = [
-        {"saving": "latents, not pictures", "with": f"{pairs * LATENT * 2 / giga:.0f} GB on disk",
-         "without": f"{pairs * PICTURE / tera:.1f} TB of pixels"},
+        {"saving": "latents, not images", "with": f"{pairs * LATENT * 2 / giga:.0f} GB on disk",
+         "without": f"{pairs * IMAGE / tera:.1f} TB of pixels"},
         {"saving": "seeds, not noise", "with": f"{pairs * 8 / giga:.2f} GB",
          "without": f"{pairs * LATENT * 4 / giga:.0f} GB in fp32"},
         {"saving": "prompts, not text embeddings",
@@ -107,35 +107,28 @@ def savings(rates: dict[str, float], reflow_share: float | None) -> list[dict]:
          "without": f"{pairs * 77 * 768 * 2 / giga:.0f} GB in fp16"},
         {"saving": "caption dropout, no second network for guidance",
          "with": f"{4 * PARAMETERS / giga:.1f} GB of weights",
-         "without": f"{8 * PARAMETERS / giga:.1f} GB, and every update twice"},
+         "without": f"{8 * PARAMETERS / giga:.1f} GB, and twice the training"},
     ]
     if reflow_share is not None:
         days = sum(RECIPE[name].samples / rates[name] / DAY
                    for name in ("reflow", "reflow large batch"))
         rows.append({
-            "saving": "a start nearer the flow (reflow.py --init negated)",
-            "with": f"{days * reflow_share:.1f} GPU-days of reflow, if its share of samples holds "
-                    "here",
+            "saving": "a start closer to the flow (reflow.py --init negated)",
+            "with": f"{days * reflow_share:.1f} GPU-days of reflow, if the tiny model's share of "
+                    "samples holds here",
             "without": f"{days:.1f} GPU-days",
         })
     return rows
 
 
-def share(text: str) -> float:
-    value = not_below_zero(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text!r}")
-    return value
-
-
 def main():
-    parser = Parser("GPU-days, disk and network of InstaFlow's full recipe.")
+    parser = Parser("Count GPU-days, disk and network traffic of InstaFlow's full recipe.")
     parser.add_argument("--gpus", type=positive, default=8)
     parser.add_argument("--rates",
                         help="results of benchmarks/training_step.py; default: the paper's A100")
-    parser.add_argument("--price", type=not_below_zero, help="of a GPU-hour, in any currency")
-    parser.add_argument("--reflow-share", type=share,
-                        help="share of the paper's reflow samples that are needed, e.g. 0.33")
+    parser.add_argument("--price", type=non_negative, help="of a GPU-hour, in any currency")
+    parser.add_argument("--reflow-share", type=at_least(0.0, below=1.0001),
+                        help="at_least of the paper's reflow samples that is needed, e.g. 0.33")
     args = parser.parse_args()
 
     rates = rates_from(args.rates)
@@ -144,7 +137,7 @@ def main():
     state = BYTES_PER_PARAMETER * PARAMETERS / 1e9
     disk = RECIPE["pairs"].samples * (LATENT * 2 + 8) / 1e9
     print(f"Disk: {disk:.0f} GB of pairs, {2 * state:.0f} GB for a training state while it is "
-          "replaced, 3.4 GB a checkpoint.")
+          "replaced, 3.4 GB for a checkpoint.")
     print(f"The paper: {PAPER_DAYS} A100-days; this: {rows[-1]['GPU-days']:.1f} GPU-days.\n")
     print(markdown_table(savings(rates, args.reflow_share)), end="")
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything that is measured on a GPU, in one call: nine minutes by the limits below; writes JSON.
+# All GPU measurements in one call: nine minutes by the limits below; writes JSON.
 #
 #     sh benchmarks/gpu.sh                                    one CUDA GPU of 80 GB
 #     DEVICE=cpu SLOWER=5 SIZE="--latent-size 8 --rounds 1" DTYPES="bf16 fp32" \
@@ -7,28 +7,28 @@
 #         DISTILL="--num-pairs 64 --l2-iterations 4 --lpips-iterations 2" \
 #         EVALUATE="--num-samples 50" sh benchmarks/gpu.sh    a rehearsal, ten minutes on 2 cores
 #
-# Runs unattended on a bare machine with torch 2.11 or later: what fails is named at the end, and
-# the rest goes on. Results land in benchmarks/results/ and, of the demo's four commands, in runs/gpu/.
-# One GPU proves nothing of NCCL: several processes are not run here.
+# Runs unattended on a bare machine with torch 2.11 or later. A step that fails is named at the end;
+# the others still run. Results land in benchmarks/results/, those of the demo's four commands in
+# runs/gpu/. NCCL is not tested: that takes several GPUs.
 DEVICE="${DEVICE:-cuda}"
 SIZE="${SIZE:---rounds 10}"
 DTYPES="${DTYPES:-bf16 fp16}"  # CPUs have no fast fp16
 BATCHES="${BATCHES:-1 16}"
 UPDATE_BATCH="${UPDATE_BATCH:-8}"
-SLOWER="${SLOWER:-1}"  # times the limits
+SLOWER="${SLOWER:-1}"  # factor on the limits
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-runs/gpu}"
 FAILED=""
 mkdir -p "$OUT"
 
-try() {  # seconds, what it is called, command
+try() {  # seconds, name, command
     limit=$(($1 * SLOWER)) name=$2
     shift 2
     echo "== $name"
     timeout "$limit" "$@" || FAILED="$FAILED $name"
 }
 
-# One step at 512 px beside diffusers in the same run; the paper has 0.09 s a picture on an A100.
+# One step at 512 px against diffusers in the same run; the paper: 0.09 s an image on an A100.
 for dtype in $DTYPES; do
     for batch in $BATCHES; do
         try 50 "sampling-$dtype-$batch" $PYTHON benchmarks/sampling.py --device "$DEVICE" \
@@ -38,7 +38,7 @@ done
 try 80 sampling-compiled $PYTHON benchmarks/sampling.py --device "$DEVICE" --dtype bf16 --compile \
     $SIZE
 
-# Updates, with time and peak memory; beside the derived table of benchmarks/README.md.
+# Training iterations: time and peak memory, to compare with the derived table of the README.
 for order in "" --contiguous; do
     try 50 "training-step$order" $PYTHON benchmarks/training_step.py --device "$DEVICE" \
         --dtype bf16 --stages reflow l2 lpips --batch-size "$UPDATE_BATCH" \

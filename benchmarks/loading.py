@@ -1,15 +1,15 @@
-"""From a Stable Diffusion 1.x file to its first one-step picture, against diffusers.
+"""From a Stable Diffusion 1.x file to its first one-step image, against diffusers.
 
 Seconds and peak memory, in new processes:
 
     python benchmarks/loading.py            writes a full-size fp16 file first; 15 GB of memory
     python benchmarks/loading.py --dtype bf16 --load-only
 
-diffusers needs configuration files, which it would fetch from the hub; they are written here from
-our own configs. Both load to --dtype on the CPU: diffusers the U-Net and the autoencoder, ours the
-text encoder too. Then one Euler step at 512 px from an encoded prompt, and the decoder, unless
---load-only. Imports are not counted. Memory is read from /proc, so this runs on Linux alone. Writes
-benchmarks/results/loading-<dtype>-cpu.json.
+diffusers needs configuration files, which it would download from the hub; they are written here
+from our own configs. Both sides load to --dtype on the CPU: diffusers the U-Net and the
+autoencoder, ours the text encoder too. Then follow one Euler step at 512 px from an encoded prompt
+and the decoder, unless --load-only. Imports are not counted. Memory is read from /proc, on Linux
+only. Writes benchmarks/results/loading-<dtype>-cpu.json.
 """
 
 import json
@@ -21,20 +21,20 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.timing import ratio, report
 from command import DTYPES, HERE, BadInput, Parser, pick_dtype, positive, run
-from diffusers_folder import unet_to_diffusers, vae_to_diffusers
-from make_checkpoint import make_model, write_single_file
-from timing import ratio, report
+from formats.diffusers_folder import unet_to_diffusers, vae_to_diffusers
+from unet import UNetConfig
+from vae import VAEConfig
 
 MEASURE = """
 import json, pathlib, sys, time
 sys.path.insert(0, {root!r})
 import torch
 {imports}
-# Of this process alone, in GB; resource.getrusage would begin with that of the one that started it.
+# GB of this process alone; resource.getrusage would start from the peak of its parent.
 def peak():
     status = pathlib.Path("/proc/self/status").read_text().splitlines()
     line = next(line for line in status if line.startswith("VmHWM"))
@@ -44,11 +44,11 @@ def spent():
 started, before = time.perf_counter(), peak()
 {load}
 figures = spent()
-if {picture}:
+if {with_image}:
     noise = torch.randn(1, 4, 64, 64, dtype={dtype})
     context = torch.randn(1, 77, 768, dtype={dtype})
     with torch.inference_mode():
-        {draw}
+        {sample}
     figures += spent()
 print(json.dumps(figures))
 """
@@ -69,17 +69,17 @@ FIGURES = ("loading, s", "loading, GB at the peak", "and the first picture, s",
            "and the first picture, GB at the peak")
 
 
-def measured(
-    side: tuple[str, str, str], path: str, config: str, dtype: torch.dtype, picture: bool
+def measure(
+    side: tuple[str, str, str], path: str, config: str, dtype: torch.dtype, with_image: bool
 ) -> list[float]:
-    """The FIGURES of one new process, the first two without a picture.
+    """The FIGURES of one new process, without an image the first two.
 
-    Memory is what goes beyond that of the imports.
+    Memory is counted beyond that of the imports.
     """
-    imports, load, draw = side
+    imports, load, sample = side
     load = load.format(path=path, config=config, dtype=dtype)
-    code = MEASURE.format(root=str(HERE), imports=imports, load=load, draw=draw, dtype=dtype,
-                          picture=picture)
+    code = MEASURE.format(root=str(HERE), imports=imports, load=load, sample=sample, dtype=dtype,
+                          with_image=with_image)
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
@@ -89,34 +89,32 @@ def measured(
 def main():
     parser = Parser("Time loading a single file against diffusers.")
     parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="to load to")
-    parser.add_argument("--load-only", action="store_true", help="draw no picture")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the loaded weights")
+    parser.add_argument("--load-only", action="store_true", help="generate no image")
     args = parser.parse_args()
     if not Path("/proc/self/status").exists():
         raise BadInput(
-            "loading.py: reads memory from /proc, which this system does not have; run it on Linux"
+            "loading.py: reads memory from /proc, which this system lacks; run it on Linux"
         )
     device = torch.device("cpu")
     dtype = pick_dtype(args.dtype, device)
     with tempfile.TemporaryDirectory() as folder:
         path, config = str(Path(folder) / "sd14.safetensors"), str(Path(folder) / "config")
-        model = make_model("full")
-        write_single_file(model, path)
+        write_file = [sys.executable, str(HERE / "tests" / "make_checkpoint.py"), path]
+        subprocess.run(write_file, check=True)  # full size, fp16, random weights
         for name, settings in (
-            ("unet", unet_to_diffusers(model.unet.config)),
-            ("vae", vae_to_diffusers(model.vae.config)),
+            ("unet", unet_to_diffusers(UNetConfig())), ("vae", vae_to_diffusers(VAEConfig())),
         ):
             (Path(config) / name).mkdir(parents=True)
             (Path(config) / name / "config.json").write_text(json.dumps(settings))
-        del model
         sides = {"ours": [], "diffusers": []}
         for number in range(args.rounds + 1):  # the first fills the disk cache
             for name, side in (("ours", OURS), ("diffusers", THEIRS)):
-                result = measured(side, path, config, dtype, not args.load_only)
+                result = measure(side, path, config, dtype, not args.load_only)
                 if number:
                     sides[name].append(result)
     rows = []
-    # As many as were measured.
+    # Two of the FIGURES with --load-only, else four.
     for what, ours, theirs in zip(FIGURES, zip(*sides["ours"]), zip(*sides["diffusers"])):
         row = {"what": what, "ours": statistics.median(ours),
                "diffusers": statistics.median(theirs)}

@@ -5,15 +5,15 @@ Needs no GPU and little memory.
     python benchmarks/memory.py
     python benchmarks/memory.py --ema-device cpu
 
-The networks are built without their numbers (torch's FakeTensorMode): every tensor has its shape
-and dtype and no data. One forward pass under --dtype then shows what is kept for the backward pass,
-each storage counted once. With gradient checkpointing that is the inputs of the blocks and, while
-one block is computed again, what the largest of them keeps. In bf16 autocast's copies of the
-weights are part of it: 2 bytes a parameter at any batch, without checkpointing. Added are 4 bytes a
-parameter for weights, gradients and EMA each, 8 for the moments, and the frozen networks.
+The networks are built in torch's FakeTensorMode: every tensor has a shape and a dtype, but no data.
+One forward pass under --dtype shows what autograd saves for the backward pass; each storage counts
+once. Gradient checkpointing saves the inputs of the blocks, and what the largest block saves while
+it is recomputed. In bf16 without checkpointing, autocast's copies of the weights add 2 bytes a
+parameter at any batch size. Weights, gradients and EMA take 4 bytes a parameter each, the moments
+8; the frozen networks are added.
 
-The sum is what has to fit while gradients and activations are both there, so it is a little more
-than the true peak; benchmarks/training_step.py measures that. Writes
+The sum assumes that all gradients and all activations exist at once. It is therefore slightly above
+the true peak, which benchmarks/training_step.py measures. Writes
 benchmarks/results/memory-<dtype>.json.
 """
 
@@ -23,16 +23,14 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.timing import TOKENS, full_size_model
+from benchmarks.training_step import untrained_vgg
 from command import DTYPES, HERE, Parser, run, write_json
 from distill import perceptual
 from evaluation.plots import markdown_table
-from make_checkpoint import make_model
 from rectified_flow import distill_loss, flow_velocity, reflow_loss
-from timing import TOKENS
-from training_step import untrained_vgg
 from unet import StackedUNet, stack
 
 BATCHES = (1, 4, 16, 64)
@@ -40,10 +38,10 @@ SIDE = 64  # of the latent, at 512 px
 
 
 class Kept:
-    """What autograd keeps while a loss is computed, and which block it is kept for."""
+    """The storages that autograd saves while a loss is computed, and the block of each."""
 
     def __init__(self, blocks: list, frozen: set):
-        self.frozen = frozen  # weights are counted apart
+        self.frozen = frozen  # weights, which are counted separately
         self.everything, self.inputs, self.outside, self.inside = {}, {}, {}, {}
         self.block, self.alive = None, []
         for number, block in enumerate(blocks):
@@ -54,7 +52,7 @@ class Kept:
 
     def enter(self, number: int, inputs: tuple) -> None:
         self.block = number
-        if not torch.is_grad_enabled():  # a frozen target: nothing of it is kept
+        if not torch.is_grad_enabled():  # a frozen target saves nothing
             return
         for value in inputs:
             for tensor in value if isinstance(value, list) else [value]:
@@ -66,32 +64,32 @@ class Kept:
 
     def count(self, tensor: torch.Tensor, where: dict) -> None:
         storage = tensor.untyped_storage()
-        self.alive.append(tensor)  # so that no later storage gets its address
+        self.alive.append(tensor)  # or a later storage could get its address
         if storage._cdata not in self.frozen:
             where[storage._cdata] = storage.nbytes()
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.count(tensor, self.everything)
-        self.count(
-            tensor,
-            self.outside if self.block is None else self.inside.setdefault(self.block, {}),
-        )
+        inside = self.block is not None
+        self.count(tensor, self.inside.setdefault(self.block, {}) if inside else self.outside)
         return tensor
 
     def plain(self) -> int:
+        """Bytes without gradient checkpointing."""
         return sum(self.everything.values())
 
     def checkpointed(self) -> int:
+        """Bytes with gradient checkpointing, while the largest block is recomputed."""
         between = self.outside | self.inputs
-        again = ({key: size for key, size in each.items() if key not in between}
-                 for each in self.inside.values())
-        return sum(between.values()) + max(sum(each.values()) for each in again)
+        recomputed = ({key: size for key, size in each.items() if key not in between}
+                      for each in self.inside.values())
+        return sum(between.values()) + max(sum(each.values()) for each in recomputed)
 
 
 def kept_by(stage: str, stacked: bool, dtype: torch.dtype, batch: int) -> tuple[Kept, int, int]:
-    """What a batch keeps for the backward pass, trained parameters, bytes of frozen networks."""
+    """(what a batch saves for the backward pass, trained parameters, bytes of frozen networks)."""
     with FakeTensorMode():
-        model = make_model("full")
+        model = full_size_model()
         unet = stack(model.unet) if stacked else model.unet
         halves = [unet.first, unet.second] if isinstance(unet, StackedUNet) else [unet]
         model.vae.requires_grad_(False)
@@ -126,9 +124,9 @@ def kept_by(stage: str, stacked: bool, dtype: torch.dtype, batch: int) -> tuple[
 
 def main():
     parser = Parser("Derive the memory of training at full size.")
-    parser.add_argument("--ema-device", choices=["cpu"], help="as in training.py")
+    parser.add_argument("--ema-device", choices=["cpu"], help="as of reflow.py")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16",
-                        help="as in training.py; bf16 is autocast")
+                        help="as of reflow.py; bf16 is autocast")
     args = parser.parse_args()
     rows = []
     for student in ("unet", "stacked"):

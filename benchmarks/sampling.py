@@ -1,18 +1,15 @@
 """One-step sampling against diffusers, part by part, at the same dtype and sizes.
 
-Also how far each part is from the machine's limit.
-
     python benchmarks/sampling.py               SD's size at 512 px, random weights; minutes
     python benchmarks/sampling.py --device cuda --batch-size 16 --compile
     python benchmarks/sampling.py --defaults    each side's own: diffusers fp32, ours --dtype auto
     python benchmarks/sampling.py --peer openvino --compile
         diffusers' networks in OpenVINO (pip install openvino; 17 GB of memory in fp32)
 
-Both sides hold the same weights. "of the limit" is the counted work of our network over the time it
-takes, as a share of what this machine reaches in products of large matrices at that dtype, "differ
-by" the largest difference of what both answer, as a share of the largest value. Writes
-results/sampling-<peer>-batch<N>-<dtype>-<device>.json, with "-defaults" and "-compiled" after the N
-where asked for.
+Both sides have the same weights. "of the limit" is our network's FLOP a second, as a fraction of
+this machine's in products of large matrices of that dtype. "differ by" is the largest difference of
+the outputs over their largest value. Writes results/sampling-<peer>-batch<N>-<dtype>-<device>.json,
+with "-defaults" and "-compiled" after N if these flags are given.
 """
 
 import gc
@@ -28,39 +25,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.timing import (
+    TOKENS, full_size_model, report, side_by_side, take_turns, timing_parser,
+)
+from benchmarks.training_step import diffusers_unet
 from command import BadInput, pick_device, pick_dtype, run
-from diffusers_folder import text_to_transformers, vae_to_diffusers
-from make_checkpoint import make_model
+from formats.diffusers_folder import text_to_transformers, vae_to_diffusers
+from formats.weights import set_memory_format
 from rectified_flow import flow_velocity, one_step
-from stable_diffusion import arrange
-from timing import TOKENS, report, side_by_side, take_turns, timing_parser
-from training_step import diffusers_unet
 
-MATRIX = 4096  # side of the matrices that give the limit
+MATRIX = 4096  # side of the matrices that measure the limit
 
 
-class Answering(nn.Module):
-    """A network seen as one function of tensors, as OpenVINO reads it."""
+class TensorFunction(nn.Module):
+    """A network as a function of tensors to one tensor, which OpenVINO can trace."""
 
-    def __init__(self, network: nn.Module, answer: Callable[..., Tensor]):
+    def __init__(self, network: nn.Module, call: Callable[..., Tensor]):
         super().__init__()
-        self.network, self.answer = network, answer
+        self.network, self.call = network, call
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.answer(self.network, *inputs)
+        return self.call(self.network, *inputs)
 
 
 def in_openvino(
-    network: Answering, inputs: tuple[Tensor, ...], dtype: torch.dtype
+    network: TensorFunction, inputs: tuple[Tensor, ...], dtype: torch.dtype
 ) -> Callable[..., Tensor]:
+    """The network compiled by OpenVINO for inputs of these shapes."""
     import openvino
 
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the trace holds for these shapes alone, as it should
+        warnings.simplefilter("ignore")  # the trace holds for these shapes only, as intended
         graph = openvino.convert_model(network, example_input=inputs)
     graph.reshape({number: list(tensor.shape) for number, tensor in enumerate(inputs)})
     compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": precision})
@@ -70,7 +68,7 @@ def in_openvino(
 def peers_of(
     model, peer: str, dtype: torch.dtype, device: torch.device, inputs: dict[str, tuple]
 ) -> dict[str, Callable]:
-    """diffusers' and transformers' networks with the same weights, as functions of tensors."""
+    """The networks of diffusers and transformers with the same weights, as functions of tensors."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -80,12 +78,12 @@ def peers_of(
     text = CLIPTextModel(CLIPTextConfig(**text_to_transformers(model.text_encoder.config)))
     text.load_state_dict(model.text_encoder.text_model.state_dict())
     networks = {
-        "text": Answering(text, lambda network, tokens: network(tokens).last_hidden_state),
-        "U-Net": Answering(
+        "text": TensorFunction(text, lambda network, tokens: network(tokens).last_hidden_state),
+        "U-Net": TensorFunction(
             diffusers_unet(model.unet, device, dtype),
             lambda network, x, t, context: network(x, t, context, return_dict=False)[0],
         ),
-        "decoder": Answering(
+        "decoder": TensorFunction(
             vae, lambda network, latents: network.decode(latents / scale, return_dict=False)[0]
         ),
     }
@@ -101,7 +99,7 @@ def peers_of(
 
 
 def limit(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP a second in products of large matrices."""
+    """FLOP a second of this machine in products of large matrices."""
     a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
     seconds, _ = take_turns({"matrix product": lambda: a @ b}, 5, device)
     return 2 * MATRIX**3 / statistics.median(seconds["matrix product"])
@@ -121,7 +119,7 @@ def main():
         raise BadInput("--peer openvino: runs on --device cpu, after pip install openvino")
     dtype, batch = pick_dtype(args.dtype, device), args.batch_size
     their_dtype = torch.float32 if args.defaults else dtype
-    model = make_model("full", args.seed, "one-step")
+    model = full_size_model(args.seed, "one-step")
 
     tokens = torch.randint(49000, (batch, TOKENS), device=device)
     noise = torch.randn(batch, 4, args.latent_size, args.latent_size, device=device)
@@ -129,22 +127,22 @@ def main():
     context = torch.randn(batch, TOKENS, 768, device=device)
     inputs = {"text": (tokens,), "U-Net": (noise, time, context), "decoder": (noise,)}
     theirs = peers_of(model, args.peer, their_dtype, device, inputs)
-    gc.collect()  # what OpenVINO was made from
+    gc.collect()  # the networks that OpenVINO compiled
 
     unet, vae, text = (
         network.to(device, dtype).eval() for network in (model.unet, model.vae, model.text_encoder)
     )
-    arrange(unet, vae, dtype)
+    set_memory_format(unet, vae, dtype)
     ours = {"text": text, "U-Net": unet, "decoder": vae.decode}
 
-    def picture(text: Callable, velocity: Callable, decode: Callable) -> Tensor:
+    def image(text: Callable, velocity: Callable, decode: Callable) -> Tensor:
         return decode(one_step(velocity, noise, text(tokens)))
 
     calls = {name: (partial(ours[name], *given), partial(theirs[name], *given))
              for name, given in inputs.items()}
     calls["picture"] = (
-        lambda: picture(text, flow_velocity(unet), vae.decode),
-        lambda: picture(theirs["text"], flow_velocity(theirs["U-Net"]), theirs["decoder"]),
+        lambda: image(text, flow_velocity(unet), vae.decode),
+        lambda: image(theirs["text"], flow_velocity(theirs["U-Net"]), theirs["decoder"]),
     )
     flop = {}
     for name, (mine, _) in calls.items():
@@ -160,11 +158,9 @@ def main():
         rows.append(
             {"part": name} | row | {"TFLOP": flop[name] / 1e12, "of the limit": of_the_limit}
         )
-    what = "-".join(
-        ["sampling", args.peer, f"batch{batch}"]
-        + ["defaults"] * args.defaults + ["compiled"] * args.compile
-    )
-    report(what, device, dtype, rows, limit_tflops=peak / 1e12)
+    name = f"sampling-{args.peer}-batch{batch}"
+    name += "-defaults" * args.defaults + "-compiled" * args.compile
+    report(name, device, dtype, rows, limit_tflops=peak / 1e12)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""What the stacked U-Net costs: its time against one U-Net and against two whole ones in series.
-
-All side by side in one run:
+"""Time of the stacked U-Net against one U-Net and against two complete U-Nets in series.
 
     python benchmarks/stacked.py            SD's size, random weights; 12 GB in fp32, minutes
     python benchmarks/stacked.py --device cuda
 
-Seconds are medians, ratios to one U-Net are medians over the rounds with their quartiles. Writes
-benchmarks/results/stacked-<dtype>-<device>.json.
+The three alternate in one run. Seconds are medians; ratios to one U-Net are medians over the rounds
+with quartiles. Writes benchmarks/results/stacked-<dtype>-<device>.json.
 """
 
 import statistics
@@ -18,14 +16,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.timing import TOKENS, ratio, report, take_turns, timing_parser
 from command import pick_device, pick_dtype, run
-from timing import TOKENS, ratio, report, take_turns, timing_parser
 from unet import StackedUNet, UNet, UNetConfig
 
 
 @torch.inference_mode()
 def main():
-    parser = timing_parser("Time one U-Net, the stacked U-Net and two whole U-Nets.", rounds=7)
+    parser = timing_parser("Time one U-Net, the stacked U-Net and two complete U-Nets.", rounds=7)
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -34,16 +32,14 @@ def main():
     make = lambda network: network.to(device, dtype, memory_format=torch.channels_last).eval()
     one, stacked = make(UNet(config)), make(StackedUNet(replace(config, stacked=True)))
     x = torch.randn(args.batch_size, 4, args.latent_size, args.latent_size, device=device)
-    timestep, context = (
-        torch.full((args.batch_size,), 1000.0, device=device),
-        torch.randn(args.batch_size, TOKENS, 768, device=device),
-    )
-    ways = {
+    timestep = torch.full((args.batch_size,), 1000.0, device=device)
+    context = torch.randn(args.batch_size, TOKENS, 768, device=device)
+    calls = {
         "one U-Net": lambda: one(x, timestep, context),
         "stacked": lambda: stacked(x, timestep, context),
         "two whole U-Nets": lambda: one(one(x, timestep, context), timestep, context),
     }
-    seconds, _ = take_turns(ways, args.rounds, device)
+    seconds, _ = take_turns(calls, args.rounds, device)
     count = lambda network: sum(weight.numel() for weight in network.parameters())
     parameters = {"one U-Net": count(one), "stacked": count(stacked),
                   "two whole U-Nets": 2 * count(one)}

@@ -1,4 +1,4 @@
-"""Fair timing for the benchmarks: the sides take turns in one run, so all see the same machine."""
+"""Fair timing: the compared calls alternate within one run, so all see the same machine."""
 
 import gc
 import statistics
@@ -15,13 +15,17 @@ from command import HERE, Parser, add_machine_options, dtype_name, positive, wri
 from evaluation.figures import machine_name
 from evaluation.plots import markdown_table
 from sample import run_seed
+from stable_diffusion import StableDiffusion
+from text_encoder import TextEncoder, TextEncoderConfig
+from unet import UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig
 
 TOKENS = 77  # of a prompt
-PROCESS = Path("/proc/self")  # what Linux tells of this process
+PROCESS = Path("/proc/self")  # Linux's files about this process
 
 
 def timing_parser(description: str, rounds: int) -> Parser:
-    """The options that the timings at Stable Diffusion's size share."""
+    """A parser with the flags of every timing at Stable Diffusion's size."""
     parser = Parser(description)
     parser.add_argument("--rounds", type=positive, default=rounds)
     parser.add_argument("--batch-size", type=positive, default=1)
@@ -30,74 +34,71 @@ def timing_parser(description: str, rounds: int) -> Parser:
     return parser
 
 
-def take_turns(
-    ways: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> tuple[dict, dict]:
-    """Seconds of every call in every round, after one round to warm up.
+def full_size_model(seed: int = 0, kind: str = "diffusion") -> StableDiffusion:
+    """Stable Diffusion 1.x with random weights, in fp32."""
+    torch.manual_seed(seed)
+    return StableDiffusion(UNet(UNetConfig()), AutoencoderKL(VAEConfig()),
+                           TextEncoder(TextEncoderConfig()), None, kind)
 
-    Also what each call answered in that one.
-    """
-    seconds, answers = {name: [] for name in ways}, {}
-    with tqdm(total=(rounds + 1) * len(ways), unit="call", leave=False) as bar:
+
+def take_turns(
+    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> tuple[dict, dict]:
+    """(seconds of each call in each round, its output in a warm-up round before)."""
+    seconds, outputs = {name: [] for name in calls}, {}
+    with tqdm(total=(rounds + 1) * len(calls), unit="call", leave=False) as bar:
         for number in range(rounds + 1):
-            for name, call in ways.items():
+            for name, call in calls.items():
                 bar.set_description(name)
                 started = time.perf_counter()
-                answer = call()
+                output = call()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 if number:
                     seconds[name].append(time.perf_counter() - started)
                 else:
-                    answers[name] = answer
+                    outputs[name] = output
                 bar.update()
-    return seconds, answers
+    return seconds, outputs
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict:
-    """Ours over theirs, round by round: the median and the quartiles."""
+    """Our seconds over theirs in the same round: median and quartiles."""
     ratios = [a / b for a, b in zip(ours, theirs)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {"ratio": middle, "quartiles": f"{low:.2f} to {high:.2f}"}
 
 
-def differ_by(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of two answers, as a share of the largest value.
-
-    Do both sides do the same work?
-    """
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference over the largest value: do both sides compute the same?"""
     theirs = theirs.float()
     return ((ours.float() - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def side_by_side(
-    what: str, mine: Callable[[], Tensor], peer: str, theirs: Callable[[], Tensor], rounds: int,
+    name: str, ours: Callable[[], Tensor], peer: str, theirs: Callable[[], Tensor], rounds: int,
     device: torch.device,
 ) -> dict:
-    """Ours against the peer's: seconds of both, their ratio, and how far the answers are apart."""
-    seconds, answers = take_turns(
-        {f"{what}, ours": mine, f"{what}, {peer}": theirs}, rounds, device
-    )
-    ours, others = seconds.values()
-    row = {"ours, s": statistics.median(ours), f"{peer}, s": statistics.median(others)}
-    return row | ratio(ours, others) | {"differ by": differ_by(*answers.values())}
+    """Ours against the peer's: seconds of both, their ratio, and how far the outputs differ."""
+    calls = {f"{name}, ours": ours, f"{name}, {peer}": theirs}
+    seconds, outputs = take_turns(calls, rounds, device)
+    mine, others = seconds.values()
+    row = {"ours, s": statistics.median(mine), f"{peer}, s": statistics.median(others)}
+    return row | ratio(mine, others) | {"differ by": relative_difference(*outputs.values())}
 
 
-def forget_peak(device: torch.device) -> None:
-    """Begin anew what `peak_memory` counts."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Restart the peak of `peak_memory` from what is held now."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     elif PROCESS.exists():
-        (PROCESS / "clear_refs").write_text("5")  # proc(5): the peak becomes what is held now
+        (PROCESS / "clear_refs").write_text("5")  # see proc(5)
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """GB that were held at once: of a GPU by tensors, on a CPU by this process.
-
-    The latter Linux alone tells.
-    """
+    """Peak GB: of tensors on a GPU, else of this process; None outside Linux."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     if not PROCESS.exists():

@@ -1,14 +1,16 @@
-"""A judge draws captions and reads pictures: what tiny models are asked, and how they are graded.
+"""A judge makes captions and grades images: how the tiny models are evaluated.
 
-A Python file such as toy/shapes.py, with
+A judge is a Python file such as toy/shapes.py. Its reader is a classifier or another network whose
+features tell what an image shows. The file defines
 
-    measuring_captions(n, seed)              captions that are in no list to train on
-    load_reader()                            a network with .features(pictures) -> (N, D)
-    right(reader, features, captions)        does each picture show what its caption says? Of shapes
-                                             all of it, of emoji the thing and not its style
-    real_features(reader, captions, seed)    features of real pictures for captions, (N, D)
-    drawn(captions, seed)                    and those pictures, (N, 3, H, W) in [-1, 1]; None where
-                                             they are not at hand
+    measuring_captions(n, seed)              n captions that are in no list to train on
+    load_reader()                            the reader, with .features(images) -> (N, D)
+    right(reader, features, captions)        for each image: does it show what its caption says?
+                                             toy/shapes.py: every word; toy/emoji.py: the thing,
+                                             not its style
+    real_features(reader, captions, seed)    features (N, D) of real images for the captions
+    drawn(captions, seed)                    those images, (N, 3, H, W) in [-1, 1]; None where they
+                                             are not on disk
 """
 
 import importlib.util
@@ -21,25 +23,26 @@ import torch
 from torch import Tensor
 
 from command import BadInput
-from evaluation.figures import (
-    GRADES, NEIGHBOURS, frechet_distance, precision_recall, with_interval,
-)
-from pairs import built_in_prompts, parts_of
-from sample import seeds_in
+from evaluation.figures import GRADES, NEIGHBOURS, frechet_distance, precision_recall, with_interval
+from formats.diffusers_folder import read_index
+from formats.prompts import built_in_prompts, split_prompts
+from formats.single_file import read_metadata
+from formats.weights import open_safetensors
+from sample import seed_range
 from training import seed_of
 
 JUDGE = ("measuring_captions", "load_reader", "right", "real_features", "drawn")
 
 
 def load_judge(path: str):
-    """The judge's module. BadInput where it is none."""
+    """The judge's module. BadInput: the file is missing or no judge."""
     if not Path(path).is_file():
         raise BadInput(f"--judge {path}: no such file; give a Python file such as toy/shapes.py")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None:
-        raise BadInput(f"--judge {path}: is no Python file; give one such as toy/shapes.py")
+        raise BadInput(f"--judge {path}: not a Python file; give one such as toy/shapes.py")
     judge = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = judge  # dataclasses look their module up
+    sys.modules[spec.name] = judge  # where dataclasses look their module up
     spec.loader.exec_module(judge)
     missing = [name for name in JUDGE if not hasattr(judge, name)]
     if missing:
@@ -49,34 +52,38 @@ def load_judge(path: str):
 
 
 @dataclass
-class Questions:
-    """What every model is asked: prompts and seeds, and how its pictures are graded."""
+class EvaluationSet:
+    """The same prompts and noises for every model, and how the images are graded."""
 
     prompts: list[str]
     seeds: range  # of the noises
-    grade: Callable[[Tensor], dict]  # pictures -> a figure for each of GRADES
-    seed: int  # the --seed that all this comes from
-    real: dict | None = None  # the grades of other real pictures, to compare with
-    drawn: Tensor | None = None  # and real pictures to look at, where they are at hand
+    seed: int  # --seed, which prompts and noises come from
+    grade: Callable[[Tensor], dict] | None = None  # images -> GRADES; None: without a judge
+    real_grades: dict | None = None  # of a second set of real images, for comparison
+    real_images: Tensor | None = None  # to look at, where they are on disk
 
 
-def questions_of(judge_path: str | None, count: int | None, seed: int, repeat: int) -> Questions:
-    """A judge's captions; without one built-in prompts nothing was trained on, and no grades."""
+def make_evaluation_set(
+    judge_path: str | Path | None, count: int | None, seed: int, repeat: int,
+) -> EvaluationSet:
+    """A judge's captions; without a judge, held-out built-in prompts and no grades.
+
+    repeat: each has captions and noises of its own. BadInput: too few samples to grade.
+    """
     count = count or (8 if judge_path is None else 1000)
-    seeds = seeds_in("evaluation", seed, count, start=repeat * count)
+    seeds = seed_range("evaluation", seed, count, start=repeat * count)
     if judge_path is None:
-        _, kept = parts_of(built_in_prompts())
-        prompts = [kept[k % len(kept)] for k in range(count)]
-        return Questions(prompts, seeds, lambda pictures: dict.fromkeys(GRADES), seed)
+        _, held_out = split_prompts(built_in_prompts())
+        return EvaluationSet([held_out[k % len(held_out)] for k in range(count)], seeds, seed)
     if count < NEIGHBOURS + 2:
         raise BadInput(f"--num-samples {count}: precision and recall need {NEIGHBOURS + 2} or more")
     judge = load_judge(judge_path)
-    return judged(judge, judge.measuring_captions(count, seeds[0]), seeds, seed)
+    return judged_set(judge, judge.measuring_captions(count, seeds[0]), seeds, seed)
 
 
-def judged(judge, captions: list, seeds: range, seed: int) -> Questions:
-    """These captions and seeds of noises, which come from the --seed, graded by a judge."""
-    reader, texts = judge.load_reader(), [str(caption) for caption in captions]
+def judged_set(judge, captions: list, seeds: range, seed: int) -> EvaluationSet:
+    """These captions and noise seeds, graded by the judge. seed: --seed."""
+    reader, prompts = judge.load_reader(), [str(caption) for caption in captions]
     real, others = (judge.real_features(reader, captions, seed_of(seeds[0], k)) for k in range(2))
 
     def grade_features(features: Tensor) -> dict:
@@ -85,21 +92,36 @@ def judged(judge, captions: list, seeds: range, seed: int) -> Questions:
         return dict(zip(GRADES, (accuracy, frechet_distance(real, features), precision, recall)))
 
     @torch.no_grad()
-    def grade(pictures: Tensor) -> dict:
-        return grade_features(reader.features(pictures))
+    def grade(images: Tensor) -> dict:
+        return grade_features(reader.features(images))
 
-    drawn = judge.drawn(captions, seed_of(seeds[0], 0))
-    return Questions(texts, seeds, grade, seed, grade_features(others), drawn)
+    real_images = judge.drawn(captions, seed_of(seeds[0], 0))
+    return EvaluationSet(prompts, seeds, seed, grade, grade_features(others), real_images)
 
 
-def graded(questions: list[Questions], pictures: list[Tensor]) -> dict:
-    """The grades of a set of pictures for each of the questions, as means with intervals."""
-    return with_intervals([asked.grade(drawn) for asked, drawn in zip(questions, pictures)])
+def mean_grades(sets: list[EvaluationSet], images: list[Tensor]) -> dict:
+    """Mean grades with intervals over sets; images: of one model, for each set. {}: no judge."""
+    if sets[0].grade is None:
+        return {}
+    return with_intervals([each.grade(generated) for each, generated in zip(sets, images)])
 
 
 def with_intervals(grades: list[dict]) -> dict:
-    figures = {}
+    """Each grade's mean over repeats, and its interval as <grade>_interval."""
+    means = {}
     for name in GRADES:
-        each = [grade[name] for grade in grades]
-        figures[name], figures[f"{name}_interval"] = with_interval(each)
-    return figures
+        values = [grade[name] for grade in grades]
+        means[name], means[f"{name}_interval"] = with_interval(values)
+    return means
+
+
+def check_same_dataset(paths: list[str]) -> None:
+    """BadInput if the checkpoints were trained on different datasets; reads no weights."""
+    families = {}
+    for path in map(Path, paths):
+        files = open_safetensors([path]) if path.suffix == ".safetensors" else {}
+        about = read_index(path) if path.is_dir() else read_metadata(path, files)
+        families[about.get("family") or "sd"] = path
+    if len(families) > 1:
+        one, other = list(families.values())[:2]
+        raise BadInput(f"{one}: was trained on another dataset than {other}; give models of one")

@@ -6,17 +6,17 @@ For evaluate.py, with
                     at 512 px; or those of val2014: 30,000 captions, at 256 px
     --images DIR --prompts FILE     any folder of images, and any captions
 
-Fréchet Inception Distance (Heusel et al. 2017, 1706.08500) is that of torchmetrics, on Inception's
-standard weights; the CLIP score (Hessel et al. 2021, 2104.08718) is the cosine of picture and
-caption under a CLIP of transformers. Both networks are downloaded when first used. Real images and
-generated ones are cropped to squares and resized to the protocol's size before the network sees
-them.
+Fréchet Inception Distance (Heusel et al. 2017, 1706.08500) is torchmetrics' own, on Inception's
+standard weights. The CLIP score (Hessel et al. 2021, 2104.08718) is the cosine similarity of image
+and caption under a CLIP of transformers. Both networks are downloaded at first use. Real and
+generated images are cropped to squares and resized to the protocol's size.
 
-Generated pictures lie in a folder for each model, number of steps and guidance, one PNG each, named
-by its number. Whatever is there already is not drawn again, and of N processes each draws every
-N-th.
+Generated images lie in a folder for each model, number of steps and guidance scale, as numbered
+PNG files. Existing files are not made again. Of N processes, each generates every N-th image.
 """
 
+import argparse
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -30,36 +30,96 @@ from torch import Tensor
 from tqdm import tqdm
 
 from command import (
-    BadInput, keep_others_out, rank, refuse_other, wait_for_all, world_size, write_json,
-    write_whole,
+    BadInput, barrier, check_same_settings, dtype_name, lock_folder, positive, rank, world_size,
+    write_atomically, write_json,
 )
+from formats.prompts import read_prompts
+from sample import batch_slices, max_batch_size, sample_images
 from vae import to_bytes
 
-# COCO's part: number of captions, size in pixels.
+# Of each COCO split: number of captions, size in pixels.
 PROTOCOLS = {"val2017": (5_000, 512), "val2014": (30_000, 256)}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-AT_ONCE = 32  # images that a network sees together
+BATCH_SIZE = 32  # images that Inception and CLIP see at once
+CLIP = "openai/clip-vit-large-patch14"
+
+
+# --------------------------------------------------------------------------------------------------
+# The flags of evaluate.py about real images
+
+
+def add_real_image_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("real images, for FID and CLIP score").add_argument
+    add("--coco",
+        help="COCO's folder, with annotations/ and val2017/ (5,000 captions) or val2014/ (30,000)")
+    add("--images", help="another folder of images; needs --prompts")
+    add("--prompts",
+        help="captions for --images, other than those of the pairs: text file with a prompt a "
+             "line, or .tsv/.csv")
+    add("--prompt-column", default="Prompt", help="column of a .tsv or .csv that holds the prompts")
+    add("--image-size", type=positive,
+        help="pixels at which images are compared; default: COCO's, else 512")
+    add("--feature-extractor",
+        help="TorchScript file instead of Inception: uint8 images to features")
+    add("--clip", help=f"CLIP for the score, a folder or a hub id; default: {CLIP}")
+
+
+def check_real_image_options(args: argparse.Namespace) -> None:
+    """BadInput for flags that exclude or need each other."""
+    if not (args.coco or args.images):
+        for flag, given in (("--prompts", args.prompts), ("--image-size", args.image_size),
+                            ("--feature-extractor", args.feature_extractor), ("--clip", args.clip)):
+            if given:
+                raise BadInput(f"{flag}: is for --coco or --images; give one of them too")
+        return
+    if args.coco and args.images:
+        raise BadInput("--coco and --images: give one of them")
+    if args.coco and args.prompts:
+        raise BadInput("--prompts: COCO has captions of its own; give --images, or leave it away")
+    if args.judge:
+        raise BadInput("--judge: grades tiny models; leave it away with --coco and --images")
+    if args.images and not args.prompts:
+        raise BadInput("--images: needs --prompts too, a file with captions")
+    if args.repeats > 1:
+        raise BadInput("--repeats: FID is measured once; leave it away with --coco and --images")
+
+
+def load_gallery(args: argparse.Namespace, device: torch.device) -> "Gallery":
+    """The captions and real images that the flags name, with FID and CLIP score."""
+    if args.coco:
+        prompts, images, side = read_coco(args.coco, args.num_samples)
+    else:
+        prompts = read_prompts(args.prompts, args.prompt_column)[: args.num_samples]
+        images, side = read_images(args.images), 512
+    fid = feature_distance(args.feature_extractor, device)
+    clip = caption_score(args.clip or CLIP, device)
+    folder = Path(args.out.removesuffix(".json") + "-pictures")
+    return Gallery(prompts, images, args.image_size or side, folder, fid, clip)
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions and real images
 
 
 def read_coco(folder: str | Path, count: int | None) -> tuple[list[str], list[Path], int]:
-    """Captions, real images and the size in pixels.
+    """(captions, real images, size in pixels). count: of captions; None: the protocol's.
 
-    One caption an image for 2017, a fixed random draw for 2014.
+    2017 takes the first caption of each image, 2014 a fixed random subset of all captions.
     """
     folder = Path(folder)
-    part = next((part for part in PROTOCOLS
-                 if (folder / "annotations" / f"captions_{part}.json").exists()), None)
-    if part is None:
+    split = next((split for split in PROTOCOLS
+                  if (folder / "annotations" / f"captions_{split}.json").exists()), None)
+    if split is None:
         raise BadInput(f"--coco {folder}: holds no annotations/captions_val2017.json nor "
                        "..._val2014.json; give COCO's folder")
-    path, (standard, side) = folder / "annotations" / f"captions_{part}.json", PROTOCOLS[part]
+    path, (standard, side) = folder / "annotations" / f"captions_{split}.json", PROTOCOLS[split]
     try:
         annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
         captions = [(entry["image_id"], entry["caption"].strip())
                     for entry in sorted(annotations, key=lambda e: e["id"])]
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise BadInput(f"{path}: not a COCO caption file ({problem!r}); get it again") from None
-    if part == "val2014":
+    if split == "val2014":
         random.Random(0).shuffle(captions)
         texts = [caption for _, caption in captions]
     else:
@@ -67,18 +127,19 @@ def read_coco(folder: str | Path, count: int | None) -> tuple[list[str], list[Pa
         for image, caption in captions:
             first.setdefault(image, caption)
         texts = list(first.values())
-    return texts[: count or standard], read_images(folder / part), side
+    return texts[: count or standard], read_images(folder / split), side
 
 
 def read_images(folder: str | Path) -> list[Path]:
+    """The image files of a folder, sorted. BadInput: fewer than two."""
     found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in SUFFIXES)
     if len(found) < 2:
-        raise BadInput(f"{folder}: holds {len(found)} images ({', '.join(SUFFIXES)}); a distance "
+        raise BadInput(f"{folder}: holds {len(found)} images ({', '.join(SUFFIXES)}); FID "
                        "needs two or more")
     return found
 
 
-def squared(path: Path, side: int) -> Tensor:
+def square_image(path: Path, side: int) -> Tensor:
     """The middle square of an image file as (3, side, side) uint8."""
     try:
         with Image.open(path) as image:
@@ -91,13 +152,13 @@ def squared(path: Path, side: int) -> Tensor:
 
 
 def feature_distance(extractor: str | None, device: torch.device):
-    """torchmetrics' FID, on Inception or on a TorchScript file.
+    """torchmetrics' FID on Inception, or on a TorchScript file.
 
-    Either is a network of images (B, 3, H, W) uint8 -> features (B, D).
+    Both networks map images (B, 3, H, W) uint8 to features (B, D). BadInput: no such network.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    # Its sums are in float64.
+    # Its sums are float64, which mps lacks.
     with_float64 = torch.device("cpu") if device.type == "mps" else device
     try:
         feature = 2048 if extractor is None else torch.jit.load(extractor, map_location="cpu")
@@ -114,9 +175,9 @@ def feature_distance(extractor: str | None, device: torch.device):
 
 
 def caption_score(name: str, device: torch.device) -> Callable[[Tensor, list[str]], Tensor]:
-    """score(images (B, 3, H, W) uint8, captions) -> cosine similarities (B,), by a CLIP.
+    """score(images (B, 3, H, W) uint8, captions) -> cosine similarities (B,) under a CLIP.
 
-    name: a folder or a hub id.
+    name: a folder or a hub id. BadInput: no such CLIP.
     """
     from transformers import CLIPModel, CLIPProcessor
 
@@ -138,78 +199,87 @@ def caption_score(name: str, device: torch.device) -> Callable[[Tensor, list[str
     return score
 
 
+# --------------------------------------------------------------------------------------------------
+# Generated images, and how they compare
+
+
 @dataclass
 class Gallery:
-    """Captions to draw, real images to compare with, and the two measures."""
+    """Captions, real images, folders of generated images, and the two metrics."""
 
     prompts: list[str]
-    images: list[Path]
-    side: int
-    folder: Path  # of the generated pictures
+    images: list[Path]  # the real ones
+    side: int  # pixels at which images are compared
+    folder: Path  # holds a folder for each model, number of steps and guidance scale
     fid: object  # of feature_distance
     clip: Callable  # of caption_score
-    seen: bool = False  # has the FID seen the real images?
+    knows_real: bool = False  # has the FID seen the real images?
 
-    def draw(
-        self, name: str, about: dict, draw: Callable[[list[str], list[int], tqdm], Tensor],
-        seed: int, batch: int,
-    ) -> Path:
-        """Have draw(prompts, seeds, bar) make what is missing in the folder of that name.
+    def generate(self, model, weights_hash: str, steps: int, guidance: float, seeds: range) -> Path:
+        """The folder of a model's images, image k from seeds[k]; missing images are generated.
 
-        Picture k is drawn from the noise of `seed` + k. about: what decides the pictures.
+        weights_hash: of the model's file, so that no folder mixes two models.
         """
+        name = f"{Path(model.path).stem}-{steps}-{guidance:g}"
         folder = self.folder / name
-        keep_others_out(folder)
+        settings = {
+            "model": Path(model.path).name, "hash": weights_hash, "kind": model.kind,
+            "steps": steps, "guidance": guidance, "first_seed": seeds[0],
+            "dtype": dtype_name(model.dtype), "prompts": len(self.prompts),
+            "prompts_hash": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+        }
+        lock_folder(folder)
         remedy = f"give another --out or delete {folder}"
-        refuse_other(folder / "settings.json", about, "other pictures", remedy)
-        write_json(folder / "settings.json", about)
+        check_same_settings(folder / "settings.json", settings, "other images", remedy)
+        write_json(folder / "settings.json", settings)
+
         mine = range(rank(), len(self.prompts), world_size())
-        absent = {k for k in mine if not picture_path(folder, k).exists()}
-        parts = [mine[start : start + batch] for start in range(0, len(mine), batch)]
-        # Drawn in the company of a run that was not interrupted, since a picture's rounding depends
-        # on its batch.
-        todo = [part for part in parts if not absent.isdisjoint(part)]
+        missing = {k for k in mine if not image_path(folder, k).exists()}
+        # The rounding of an image depends on its batch, so batches are those of an uninterrupted
+        # run, and existing images in them are generated once more but not written.
+        parts = batch_slices(len(mine), max_batch_size(model.latent_shape()))
+        todo = [mine[part] for part in parts if not missing.isdisjoint(mine[part])]
         done = len(mine) - sum(map(len, todo))
-        with tqdm(
-            total=len(mine), initial=done, desc=name, unit="picture", disable=rank() > 0
-        ) as bar:
-            for part in todo:
-                pictures = draw([self.prompts[k] for k in part], [seed + k for k in part], bar)
-                for k, pixels in zip(part, to_bytes(pictures)):
-                    if k in absent:
-                        write_whole(picture_path(folder, k), Image.fromarray(pixels.numpy()).save,
-                                    every_rank=True)
-        wait_for_all()
+        with tqdm(total=len(mine), initial=done, desc=name, unit="image",
+                  disable=rank() > 0) as bar:
+            for batch in todo:
+                images = sample_images(model, [self.prompts[k] for k in batch],
+                                       [seeds[k] for k in batch], steps, guidance, bar=bar)
+                for k, pixels in zip(batch, to_bytes(images)):
+                    if k in missing:
+                        save = Image.fromarray(pixels.numpy()).save
+                        write_atomically(image_path(folder, k), save, every_rank=True)
+        barrier()
         return folder
 
     @torch.no_grad()
     def score(self, folder: Path) -> dict:
-        """{"fid", "clip_score"} of the pictures in a folder that `draw` filled."""
+        """{"fid", "clip_score"} of the images in a folder of `generate`."""
         self.fid.reset()
         scores = []
-        if not self.seen:
-            for batch in batches(self.images, "real images"):
-                self.fid.update(self.load(batch), real=True)
-            self.seen = True
+        if not self.knows_real:
+            for paths in batches(self.images, "real images"):
+                self.fid.update(self.load_images(paths), real=True)
+            self.knows_real = True
         for numbers in batches(range(len(self.prompts)), "FID and CLIP score"):
-            pictures = self.load([picture_path(folder, k) for k in numbers])
-            self.fid.update(pictures, real=False)
-            scores.append(self.clip(pictures, [self.prompts[k] for k in numbers]))
+            images = self.load_images([image_path(folder, k) for k in numbers])
+            self.fid.update(images, real=False)
+            scores.append(self.clip(images, [self.prompts[k] for k in numbers]))
         return {"fid": self.fid.compute().item(), "clip_score": torch.cat(scores).mean().item()}
 
-    def first(self, folder: Path, count: int) -> Tensor:
-        """The first pictures in a folder that `draw` filled, (count, 3, side, side) in [-1, 1]."""
-        paths = [picture_path(folder, k) for k in range(min(count, len(self.prompts)))]
-        return self.load(paths).float().cpu() / 127.5 - 1
+    def first_images(self, folder: Path, count: int) -> Tensor:
+        """The first images in a folder of `generate`, (count, 3, side, side) in [-1, 1]."""
+        paths = [image_path(folder, k) for k in range(min(count, len(self.prompts)))]
+        return self.load_images(paths).float().cpu() / 127.5 - 1
 
-    def load(self, paths: list[Path]) -> Tensor:
-        return torch.stack([squared(path, self.side) for path in paths]).to(self.fid.device)
+    def load_images(self, paths: list[Path]) -> Tensor:
+        return torch.stack([square_image(path, self.side) for path in paths]).to(self.fid.device)
 
 
-def picture_path(folder: Path, number: int) -> Path:
+def image_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def batches(items, what: str):
-    for start in tqdm(range(0, len(items), AT_ONCE), desc=what, leave=False):
-        yield items[start : start + AT_ONCE]
+def batches(items, description: str):
+    for part in tqdm(batch_slices(len(items), BATCH_SIZE), desc=description, leave=False):
+        yield items[part]

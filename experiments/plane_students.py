@@ -1,39 +1,36 @@
 """One-step students in the plane: where does direct distillation fall behind, and does it catch up?
 
-    python experiments/plane_students.py        3 seeds, 15 minutes; stopped, it goes on there
+    python experiments/plane_students.py        3 seeds, 15 minutes; if stopped, run it again
 
-Students of the teacher and of 2-RF (toy/demo.py), over widths, updates, starts and seeds; each seed
-is a whole run. Students start from random weights, the same for both teachers, so that only what
-they are to learn differs; at the width of the teacher also from its weights, as in the paper.
-There, direct distillation goes on for as many updates as reflow took.
+Distils the teacher and 2-RF (toy/demo.py) into students of several widths, iterations, initial
+weights and seeds; each seed is a whole run. Random initial weights are the same for both teachers,
+so that only the targets differ. At the teacher's width, students also start from its weights, as in
+the paper; there, direct distillation also gets as many more iterations as reflow took.
 
-Writes students.json (a row for each seed), students.md (means, and from least to greatest) and
-students.png. Columns are those of toy/demo.py; endpoint_error is to the student's own teacher.
+Writes students.json (a row for each seed), students.md (means and ranges over seeds) and
+students.png. The columns are those of toy/demo.py, and endpoint_error is to the student's own
+teacher. A row's "updates" are its iterations.
 """
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
 
-from command import (
-    Parser, check_output, not_below_zero, positive, run, write_json, write_text, write_whole,
-)
-from demo import MLP, Model, Probe, distill, rings, student_row, up_to_second_flow
+from command import Parser, check_output, positive, run, write_atomically, write_json, write_text
 from evaluation.plots import COLOURS, grouped, markdown_table
-from sample import run_seed
+from toy.demo import MLP, Model, Probe, add_options, distill, rings, student_row, up_to_second_flow
 
 KEYS = ("teacher", "start", "width", "updates")
 FIGURES = {
     "endpoint_error": "squared error to its own teacher",
     "times_floor": "Wasserstein-2 to data, times the floor",
-    "on_mode": "share of points on a mode",
+    "on_mode": "fraction of points on a mode",
 }
 # The lines of the figure: teacher, start, legend, colour, marker, dashes.
 LINES = [
@@ -44,14 +41,14 @@ LINES = [
 ]
 
 
-def measure_seed(args, rows: list[dict], write) -> None:
-    """Every student of --seed that the rows do not have yet."""
-    wanted = []  # (name of its teacher, start, width, updates)
+def measure_seed(args: Namespace, rows: list[dict], path: Path) -> None:
+    """Add the students of --seed that are missing in the rows; write the rows after each."""
+    wanted = []  # of KEYS
     for teacher in ("teacher", "2-RF"):
         more = [args.updates[-1] + args.iterations] * (teacher == "teacher")
-        wanted += [(teacher, "teacher", args.width, updates) for updates in args.updates + more]
-        wanted += [(teacher, "random", width, updates)
-                   for width in args.widths for updates in args.updates]
+        wanted += [(teacher, "teacher", args.width, count) for count in args.updates + more]
+        wanted += [(teacher, "random", width, count)
+                   for width in args.widths for count in args.updates]
     keys = [dict(zip(KEYS, key)) | {"seed": args.seed} for key in wanted]
     missing = [key for key in keys if not any(key.items() <= row.items() for row in rows)]
     if not missing:
@@ -68,11 +65,11 @@ def measure_seed(args, rows: list[dict], write) -> None:
         measured = student_row(distill(start, pairs, args, key["updates"], name), source, probe)
         figures = {name: measured[name] for name in FIGURES}
         rows.append(key | figures | {"samples": args.num_samples})
-        write()
+        write_json(path, rows)
 
 
-def summary_of(rows: list[dict]) -> list[dict]:
-    """Rows that differ in their seed alone, as mean, least and greatest of each figure."""
+def summarise(rows: list[dict]) -> list[dict]:
+    """Mean, minimum and maximum over seeds of each figure."""
     summary = []
     for key, group in grouped(rows, KEYS).items():
         line = dict(zip(KEYS, key)) | {"seeds": len(group)}
@@ -84,15 +81,15 @@ def summary_of(rows: list[dict]) -> list[dict]:
     return summary
 
 
-def save_figure(path: Path, summary: list[dict], width: int, updates: int) -> None:
-    """Figures against the width, at that many updates, and against updates, at that width.
+def save_figure(path: Path, summary: list[dict], width: int, iterations: int) -> None:
+    """Figures over the width, at that many iterations, and over iterations, at that width.
 
-    Lines are means over seeds, bands go from the least to the greatest.
+    Lines are means over seeds, bands go from minimum to maximum.
     """
     figure = Figure(figsize=(13, 7), layout="constrained")
     columns = figure.subplots(2, 3)
     for column, (name, title) in zip(columns.T, FIGURES.items()):
-        fixed_by_row = ({"updates": updates}, {"width": width})
+        fixed_by_row = ({"updates": iterations}, {"width": width})
         for axis, variable, fixed in zip(column, ("width", "updates"), fixed_by_row):
             shown = [row for row in summary if fixed.items() <= row.items()]
             for teacher, start, legend, colour, marker, dashes in LINES:
@@ -106,39 +103,34 @@ def save_figure(path: Path, summary: list[dict], width: int, updates: int) -> No
             scale = "log" if name == "endpoint_error" else "linear"
             axis.set(xscale="log", xticks=ticks, xticklabels=ticks, yscale=scale)
             axis.xaxis.minorticks_off()
-        column[0].set(title=title, xlabel=f"width of the student ({updates} updates)")
-        column[1].set(xlabel=f"updates (width {width})")
+        column[0].set(title=title, xlabel=f"width of the student ({iterations} iterations)")
+        column[1].set(xlabel=f"iterations (width {width})")
     columns[0, 0].legend(fontsize=8)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight"))
+    write_atomically(path, lambda name: figure.savefig(name, dpi=150, bbox_inches="tight"))
 
 
 def main():
-    parser = Parser("One-step students in the plane, over widths, updates, starts and seeds.")
+    parser = Parser("One-step students in the plane, over widths, iterations, starts and seeds.")
     add = parser.add_argument
+    add_options(parser)
+    parser.set_defaults(num_samples=2000)
     add("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
     add("--widths", type=positive, nargs="+", default=[8, 16, 32, 64, 128, 256],
         help="of the students")
-    add("--updates", type=positive, nargs="+", default=[125, 250, 500, 1000, 2000], help="rising")
-    add("--width", type=positive, default=128, help="of the teacher and of 2-RF")
-    add("--iterations", type=positive, default=3000, help="updates of the teacher and of reflow")
+    add("--updates", type=positive, nargs="+", default=[125, 250, 500, 1000, 2000],
+        help="iterations of the students, increasing")
     add("--distill-iterations", type=positive, default=250,
-        help="updates at which widths are compared")
-    add("--batch-size", type=positive, default=256, help="samples of one update")
-    add("--num-pairs", type=positive, default=20_000)
-    add("--num-samples", type=positive, default=2000, help="points that a row is measured on")
-    add("--teacher-guidance", type=not_below_zero, default=1.5, help="1 is off")
-    add("--seed", type=run_seed, default=0)
+        help="iterations at which widths are compared")
     add("--out", default="runs/plane-students", help="folder")
     args = parser.parse_args()
     path = Path(args.out) / "students.json"
     check_output(path)
     rows = json.loads(path.read_text()) if path.exists() else []
     for seed in range(args.seed, args.seed + args.num_seeds):
-        measure_seed(argparse.Namespace(**vars(args) | {"seed": seed}), rows,
-                     lambda: write_json(path, rows))
-    summary = summary_of(rows)
+        measure_seed(Namespace(**vars(args) | {"seed": seed}), rows, path)
+    summary = summarise(rows)
     write_text(path.with_suffix(".md"), markdown_table(summary))
-    # Width is compared where the demo stops, or at the next number of updates that was measured.
+    # Widths are compared where the demo stops, or at the next measured number of iterations.
     at = min((n for n in args.updates if n >= args.distill_iterations), default=args.updates[-1])
     save_figure(path.with_suffix(".png"), summary, args.width, at)
     print(markdown_table(summary) + f"{args.out}: students.json, students.md and students.png")

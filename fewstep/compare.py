@@ -4,38 +4,40 @@
     python fewstep/compare.py --num-seeds 1 --rows lcm perflow  some rows; others are kept
     python fewstep/compare.py --learning-rate 5e-3 --rows hipa --out runs/hipa    another study
 
-Cost is counted where it is paid, on four batches, in passes of a sample through the U-Net: 1
-without gradients, 3 with, 2 with a forward derivative; a guided pass of the teacher is 2. Every row
-may spend --passes on its training, and on pairs of its own flow; hipa's decoder and LPIPS are not
-counted. The teacher's pairs come before and are shared (16 passes each, in 8 guided steps), though
-mlcm and freeflow do without.
+The cost is counted in passes of a sample through the U-Net: 1 without gradients, 3 with gradients,
+2 with a forward derivative. A guided pass of the teacher is 2. It is measured on a few training
+iterations of each row. A row may spend --passes on its training and on pairs of its own flow;
+hipa's decoder and LPIPS are not counted. All rows share the teacher's pairs, which come on top (16
+passes each, in 8 guided steps); mlcm and freeflow do not use them.
 
-    2-RF                    reflow, drawn as sample.py does,     reflow.py
-                            guided, or else "unguided"
-    2-RF + distill          a quarter goes into 2-RF's pairs,    distill.py, in L2
-                            the rest half into each training
+    2-RF                    reflow.py, sampled as in sample.py: with guidance
+    2-RF, unguided          the same model, without guidance
+    2-RF + distill          a quarter goes into 2-RF's pairs, 3/8 into reflow, 3/8 into distill.py,
+                            in L2
     teacher + distill       without reflow
     perflow ... freeflow    fewstep/train.py
 
-and to tell apart what a method is made of:
+and ablations of the methods:
 
-    velocity, picture loss      Rectified Diffusion's loss, of a network that predicts v, from t = 0
-    velocity, squared           the same with the squared error of pictures: 2-RF's times (1 - t)^2
-    noise prediction, squared   Rectified Diffusion's form with that error
-    re-meanflow, exact          with the derivative in place of the difference
-    meanflow, fresh noise       Re-MeanFlow without the coupling of the pairs; none is left out
+    velocity, picture loss      Rectified Diffusion's loss on a network that predicts v, from t = 0
+    velocity, squared           with the squared error of images: 2-RF's times (1 - t)^2
+    noise prediction, squared   Rectified Diffusion with that error
+    re-meanflow, exact          with the exact derivative, not the difference
+    meanflow, fresh noise       Re-MeanFlow on all pairs' images, with fresh noise
 
-Every training's rate rises to the same over the same share of it, and falls over its last part.
-Captions and noises that figures are taken on are in none of the pairs. Of progressive distillation
-each number of steps is its own round's model, which has cost what was spent until then. Writes
-compare.json (a row for each seed), compare.md (means with 95 % intervals over seeds), compare.png
-(quality against the passes that a picture takes: guided steps count 2), compare-losses.png and
-compare-pictures-SEED.png.
+In every training the learning rate warms up to the same value over the same fraction, and decays
+over the last part. Captions and noises of the measurements are in no pairs. For progressive
+distillation, each number of steps is its own round's model, which has cost what all rounds so far
+have spent. Writes compare.json (a row for each seed), compare.md (means with 95 % intervals over
+seeds), compare.png (Fréchet distance against the passes of an image, where guided steps count 2),
+compare-losses.png and compare-pictures-SEED.png.
 """
 
 import argparse
+import copy
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,51 +48,52 @@ import torch
 import torch.autograd.forward_ad as forward_mode
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "toy"))
-sys.path.insert(2, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import checkpoint
-from command import not_below_zero, pick_device, positive, run, write_text, write_whole
-from distill import distill
-from evaluate import evaluate
-from evaluation.figures import GRADES, with_interval
-from evaluation.plots import grouped, in_steps, markdown_table
-from fewstep import meanflow, progressive, rectified_diffusion
-from fewstep.train import (
-    NEEDS, Needs, Prompts, Round, finished, guide, next_teacher, of_pictures, of_shorter_pairs,
-    rounds_of, student_of, train_round,
+import distill
+import reflow
+from command import (
+    non_negative, pick_device, positive, run, unlock_folder, write_atomically, write_text,
 )
+from evaluate import evaluate
+from evaluation.figures import GRADES, minutes_of, with_interval
+from evaluation.perceptual import perceptual_distance
+from evaluation.plots import grouped, markdown_table, steps_label
+from evaluation.study import Study, footer, open_table, save_images, study_of, study_parser
+from fewstep import meanflow, progressive, rectified_diffusion
+from fewstep.methods import METHODS, rounds_of
+from fewstep.steps import guided_velocity
+from fewstep.train import Prompts, finished, loss_inputs, next_inputs, student_of
+from fewstep.train import batch as method_batch
+from fewstep.train import loss as method_loss
 from pairs import Pairs
-from paper_table import Study, footer, open_table, save_pictures, study_of, study_parser, world_of
 from rectified_flow import squared
-from reflow import reflow
 from stable_diffusion import StableDiffusion
-from train_teacher import minutes_of
-from training import TrainingOptions, autocast_dtype, generator_for, read_metrics, to_device
-from unet import UNet, started_from
+from training import TrainingOptions, ema_copy, read_metrics, train
+from unet import UNet
 
 STEPS = [1, 2, 4, 8]
 UNGUIDED = "2-RF, unguided"
 INSTAFLOW = ("2-RF", UNGUIDED, "2-RF + distill", "teacher + distill")
-# Row -> the method that it is drawn by, and what it needs.
 VARIANTS = {
-    "velocity, picture loss": ("rectified-diffusion", replace(
-        NEEDS["rectified-diffusion"], kind="flow",
-        loss=partial(rectified_diffusion.loss, times=lambda place: place))),
-    "velocity, squared": ("rectified-diffusion", replace(
-        NEEDS["rectified-diffusion"], kind="flow",
-        loss=partial(rectified_diffusion.loss, distance=squared, times=lambda place: place))),
-    "noise prediction, squared": ("rectified-diffusion", replace(
-        NEEDS["rectified-diffusion"], loss=partial(rectified_diffusion.loss, distance=squared))),
-    "re-meanflow, exact": ("re-meanflow", replace(
-        NEEDS["re-meanflow"], loss=partial(meanflow.loss, derivative=meanflow.along_path))),
-    "meanflow, fresh noise": ("re-meanflow", replace(NEEDS["re-meanflow"], data="pictures")),
+    "velocity, picture loss": replace(
+        METHODS["rectified-diffusion"], kind="flow",
+        loss=partial(rectified_diffusion.loss, times=lambda fraction: fraction)),
+    "velocity, squared": replace(
+        METHODS["rectified-diffusion"], kind="flow",
+        loss=partial(rectified_diffusion.loss, distance=squared, times=lambda fraction: fraction)),
+    "noise prediction, squared": replace(
+        METHODS["rectified-diffusion"], loss=partial(rectified_diffusion.loss, distance=squared)),
+    "re-meanflow, exact": replace(
+        METHODS["re-meanflow"], loss=partial(meanflow.loss, derivative=meanflow.exact_derivative)),
+    "meanflow, fresh noise": replace(METHODS["re-meanflow"], data="images"),
 }
-ROWS = ("teacher", *INSTAFLOW, *NEEDS, *VARIANTS)
+ROWS = ("teacher", *INSTAFLOW, *METHODS, *VARIANTS)
 ORDER = ("drawn", *ROWS)
-PANELS = {  # of the figure, by the rule that is learned; then what a method is made of
+PANELS = {  # of the figure, by the kind of loss; the last two are ablations
     "InstaFlow": INSTAFLOW,
     "regression": ("perflow", "rectified-diffusion", "hipa"),
     "compositional": ("progressive", "lcm", "mlcm", "scott"),
@@ -99,10 +102,10 @@ PANELS = {  # of the figure, by the rule that is learned; then what a method is 
                       "rectified-diffusion", "noise prediction, squared"),
     "of MeanFlow": ("re-meanflow", "re-meanflow, exact", "meanflow, fresh noise"),
 }
-FLOW_SHARE, PAIRS_SHARE = 3 / 8, 1 / 4  # of the passes, on 2-RF and its pairs for distillation
+FLOW_SHARE, PAIRS_SHARE = 3 / 8, 1 / 4  # of the passes, for 2-RF and its pairs in distillation
 FLOW_STEPS = 4  # of those pairs
-WARMUP = 0.06  # share of a training over which the rate rises: few updates are no handicap
-TRIALS = 4  # batches on which the passes of a sample are counted
+WARMUP = 0.06  # fraction of a training; rows with few iterations are not at a disadvantage
+TRIAL_ITERATIONS = 4  # to count the passes of a sample
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,7 +114,7 @@ TRIALS = 4  # batches on which the passes of a sample are counted
 
 @contextmanager
 def counted_passes() -> Iterator[list[int]]:
-    """The passes of samples through any UNet meanwhile, [so many]."""
+    """Counts the passes of samples through any UNet, in a list of one number."""
     passes, forward = [0], UNet.forward
 
     def counting(self, x, *inputs):
@@ -127,20 +130,17 @@ def counted_passes() -> Iterator[list[int]]:
         UNet.forward = forward
 
 
-def passes_of(training: Callable) -> float:
-    """Passes of a sample. training(train=...): a training with this in place of training.train."""
-    each = []
-
-    def trial(network, draw, loss, options, *rest, **more):
-        samples, device = torch.arange(options.batch_size), next(network.parameters()).device
-        with counted_passes() as passes:
-            for k in range(TRIALS):
-                batch = draw(samples, slice(None), generator_for(options.seed, k))
-                loss(network, *to_device(batch, device))
-        each.append(passes[0] / TRIALS / options.batch_size)
-
-    training(train=trial)
-    return each[0]
+def passes_of(
+    network: nn.Module, batch: Callable, loss: Callable, options: TrainingOptions,
+) -> float:
+    """Passes of a sample in this training, measured on a copy of the network."""
+    options = replace(options, iterations=TRIAL_ITERATIONS, save_every=TRIAL_ITERATIONS,
+                      name="counting passes")
+    network = copy.deepcopy(network)
+    with tempfile.TemporaryDirectory() as folder, counted_passes() as passes:
+        train(network, ema_copy(network), batch, loss, options, folder, {})
+        unlock_folder(folder)
+    return passes[0] / TRIAL_ITERATIONS / options.batch_size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,117 +148,117 @@ def passes_of(training: Callable) -> float:
 
 
 @dataclass
-class Made:
-    """A model to draw with, and what was spent until it was there."""
+class Trained:
+    """A model to sample from, and what was spent on it."""
 
     model: StableDiffusion
-    updates: int
+    iterations: int
     passes: float
     minutes: float
 
 
-def updates_for(study: Study, passes: float, a_sample: float) -> int:
-    """As many as the passes pay for; one of each round at least."""
-    return max(len(progressive.ROUNDS), round(passes / a_sample / study.args.batch_size))
+def iterations_for(study: Study, passes: float, per_sample: float) -> int:
+    """As many as the passes pay for, but at least one for each round."""
+    return max(len(progressive.ROUNDS), round(passes / per_sample / study.args.batch_size))
 
 
 def folder_of(row: str) -> str:
     return row.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
 
 
-def options_for(study: Study, iterations: int) -> TrainingOptions:
-    """Those of paper_table.py, but for the warm-up."""
-    warmup = round(WARMUP * iterations) * study.args.batch_size
-    options = study.options(iterations, study.args.learning_rate)
-    return replace(options, warmup_samples=warmup)
+def options_for(study: Study, network: nn.Module, iterations: int, name: str) -> TrainingOptions:
+    """The study's, with a warm-up that depends on the length."""
+    options = study.options(network, iterations, name, study.args.learning_rate)
+    return replace(options, warmup_samples=round(WARMUP * iterations) * study.args.batch_size)
 
 
-def by_method(study: Study, row: str, teacher: StableDiffusion, dtype: torch.dtype) -> list[Made]:
-    """Of a method or a variant: its models, as many as it has rounds for steps of their own."""
-    method, needs = VARIANTS.get(row) or (row, NEEDS[row])
-    pairs, velocity = study.pairs_of(teacher), guide(teacher, teacher.guidance)
-    folder = study.folder / folder_of(row)
-    texts = [text for shard in pairs.prompts for text in shard]
-    data = Prompts(texts) if needs.data == "prompts" else pairs
+def by_method(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]:
+    """The models of a method or a variant: one for each round that has its own steps."""
+    method = VARIANTS.get(row) or METHODS[row]
+    pairs, name = study.pairs_of(teacher), folder_of(row)
+    if method.data == "prompts":
+        pairs = Prompts([prompt for shard in pairs.prompts for prompt in shard])
+    student = student_of(study.new_student(teacher, method.init), method, study.seed)
+    ema, unet, encode_prompts = ema_copy(student.unet), student.unet, student.encode_prompts
+    lpips = perceptual_distance("random", study.device) if method.name == "hipa" else None
+    first_inputs = loss_inputs(method, student, guided_velocity(teacher, teacher.guidance), pairs,
+                               lpips)
+    batch_of = lambda round_: partial(method_batch, round_, pairs, student.latent_shape())
+    loss_of = lambda round_, inputs: partial(
+        method_loss, round_.method, encode_prompts, ema, inputs
+    )
 
-    def begun() -> tuple[StableDiffusion, Needs]:
-        start = checkpoint.load(teacher.path, study.device)
-        student = student_of(start, method, needs, seed=study.seed)
-        if method == "hipa":
-            return student, replace(needs, loss=of_pictures(student, "random"))
-        if method == "re-meanflow" and needs.data == "pairs":
-            return student, replace(needs, loss=of_shorter_pairs(needs.loss, pairs))
-        return student, needs
+    costs, inputs = [], first_inputs
+    for round_ in rounds_of(method, options_for(study, unet, len(progressive.ROUNDS), name)):
+        costs.append(passes_of(unet, batch_of(round_), loss_of(round_, inputs), round_.options))
+        inputs = next_inputs(inputs, student, round_)
+    iterations = iterations_for(study, study.args.passes, sum(costs) / len(costs))
 
-    def rounds(iterations: int, needs: Needs) -> list[Round]:
-        return rounds_of(method, options_for(study, iterations), needs)
-
-    (student, own), costs, teach = begun(), [], velocity
-    for one in rounds(len(progressive.ROUNDS), own):
-        costs.append(passes_of(partial(train_round, student, teach, one, own, data, folder, {},
-                                       dtype)))
-        teach = next_teacher(student, velocity)
-    iterations = updates_for(study, study.args.passes, sum(costs) / len(costs))
-
-    (student, own), teach, made, spent, updates, minutes = begun(), velocity, [], 0.0, 0, 0.0
-    stages = rounds(iterations, own)
-    for one, cost in zip(stages, costs):
-        train_round(student, teach, one, own, data, folder / one.part, {}, dtype)
-        teach = next_teacher(student, teach)
-        updates += one.options.iterations
-        spent += one.options.iterations * cost * study.args.batch_size
-        minutes += minutes_of(folder / one.part)
-        if one.end or one is stages[-1]:
-            model = saved(study, f"{folder.name}{one.end}", student)
-            made.append(Made(model, updates, spent, minutes))
-    return made
+    trained, inputs, done, spent, minutes = [], first_inputs, 0, 0.0, 0.0
+    rounds = rounds_of(method, options_for(study, unet, iterations, name))
+    for round_, cost in zip(rounds, costs):
+        student, folder = replace(student, few_step=round_.method.few_step), study.folder / name
+        train(unet, ema, batch_of(round_), loss_of(round_, inputs), round_.options,
+              folder / round_.folder, {"before": round_.before})
+        inputs = next_inputs(inputs, student, round_)
+        done += round_.options.iterations
+        spent += round_.options.iterations * cost * study.args.batch_size
+        minutes += minutes_of(folder / round_.folder)
+        if round_.suffix or round_ is rounds[-1]:
+            model = saved(study, f"{name}{round_.suffix}", student)
+            trained.append(Trained(model, done, spent, minutes))
+    return trained
 
 
 def saved(study: Study, name: str, model: StableDiffusion) -> StableDiffusion:
-    """The model from its file, to draw with."""
+    """The model from its file, to measure."""
     path = study.folder / f"{name}.safetensors"
     checkpoint.save(finished(model), path, None)
     return in_fp32(study, path)
 
 
 def in_fp32(study: Study, path: str | Path) -> StableDiffusion:
-    """To measure: a single step from t = 0.064 multiplies the rounding of a noise by 15."""
+    """A model to measure: a single step from t = 0.064 multiplies the noise's rounding by 15."""
     return checkpoint.load(path, study.device)
 
 
-def by_instaflow(
-    study: Study, row: str, teacher: StableDiffusion, dtype: torch.dtype,
-) -> list[Made]:
-    """Of reflow and distillation."""
-    batch, passes = study.args.batch_size, study.args.passes
+def trained_for(
+    study: Study, passes: float, teacher: StableDiffusion, pairs: Pairs, kind: str, name: str,
+) -> Trained:
+    """What so many passes train on the pairs: by reflow a "flow", by distillation a "one-step"."""
+    model = replace(study.new_student(teacher), kind=kind)
+    unet, encode_prompts = model.unet, model.encode_prompts
+    if kind == "flow":
+        batch = partial(reflow.batch, pairs, study.seed)
+        loss = partial(reflow.loss, encode_prompts, squared)
+    else:
+        batch = partial(distill.batch, pairs, study.seed, 0)
+        loss = partial(distill.loss, encode_prompts, squared)
+    cost = passes_of(unet, batch, loss, options_for(study, unet, 1, name))
+    iterations = iterations_for(study, passes, cost)
+    train(unet, ema_copy(unet), batch, loss, options_for(study, unet, iterations, name),
+          study.folder / name, {})
+    spent = iterations * cost * study.args.batch_size
+    return Trained(saved(study, name, model), iterations, spent, minutes_of(study.folder / name))
 
-    def begun(start: StableDiffusion) -> StableDiffusion:
-        model = checkpoint.load(start.path, study.device)
-        model.unet = started_from(model.unet, "negated", model.kind, study.seed)
-        return model
 
-    def trained(start: StableDiffusion, pairs: Pairs, passes: float, step: Callable, name: str):
-        whole = partial(step, folder=study.folder / name, settings={}, dtype=dtype)
-        cost = passes_of(partial(whole, begun(start), pairs, options=options_for(study, 1)))
-        updates, model = updates_for(study, passes, cost), begun(start)
-        whole(model, pairs, options=options_for(study, updates))
-        spent = updates * cost * batch
-        return Made(saved(study, name, model), updates, spent, minutes_of(study.folder / name))
-
-    distilled, pairs = partial(distill, distance=squared, name="L2"), study.pairs_of(teacher)
+def by_instaflow(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]:
+    """The model of a row that reflow or distillation makes."""
+    passes, pairs = study.args.passes, study.pairs_of(teacher)
     if row in ("2-RF", UNGUIDED):
-        return [trained(teacher, pairs, passes, reflow, folder_of("2-RF"))]
+        return [trained_for(study, passes, teacher, pairs, "flow", folder_of("2-RF"))]
     if row == "teacher + distill":
-        return [trained(teacher, pairs, passes, distilled, folder_of(row))]
-    flow = trained(teacher, pairs, passes * FLOW_SHARE, reflow, "2rf")
-    a_pair = FLOW_STEPS * passes_of_a_step(flow.model.guidance)
-    drawn = max(1, round(passes * PAIRS_SHARE / a_pair))
-    few = vars(study.args) | {"num_pairs": drawn, "teacher_steps": FLOW_STEPS}
-    own = replace(study, args=argparse.Namespace(**few)).pairs_of(study.load(flow.model.path))
-    spent = flow.passes + drawn * a_pair
-    end = trained(flow.model, own, passes - spent, distilled, folder_of(row))
-    return [replace(end, updates=flow.updates + end.updates, passes=spent + end.passes,
-                    minutes=flow.minutes + end.minutes)]
+        return [trained_for(study, passes, teacher, pairs, "one-step", folder_of(row))]
+    flow = trained_for(study, passes * FLOW_SHARE, teacher, pairs, "flow", "2rf")
+    per_pair = FLOW_STEPS * passes_of_a_step(flow.model.guidance)
+    count = max(1, round(passes * PAIRS_SHARE / per_pair))
+    args = vars(study.args) | {"num_pairs": count, "teacher_steps": FLOW_STEPS}
+    few = replace(study, args=argparse.Namespace(**args))
+    pairs = few.pairs_of(study.load(flow.model.path))
+    spent = flow.passes + count * per_pair
+    end = trained_for(study, passes - spent, flow.model, pairs, "one-step", folder_of(row))
+    return [Trained(end.model, flow.iterations + end.iterations, spent + end.passes,
+                    flow.minutes + end.minutes)]
 
 
 def passes_of_a_step(guidance: float) -> int:
@@ -266,42 +266,42 @@ def passes_of_a_step(guidance: float) -> int:
 
 
 def measure_seed(study: Study) -> None:
-    """Every row of one seed that the table lacks."""
-    teacher = study.load(world_of(study.args.captions)[1])
-    dtype = autocast_dtype(study.args.dtype, study.device, teacher.unet)
+    """Measure every row of one seed that the table lacks."""
+    teacher = study.load_teacher()
     key = {"row": "drawn", "seed": study.seed}
-    if not any(key.items() <= each.items() for each in study.rows):
-        study.rows.append(key | dict.fromkeys(("steps", "a_picture")) | study.questions.real
+    if not study.rows_with(key):
+        study.rows.append(key | dict.fromkeys(("steps", "a_picture"))
+                          | study.evaluation_set.real_grades
                           | dict.fromkeys(("updates", "minutes", "passes", "file")))
     for row in study.args.rows:
         key = {"row": row, "seed": study.seed}
-        if any(key.items() <= each.items() for each in study.rows):
+        if study.rows_with(key):
             continue
         if row == "teacher":
-            every = [Made(in_fp32(study, teacher.path), 0, 0.0, 0.0)]
+            models = [Trained(in_fp32(study, teacher.path), 0, 0.0, 0.0)]
         else:
-            every = (by_instaflow if row in INSTAFLOW else by_method)(study, row, teacher, dtype)
+            models = (by_instaflow if row in INSTAFLOW else by_method)(study, row, teacher)
         measured = []
-        for made in every:
-            model = made.model
+        for trained in models:
+            model = trained.model
             guidance = 1.0 if row == UNGUIDED else model.guidance
-            steps = [number for number in STEPS if model.takes(number)]
-            for figures, _ in evaluate(model, [study.questions], steps, guidance):
+            steps = [number for number in STEPS if model.allows(number)]
+            for figures, _ in evaluate(model, [study.evaluation_set], steps, guidance):
                 number = figures["steps"]
                 measured.append(
                     key | {"steps": number, "a_picture": number * passes_of_a_step(guidance)}
                     | {name: figures[name] for name in GRADES}
-                    | {"updates": made.updates, "minutes": made.minutes,
-                       "passes": round(made.passes), "file": Path(model.path).name}
+                    | {"updates": trained.iterations, "minutes": trained.minutes,
+                       "passes": round(trained.passes), "file": Path(model.path).name}
                 )
         study.rows.extend(measured)
         study.write()
-    for one in sorted(study.rows, key=lambda one: ORDER.index(one["row"])):
-        if one["seed"] == study.seed and one["steps"] in (1, 4) and one["row"] != UNGUIDED:
-            path = teacher.path if one["row"] == "teacher" else study.folder / one["file"]
-            label = f"{one['row']}\n{in_steps(one['steps'])}"
+    for row in sorted(study.rows, key=lambda row: ORDER.index(row["row"])):
+        if row["seed"] == study.seed and row["steps"] in (1, 4) and row["row"] != UNGUIDED:
+            path = teacher.path if row["row"] == "teacher" else study.folder / row["file"]
+            label = f"{row['row']}\n{steps_label(row['steps'])}"
             if Path(path).exists():
-                study.shown.append((label, in_fp32(study, path), one["steps"]))
+                study.shown.append((label, in_fp32(study, path), row["steps"]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def measure_seed(study: Study) -> None:
 
 
 def summary_of(rows: list[dict]) -> list[dict]:
-    """One line for the rows that differ in their seed alone: means with 95 % intervals."""
+    """A line for each row and number of steps: means with 95 % intervals over seeds."""
     summary = []
     for (row, steps), group in grouped(rows, ("row", "steps")).items():
         line = {"row": row, "steps": steps, "a_picture": group[0]["a_picture"]}
@@ -323,47 +323,48 @@ def summary_of(rows: list[dict]) -> list[dict]:
 
 
 def save_curves(path: Path, rows: list[dict]) -> None:
-    """Fréchet distance against the passes of a picture: a point for each seed, lines by means."""
+    """Fréchet distance against the passes of an image: points for seeds, lines through means."""
     figure = Figure(figsize=(13, 8), layout="constrained")
     axes = figure.subplots(2, len(PANELS) // 2, sharex=True, sharey=True)
     means = {(line["row"], line["steps"]): line["frechet"] for line in summary_of(rows)}
-    lines = grouped(rows, ("row",))
+    by_row = grouped(rows, ("row",))
     for axis, (title, shown) in zip(axes.flat, PANELS.items()):
-        axis.axhline(means["drawn", None], color="0.8", lw=1, label="drawn")
+        axis.axhline(means["drawn", None], color="0.8", lw=1, label="real images")
         for k, row in enumerate(("teacher", *shown)):
-            if not (mine := lines.get((row,))):
+            points = by_row.get((row,), [])
+            if not points:
                 continue
             look = {"color": "0.5" if row == "teacher" else f"C{k - 1}", "marker": "xosv^D"[k]}
-            axis.scatter([one["a_picture"] for one in mine], [one["frechet"] for one in mine],
+            axis.scatter([one["a_picture"] for one in points], [one["frechet"] for one in points],
                          s=12, alpha=0.5, **look)
-            passes = {one["a_picture"]: means[row, one["steps"]] for one in mine}
-            axis.plot(*zip(*sorted(passes.items())), label=row, **look)
+            line = {one["a_picture"]: means[row, one["steps"]] for one in points}
+            axis.plot(*zip(*sorted(line.items())), label=row, **look)
         axis.set(title=title, xscale="log", yscale="log")
         axis.set_xticks([*STEPS, 16], [*STEPS, 16])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.legend(fontsize=9, loc="upper right")
-    figure.supxlabel("passes of the U-Net a picture")
+    figure.supxlabel("U-Net passes per image")
     figure.supylabel("Fréchet distance")
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
 def save_losses(path: Path, seeds: range) -> None:
-    """The loss against updates: a panel for each row trained, a line a seed, pieces for rounds."""
-    lines = {}  # of each row: (updates, losses, color)
+    """The loss against iterations: a panel for each trained row, a colour for each seed."""
+    lines = {}  # row -> (iterations, losses, colour) of each round
     for row in ROWS:
-        parts = [""]
-        if row in NEEDS:
-            options = TrainingOptions(len(progressive.ROUNDS), 1)
-            parts = [one.part for one in rounds_of(row, options, NEEDS[row])]
+        folders = [""]
+        if row in METHODS:
+            shortest = TrainingOptions(len(progressive.ROUNDS), 1)
+            folders = [round_.folder for round_ in rounds_of(METHODS[row], shortest)]
         for seed in seeds:
             done = 0
-            for part in parts:
-                logged = read_metrics(path.parent / f"seed-{seed}" / folder_of(row) / part)
+            for folder in folders:
+                logged = read_metrics(path.parent / f"seed-{seed}" / folder_of(row) / folder)
                 if logged:
-                    updates = [done + one["step"] for one in logged]
+                    iterations = [done + one["step"] for one in logged]
                     losses = [one["loss"] for one in logged]
-                    lines.setdefault(row, []).append((updates, losses, f"C{seed % 10}"))
-                    done = updates[-1]
+                    lines.setdefault(row, []).append((iterations, losses, f"C{seed % 10}"))
+                    done = iterations[-1]
     if not lines:
         return
     columns = min(4, len(lines))
@@ -371,20 +372,21 @@ def save_losses(path: Path, seeds: range) -> None:
     figure = Figure(figsize=(3.25 * columns, 2.7 * height), layout="constrained")
     for k, (row, pieces) in enumerate(lines.items()):
         axis = figure.add_subplot(height, columns, k + 1)
-        for updates, losses, color in pieces:
-            axis.plot(updates, losses, color=color, marker=".", lw=1, ms=3)
+        for iterations, losses, color in pieces:
+            axis.plot(iterations, losses, color=color, marker=".", lw=1, ms=3)
         axis.set(title=row, yscale="log")
-    figure.supxlabel("updates")
-    figure.supylabel("loss, each method's own")
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=90))
+    figure.supxlabel("iterations")
+    figure.supylabel("each method's own loss")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90))
 
 
 def main():
-    parser = study_parser("The methods beside InstaFlow, at one cost.")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
-    parser.add_argument("--passes", type=positive, default=80_000,
-                        help="of samples through the U-Net, for each row")
-    parser.add_argument("--learning-rate", type=not_below_zero, default=5e-4, help="of each row")
+    parser = study_parser("InstaFlow and the methods beside it, at one cost.")
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
+    add("--passes", type=positive, default=80_000,
+        help="of samples through the U-Net, for each row")
+    add("--learning-rate", type=non_negative, default=5e-4, help="of each row")
     parser.set_defaults(out="runs/fewstep", captions="mixed")
     args = parser.parse_args()
     folder, device = Path(args.out), pick_device(args.device)
@@ -393,12 +395,12 @@ def main():
         study = study_of(seed, args, device, rows, write)
         measure_seed(study)
         if study.shown:
-            save_pictures(folder / f"compare-pictures-{seed}.png", study)
+            save_images(folder / f"compare-pictures-{seed}.png", study)
         table = markdown_table(summary_of(rows)) + footer("fewstep/compare.py", args, device, rows)
         write_text(folder / "compare.md", table)
         save_curves(folder / "compare.png", rows)
         save_losses(folder / "compare-losses.png", range(args.seed, seed + 1))
-    print(table + f"{folder}: compare.json, compare.md and pictures")
+    print(table + f"{folder}: compare.json, compare.md and figures")
 
 
 if __name__ == "__main__":

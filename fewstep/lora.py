@@ -1,9 +1,8 @@
 """LoRA: train a product of two thin matrices beside a frozen one.
 
-    W x  ->  W x + B A x        A (rank, in) random, B (out, rank) zero, so it begins as W
+    W x  ->  W x + B A x        A (rank, in) random, B (out, rank) zero, so that it starts as W
 
-Only A and B learn, and W + B A is one matrix again when all is done. Hu et al. 2021
-(arXiv 2106.09685).
+Only A and B train. Afterwards W + B A is merged into one matrix. Hu et al. 2021 (arXiv 2106.09685).
 """
 
 import copy
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 
 from unet import Attention, UNet
 
-RANK = 16  # 3.2 million parameters on Stable Diffusion 1.x: HiPA's size
+RANK = 16  # 3.2 million parameters on Stable Diffusion 1.x, as in HiPA
 
 
 class LoRA(nn.Module):
-    """A linear map with a low-rank addition."""
+    """A frozen linear map with a low-rank addition."""
 
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
@@ -36,7 +35,7 @@ class LoRA(nn.Module):
 
 
 def add_lora(unet: UNet, rank: int = RANK) -> None:
-    """Freeze the network and add LoRA to q, k, v and out of all its attention, in place."""
+    """Freeze the network and add LoRA to every attention's q, k, v and output, in place."""
     unet.requires_grad_(False)
     for attention in [m for m in unet.modules() if isinstance(m, Attention)]:
         attention.to_q, attention.to_k, attention.to_v = (
@@ -45,8 +44,12 @@ def add_lora(unet: UNet, rank: int = RANK) -> None:
         attention.to_out[0] = LoRA(attention.to_out[0], rank)
 
 
+def has_lora(unet: nn.Module) -> bool:
+    return any(isinstance(module, LoRA) for module in unet.modules())
+
+
 def merged(unet: UNet) -> UNet:
-    """A copy whose attention is plain linear maps again."""
+    """A copy with each LoRA merged into its linear map."""
     unet = copy.deepcopy(unet)
     for module in list(unet.modules()):
         for name, child in list(module.named_children()):

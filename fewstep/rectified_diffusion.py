@@ -1,17 +1,18 @@
-"""Rectified Diffusion: train on pairs as reflow does, and keep Stable Diffusion as it is.
+"""Rectified Diffusion: train on pairs as reflow does, but keep Stable Diffusion's prediction.
 
     X_t = (1 - t) X0 + t X1 of a pair, which is x_s = α X1 + σ X0 with another scale
-    min_ε  E H(end(X_t, t), X1)          end: the picture that the predicted noise leads to
+    min_ε  E H(end(X_t, t), X1)          end: the data prediction from the predicted noise
 
-Reflow turns a network that predicts noise into one that predicts velocity, on the whole of [0, 1],
-and much of its training is spent on that. The paper's claim: what helps is the pairing of noise and
-picture, not the straight form; so keep noise prediction and schedule, and nothing is relearned. By
-the change of variables of diffusion.py this is reflow in another parametrisation, on t from 0.064,
-with another distance: pseudo-Huber of predicted pictures, which counts the noise end more.
+Reflow turns a noise-predicting network into one that predicts velocity on all of [0, 1], and spends
+much of its training on this change. The paper claims that the pairing of noise and image helps, not
+the straight form. So the network keeps noise prediction and schedule, and relearns nothing. After
+diffusion.py's change of variables this is reflow on t >= 0.064 with another distance: pseudo-Huber
+on data predictions, which weighs the noise end more.
 
-Differs from the paper: no dropped prompts, and the second stage (a consistency loss) is not made.
+Differs from the paper: no caption dropout; its second stage, a consistency loss, is not
+implemented.
 
-Wang et al. 2024 (arXiv 2410.07303); the loss is that of its released code.
+Wang et al. 2024 (arXiv 2410.07303); the loss is the one in its released code.
 """
 
 from collections.abc import Callable
@@ -19,19 +20,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.steps import at, end, huber_each
+from fewstep.steps import elementwise_huber, end, schedule_time
 from rectified_flow import Distance, Velocity, interpolate
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[Tensor]:
-    """A place on the schedule, (count,)."""
+    """A fraction of the schedule, (count,)."""
     return (torch.rand(count, generator=generator),)
 
 
 def loss(
-    student: Velocity, x0: Tensor, x1: Tensor, context, place: Tensor, *,
-    distance: Distance = huber_each, times: Callable = at,
+    student: Velocity, x0: Tensor, x1: Tensor, context, fraction: Tensor, *,
+    distance: Distance = elementwise_huber, times: Callable = schedule_time,
 ) -> Tensor:
-    """(B,). x0 and x1 of a pair; times: of the places, for a flow the places themselves."""
-    t = times(place)
+    """(B,). x0 and x1 of a pair; times(fraction): t; for a flow, the fraction itself."""
+    t = times(fraction)
     return distance(end(student, interpolate(x0, x1, t), t, context), x1)

@@ -7,7 +7,7 @@ They are for tests, and for anyone without the weights:
     python tests/make_checkpoint.py small.safetensors --size small         in a second
 
 Real files differ in ways that today's libraries no longer write; each difference is an option here.
-The single-file names come from the table of checkpoint.py, which tests/test_checkpoint.py holds
+The single-file names come from formats/single_file.py, which tests/test_checkpoint.py holds
 against diffusers' own converter.
 """
 
@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
-import diffusers_folder
-from checkpoint import EMA_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from diffusion import NoiseSchedule
+from formats import diffusers_folder, single_file
+from formats.single_file import EMA_PREFIX, TEXT_PREFIX, UNET_PREFIX
+from formats.tokenizers import tokenizer_from
 from stable_diffusion import StableDiffusion
-from text_encoder import TextEncoder, TextEncoderConfig, tokenizer_from
+from text_encoder import TextEncoder, TextEncoderConfig
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
@@ -82,10 +82,10 @@ def single_file_tensors(
 
     text_level: are names under text_model., as in most files?
     """
-    tensors, table = {}, checkpoint.original_names(model.unet.config, model.vae.config)
+    tensors, table = {}, single_file.original_names(model.unet.config, model.vae.config)
     for part in ("unet", "vae", "text_encoder"):
         state = getattr(model, part).state_dict()
-        names = checkpoint.single_file_names(part, state, table[part])
+        names = single_file.single_file_names(part, state, table[part])
         for name, tensor in state.items():
             tensor = (
                 tensor[:, :, None, None]
@@ -125,7 +125,7 @@ def write_single_file(
     if model.unet.config != UNetConfig():
         parts = ("unet", "vae", "text_encoder")
         config = {part: asdict(getattr(model, part).config) for part in parts}
-        metadata = {checkpoint.METADATA: json.dumps({"config": config})}
+        metadata = {single_file.METADATA: json.dumps({"config": config})}
     save_file(single_file_tensors(model, dtype, **variants), path, metadata)
 
 

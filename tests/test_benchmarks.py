@@ -5,8 +5,8 @@ import json
 import torch
 from torch import nn
 
-import cost
-from memory import Kept
+from benchmarks import cost
+from benchmarks.memory import Kept
 
 
 def test_the_bill_adds_up(call, tmp_path):

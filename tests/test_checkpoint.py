@@ -21,10 +21,12 @@ import checkpoint
 import command
 from command import TINY_TEACHER, BadInput
 from conftest import ROOT, relative_error
+from formats.single_file import METADATA
+from formats.tokenizers import merges_text, tokenizer_parts
 from make_checkpoint import make_model, single_file_tensors, write_folder, write_single_file
-from sample import draw_pictures, noise_from_seeds
+from sample import noise_from_seeds, sample_images
 from stable_diffusion import StableDiffusion
-from text_encoder import TextEncoder, TextEncoderConfig, merges_text, tokenize, tokenizer_parts
+from text_encoder import TextEncoder, TextEncoderConfig, tokenize
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
@@ -171,7 +173,7 @@ def test_exported_folder_loads_in_diffusers_and_transformers(model, tmp_path):
 
 def drawn(model, prompts, steps, guidance):
     """Pictures (B, 3, H, W) from the noises of seeds 0, 1, ..."""
-    return draw_pictures(model, prompts, range(len(prompts)), steps, guidance)
+    return sample_images(model, prompts, range(len(prompts)), steps, guidance)
 
 
 PROMPTS = ["a red circle above a blue square", "a shape"]
@@ -276,7 +278,7 @@ def test_the_published_flows_are_known_by_name(model, tmp_path, capsys, folder, 
     del index["kind"]
     (path / "model_index.json").write_text(json.dumps(index))
     assert checkpoint.load(path).kind == kind
-    said = f"by its name taken for a model of kind {kind}; --kind says otherwise"
+    said = f"by its name of kind {kind}; --kind overrides it"
     assert said in capsys.readouterr().err
     assert (
         checkpoint.load(path, kind="diffusion").kind == "diffusion"
@@ -302,7 +304,7 @@ def test_long_prompts_keep_their_end_token(model, capsys):
     assert ids[1, 0] == 512 and ids[1, 15] == 513 and (ids[1, 1:15] < 512).all()
     assert (ids[0, 4:] == 513).all()
     tokenize(model.tokenizer, ["abcdefghijklmnopqrstuvwxyz"], 16)
-    assert capsys.readouterr().err.count("cut to 16 tokens") == 1
+    assert capsys.readouterr().err.count("truncated to 16 tokens") == 1
 
 
 def test_the_shell_command_converts_both_ways(model, tmp_path, call):
@@ -374,7 +376,7 @@ def with_about(model, path, about):
     write_single_file(model, path, torch.float32)
     save_file(
         load_file(path), path,
-        {checkpoint.METADATA: about if isinstance(about, str) else json.dumps(about)},
+        {METADATA: about if isinstance(about, str) else json.dumps(about)},
     )
     return path
 
@@ -401,17 +403,25 @@ def test_metadata_names_no_file(model, tmp_path, name):
         {"config": {"unet": {"block_out_channels": []}, "vae": {}, "text_encoder": {}}},
         {"config": {"unet": {"sample_size": "64"}, "vae": {}, "text_encoder": {}}},
         {"config": {"unet": {}, "vae": {"scaling_factor": None}, "text_encoder": {}}},
+        {"sampler": "fast"}, {"sampler": "renoise"},
+        *({"sampler": "renoise", "steps": steps, "allowed_steps": []}
+          for steps in (0, -3, "4", 2.5, True, 10**9, float("inf"))),
+        *({"sampler": "renoise", "steps": 4, "allowed_steps": allowed}
+          for allowed in ("148", [8], [4, 0], [4, "8"], {"4": 1}, None)),
+        {"sampler": "mean", "steps": 1, "allowed_steps": []},  # without a second time
+        {"method": "freeflow"}, {"method": "magic"},
         {"tokenizer": [1]}, {"tokenizer": {"vocabulary": 3, "merges": []}},
     ],
     ids=str,
 )
 def test_malformed_metadata_is_one_line(model, tmp_path, about):
     written = about
-    if isinstance(about, dict) and "tokenizer" in about:  # which is read after weights that fit
+    # These are read after weights that fit.
+    if isinstance(about, dict) and {"tokenizer", "sampler", "method"} & set(about):
         small = tmp_path / "small.safetensors"
         write_single_file(model, small, torch.float32)
         with safe_open(small, "pt") as file:
-            written = json.loads(file.metadata()[checkpoint.METADATA]) | about
+            written = json.loads(file.metadata()[METADATA]) | about
     path = with_about(model, tmp_path / "a.safetensors", written)
     with pytest.raises(
         BadInput, match="a.safetensors: its (metadata|configuration)|the tokenizer in its"
@@ -422,7 +432,7 @@ def test_malformed_metadata_is_one_line(model, tmp_path, about):
 
 def test_files_of_an_earlier_version_are_not_taken_for_stable_diffusion(model, tmp_path):
     path = with_about(model, tmp_path / "a.safetensors", {"captions": "toy/captions.txt"})
-    with pytest.raises(BadInput, match="a.safetensors: written by an earlier version"):
+    with pytest.raises(BadInput, match="a.safetensors: a tiny model of an earlier version"):
         checkpoint.load(path)
 
 
@@ -500,10 +510,10 @@ def test_truncated_missing_and_pickled_files(model, tmp_path):
     path = tmp_path / "a.safetensors"
     write_single_file(model, path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BadInput, match="not a whole safetensors file"):
+    with pytest.raises(BadInput, match="not a complete safetensors file"):
         checkpoint.load(path)
     path.write_bytes(b"garbage" * 100)
-    with pytest.raises(BadInput, match="not a whole safetensors file"):
+    with pytest.raises(BadInput, match="not a complete safetensors file"):
         checkpoint.load(path)
     with pytest.raises(BadInput, match="no such file"):
         checkpoint.load(tmp_path / "b.safetensors")

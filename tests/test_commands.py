@@ -27,13 +27,13 @@ import pairs
 import reflow
 import sample
 import training
-import watch
+import validation
 from command import BadInput
 from conftest import ROOT, relative_error
 from make_checkpoint import make_model, write_folder, write_single_file
-from stable_diffusion import StableDiffusion
-from training import read_metrics, saved_progress
-from unet import started_from
+from processes import Process
+from stable_diffusion import StableDiffusion, initial_student
+from training import read_metrics, saved_step
 
 REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--validation-pairs", 0,
           "--iterations", 6, "--batch-size", 4, "--save-every", 1]
@@ -45,7 +45,7 @@ DISTILL = ["--num-pairs", 40, "--teacher-steps", 3, "--validation-pairs", 0,
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(pairs, "PAIRS_PER_SHARD", 16)
-    monkeypatch.setattr(watch, "VALIDATION_PAIRS", 0)  # tests/test_watch.py is about those
+    monkeypatch.setattr(validation, "VALIDATION_PAIRS", 0)  # tests/test_validation.py has those
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +53,8 @@ def finished(tmp_path_factory):
     """A folder in which reflow and distill ran without arguments but for their size."""
     folder = tmp_path_factory.mktemp("finished")
     for name, arguments in (("reflow", REFLOW), ("distill", DISTILL)):
-        start(name, arguments, folder).wait()
+        assert Process(folder, name, arguments).wait() == 0
     return folder
-
-
-def step_of(folder):
-    return saved_progress(folder)["step"]
-
-
-def start(name, arguments, folder):
-    """Start a command in a process of its own, with shards as small as in this one."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]\n"
-    code += f"import pairs, command, {name}; pairs.PAIRS_PER_SHARD = 16; command.run({name}.main)"
-    log = open(folder / f"{name}.log", "a")
-    line = [sys.executable, "-c", code, name, *map(str, arguments)]
-    # A shell starts background jobs with Ctrl-C ignored, and the tests may be run by one.
-    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(line, cwd=folder, stdout=log, stderr=log, preexec_fn=listen)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,7 +84,7 @@ def test_the_whole_method(finished, call, tmp_path, monkeypatch):
     code, out, err = from_here(sample.main)
     assert (
         code == 0 and "seconds each" in out
-        and err.startswith("note: no --prompt given; drawing")
+        and err.startswith("note: no --prompt given; using")
     )
     picture = Image.open(finished / "out.png")
     assert picture.text["steps"] == "1" and picture.text["model"] == "instaflow.safetensors"
@@ -107,7 +92,7 @@ def test_the_whole_method(finished, call, tmp_path, monkeypatch):
     assert picture.size == (4 * 130 + 2, 132)
 
     code, out, err = from_here(evaluate.main, "--num-samples", 32, "--steps", "4,1")
-    assert code == 0 and "comparison picture: runs/evaluate.png" in out
+    assert code == 0 and "comparison image: runs/evaluate.png" in out
     rows = json.loads((finished / "runs/evaluate.json").read_text())
     keys = ["model", "kind", "steps", "guidance", "caption_accuracy", "frechet", "straightness",
             "relative_straightness", "seconds_per_image", "samples", "seed"]
@@ -140,6 +125,7 @@ def test_a_first_picture_before_anything_was_trained(call):
     code, out, err = call(sample.main, "--num-images", 1)
     assert code == 0 and "no runs/instaflow.safetensors yet, which `make demo` makes" in err
     picture = Image.open("out.png")
+    assert picture.size == (128, 128)  # one image has no frame
     assert picture.text["model"] == "tiny_emoji_instaflow.safetensors"
     assert picture.text["steps"] == "1"
     assert np.asarray(picture.convert("L")).std() > 3
@@ -159,9 +145,9 @@ def test_a_negated_start_predicts_the_opposite():
     )
     with torch.no_grad():
         before = model.unet(x, timestep, context)
-        started_from(model.unet, "negated", "flow", 0)
+        initial_student(model.unet, "negated", "flow", 0)
         torch.testing.assert_close(model.unet(x, timestep, context), before)
-        started_from(model.unet, "negated", "diffusion", 0)
+        initial_student(model.unet, "negated", "diffusion", 0)
         torch.testing.assert_close(model.unet(x, timestep, context), -before)
 
 
@@ -312,16 +298,17 @@ def defaults_of(call, monkeypatch, main, *arguments):
     """TrainingOptions of every stage, and the number of pairs, that a command would begin with."""
     found = []
 
-    def make_pairs(model, prompts, description, *rest):
-        found.append(description["count"])
+    def make_pairs(model, prompts, spec, *rest):
+        found.append(spec["count"])
         raise BadInput("enough")
 
-    def options(*arguments):
-        found.append(training.options_from(*arguments))
+    def options(*arguments, **more):
+        found.append(training.training_options(*arguments, **more))
         return found[-1]
 
-    monkeypatch.setattr(watch, "make_pairs", make_pairs)
-    monkeypatch.setattr(sys.modules[main.__module__], "options_from", options)
+    module = sys.modules[main.__module__]
+    monkeypatch.setattr(module, "make_pairs", make_pairs)
+    monkeypatch.setattr(module, "training_options", options)
     # The default's backbone has to be downloaded.
     monkeypatch.setattr(distill, "perceptual_distance", lambda *rest, **more: None)
     code, out, err = call(main, *arguments)
@@ -371,7 +358,7 @@ def test_defaults_for_stable_diffusion_are_the_papers(call, tmp_path, monkeypatc
     )
     _, _, err = defaults_of(call, monkeypatch, reflow.main, "--teacher", "sd.safetensors",
                             "--iterations", 700)
-    assert "93% of the averaged weights are still the start's" in err
+    assert "93% of the averaged weights are still the initial ones" in err
 
 
 def test_bf16_is_the_default_where_the_cpu_multiplies_it(monkeypatch):
@@ -411,7 +398,7 @@ def test_the_first_stage_is_not_stranded_by_the_second(finished, call, monkeypat
     code, _, err = call(distill.main, *DISTILL, "--accumulate", 2, "--lpips-accumulate", 4,
                         "--lpips-batch-size", 8)
     assert code == 0, err
-    assert training.saved_progress("runs/instaflow.safetensors.state/lpips")["step"] == 3
+    assert saved_step("runs/instaflow.safetensors.state/lpips") == 3
 
 
 def test_the_second_stage_goes_on_in_the_order_of_the_first(finished, call, monkeypatch):
@@ -427,7 +414,7 @@ def test_the_second_stage_goes_on_in_the_order_of_the_first(finished, call, monk
     assert sorted(seen) == list(range(40))  # 24 in the first stage, the other 16 in the second
 
 
-def wait_for(process: subprocess.Popen, path: Path) -> None:
+def wait_for(process: Process, path: Path) -> None:
     """Until a process has written a file; it fails where the process ends without."""
     while not path.exists():
         assert process.poll() is None
@@ -435,7 +422,8 @@ def wait_for(process: subprocess.Popen, path: Path) -> None:
 
 
 def test_two_runs_at_once(call, tmp_path):
-    first = start("reflow", [*REFLOW[:2], "--teacher-steps", 900, "--iterations", 1], tmp_path)
+    first = Process(
+        tmp_path, "reflow", [*REFLOW[:2], "--teacher-steps", 900, "--iterations", 1])
     wait_for(first, tmp_path / "runs/pairs/pairs.json")
     for out, folder in (
         ("runs/2rf.safetensors", "runs/2rf.safetensors.state"),
@@ -443,7 +431,7 @@ def test_two_runs_at_once(call, tmp_path):
     ):
         code, _, err = call(reflow.main, *REFLOW, "--teacher-steps", 900, "--out", out)
         assert code == 2
-        said = "another run works in this folder; wait for it, or name another one"
+        said = "another run works in this folder; wait for it, or name another"
         assert err == f"error: {folder}: {said}"
     assert first.poll() is None
     first.kill()
@@ -453,11 +441,11 @@ def test_two_runs_at_once(call, tmp_path):
     "name, arguments, reached",
     [
         ("reflow", REFLOW, lambda folder: list((folder / "runs/pairs").glob("shard-00001*"))),
-        ("reflow", REFLOW, lambda folder: step_of(folder / "runs/2rf.safetensors.state") >= 2),
+        ("reflow", REFLOW, lambda folder: saved_step(folder / "runs/2rf.safetensors.state") >= 2),
         ("distill", DISTILL,
-         lambda folder: step_of(folder / "runs/instaflow.safetensors.state/l2") >= 2),
+         lambda folder: saved_step(folder / "runs/instaflow.safetensors.state/l2") >= 2),
         ("distill", DISTILL,
-         lambda folder: step_of(folder / "runs/instaflow.safetensors.state/lpips") >= 1),
+         lambda folder: saved_step(folder / "runs/instaflow.safetensors.state/lpips") >= 1),
     ],
     ids=["pairs", "reflow", "L2", "LPIPS"],
 )
@@ -465,19 +453,19 @@ def test_killed_and_continued(finished, tmp_path, name, arguments, reached):
     (tmp_path / "runs").mkdir()
     if name == "distill":
         shutil.copy(finished / "runs/2rf.safetensors", tmp_path / "runs/2rf.safetensors")
-    process = start(name, arguments, tmp_path)
+    process = Process(tmp_path, name, arguments)
     while process.poll() is None and not reached(tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert start(name, arguments, tmp_path).wait() == 0, (tmp_path / f"{name}.log").read_text()
+    assert Process(tmp_path, name, arguments).wait() == 0, (tmp_path / f"{name}.log").read_text()
     out = "runs/2rf.safetensors" if name == "reflow" else "runs/instaflow.safetensors"
     same = (tmp_path / out).read_bytes() == (finished / out).read_bytes()
     assert same  # not compared in the assertion, which would show both files
 
 
 def test_ctrl_c_while_pairs_are_made(tmp_path):
-    process = start("reflow", [*REFLOW[:2], "--teacher-steps", 200], tmp_path)
+    process = Process(tmp_path, "reflow", [*REFLOW[:2], "--teacher-steps", 200])
     wait_for(process, tmp_path / "runs/pairs/pairs.json")
     time.sleep(1)
     process.send_signal(signal.SIGINT)
@@ -503,7 +491,7 @@ BAD = {
     "pickle": (reflow, ["--teacher", "a.ckpt"], "a.ckpt: only .safetensors is read"),
     "corrupted": (
         reflow, ["--teacher", "corrupt.safetensors"],
-        "corrupt.safetensors: not a whole safetensors file",
+        "corrupt.safetensors: not a complete safetensors file",
     ),
     "no prompts": (reflow, ["--prompts", "empty.txt"], "empty.txt: holds no prompt"),
     "no prompt file": (reflow, ["--prompts", "none.txt"], "none.txt: cannot be read"),
@@ -575,6 +563,11 @@ BAD = {
         "--lpips-net vgg: its backbone could not be",
     ),
     "not a tokenizer": (reflow, ["--tokenizer", "."], ".: holds no tokenizer"),
+    "training in fp16": (reflow, ["--dtype", "fp16"], "train in bf16 or fp32"),
+    "distilling in fp16": (
+        distill, ["--teacher", TINY, "--dtype", "fp16", "--lpips-net", "random"],
+        "--dtype fp16: is for sampling only; train in bf16 or fp32",
+    ),
     "EMA": (checkpoint, [TINY, "out", "--use-ema"], "holds no averaged weights"),
 }
 
@@ -628,13 +621,6 @@ def test_other_settings_in_the_same_place(finished, call, monkeypatch):
     assert code == 2 and "learning_rate was 0.0005, now 1.0" in err
 
 
-def test_a_full_disk_is_found_before_the_work(call, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": 100}))
-    code, _, err = call(reflow.main, *REFLOW)
-    assert code == 2 and "GB are free; make room first" in err
-    assert not list(Path("runs/pairs").glob("shard-*"))
-
-
 def test_an_unwritable_place(call, monkeypatch):
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
@@ -649,18 +635,10 @@ def test_the_disk_fills_up_during_the_work(tmp_path):
 
     A limit on file sizes stands in for a full disk.
     """
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]\n"
-    code += "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
-    code += "import reflow, command; command.run(reflow.main)"
-    result = subprocess.run(
-        [sys.executable, "-c", code, "reflow", *map(str, REFLOW)],
-        cwd=tmp_path, capture_output=True, text=True,
-    )
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "state.safetensors: could not be written" in result.stderr
-    assert [path.name for path in (tmp_path / "runs/pairs").glob("*shard*")] == [
-        "shard-00000.safetensors"
-    ]
+    assert Process(tmp_path, "reflow", REFLOW, file_limit=1_000_000).wait() == 2
+    log = (tmp_path / "reflow.log").read_text()
+    assert "Traceback" not in log and "state.safetensors: could not be written" in log
+    assert len(list((tmp_path / "runs/pairs").glob("shard*"))) == 3
     assert not list((tmp_path / "runs/2rf.safetensors.state").glob("*state.*"))
 
 

@@ -5,19 +5,20 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import demo
 import distill
-import plane_students
 import reflow
 from conftest import ROOT
+from experiments import plane_students
 from rectified_flow import flow_velocity, one_step, squared
-from training import TrainingOptions, generator_for
+from toy import demo
+from training import TrainingOptions, ema_copy, generator_for, train
 
 SMALL = ["--width", 16, "--iterations", 30, "--distill-iterations", 10, "--batch-size", 32,
          "--num-pairs", 200, "--num-samples", 120]
@@ -168,7 +169,7 @@ def test_wasserstein_has_known_answers():
     turned[:100:2] = probe.fresh[:100:2].flip(0)
     assert probe.distance(turned) == 0
     assert probe.distance(probe.fresh.roll(1, 0)) > 0.5
-    again = demo.draw_data(demo.rings(), probe.labels, torch.Generator().manual_seed(1))
+    again = demo.sample_data(demo.rings(), probe.labels, torch.Generator().manual_seed(1))
     assert 0.5 * probe.floor < probe.distance(again) < 2 * probe.floor
 
 
@@ -176,10 +177,10 @@ def test_wasserstein_has_known_answers():
 def test_data_lie_on_their_own_modes(name):
     data = demo.DATASETS[name]()
     probe = demo.Probe(data, 2000, 0)
-    points = demo.draw_data(data, probe.labels, torch.Generator().manual_seed(0))
+    points = demo.sample_data(data, probe.labels, torch.Generator().manual_seed(0))
     assert probe.on_mode(points) > 0.98
     assert probe.on_mode(
-        demo.draw_data(data, 1 - probe.labels, torch.Generator().manual_seed(0))
+        demo.sample_data(data, 1 - probe.labels, torch.Generator().manual_seed(0))
     ) < 0.1
     assert 0.5 < points.std() < 2  # of the size of the noise
 
@@ -189,7 +190,7 @@ def test_data_lie_on_their_own_modes(name):
 
 
 class InThePlane:
-    """What `reflow` and `distill` ask of a model and of pairs."""
+    """What batches and losses of reflow.py and distill.py ask of a model and of pairs."""
 
     def __init__(self, model, pairs):
         self.unet, self.kind, self.pairs = copy.deepcopy(model.network), model.kind, pairs
@@ -210,8 +211,8 @@ def test_the_pipelines_own_functions_do_the_same(tmp_path):
     ours = demo.reflow(teacher, pairs, args, "2-RF")
     model = InThePlane(teacher, pairs)
     options = TrainingOptions(500, 256, 4e-3, cooldown=0.5, ema_half_life=20 * 256, ema_ramp=0.05)
-    reflow.reflow(model, model, options, tmp_path / "2rf", {})
-    assert model.kind == "flow"
+    train(model.unet, ema_copy(model.unet), partial(reflow.batch, model, 0),
+          partial(reflow.loss, model.encode_prompts, squared), options, tmp_path / "2rf", {})
     theirs, probe = demo.Model("2-RF", model.unet, "flow"), demo.Probe(demo.rings(), 400, 0)
     rows = [demo.rows_of(each, probe)[0] for each in (teacher, ours, theirs)]
     first, *others = (row["relative_straightness"] for row in rows)
@@ -221,7 +222,7 @@ def test_the_pipelines_own_functions_do_the_same(tmp_path):
     model.pairs = demo.make_pairs(theirs, args.num_pairs, generator_for(0, 2))
     before = demo.student_row(theirs, theirs, probe)["endpoint_error"]
     options = TrainingOptions(200, 256, 4e-3, ema_half_life=20 * 256, ema_ramp=0.05)
-    distill.distill(model, model, squared, options, tmp_path / "one", {}, "L2")
-    assert model.kind == "one-step"
+    train(model.unet, ema_copy(model.unet), partial(distill.batch, model, 0, 0),
+          partial(distill.loss, model.encode_prompts, squared), options, tmp_path / "one", {})
     landing = one_step(flow_velocity(model.unet), probe.noise, demo.context_of(probe.labels))
-    assert demo.squared_way(landing.detach(), exact) < 0.7 * before
+    assert demo.squared_distance(landing.detach(), exact) < 0.7 * before

@@ -22,7 +22,8 @@ import pairs
 import reflow
 from command import TINY_TEACHER
 from conftest import ROOT, relative_error
-from training import read_metrics, saved_progress
+from processes import start_two
+from training import read_metrics, saved_step
 
 REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-size", 4,
           "--validation-pairs", 0,
@@ -30,34 +31,30 @@ REFLOW = ["--num-pairs", 40, "--teacher-steps", 3, "--iterations", 6, "--batch-s
           "--cooldown", 0]  # at a constant rate, so that a run may go on to more iterations
 
 RUNNER = f"""
-import os, sys
+import sys
 sys.path.insert(0, {str(ROOT)!r})
 import command, pairs
 pairs.PAIRS_PER_SHARD = 16
-if sys.argv[1] == "apart":  # each process has a disk of its own
-    del sys.argv[1]
-    os.chdir(os.environ["RANK"])
-name = sys.argv.pop(1)
-command.run(__import__(name).main)
+command.run(__import__(sys.argv.pop(1)).main)
 """
 
 
-def start(folder: Path, name: str, arguments: list) -> subprocess.Popen:
+def torchrun(folder: Path, name: str, arguments: list) -> subprocess.Popen:
     """A command in two processes under torchrun, in a folder, one thread a process."""
     folder.mkdir(exist_ok=True)
     (folder / "runner.py").write_text(RUNNER)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with open(folder / "log", "w") as output:
         return subprocess.Popen(
-            [*torchrun, "runner.py", name, *map(str, arguments)], cwd=folder, stdout=output,
+            [*line, "runner.py", name, *map(str, arguments)], cwd=folder, stdout=output,
             stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
 
-def run(folder: Path, name: str, arguments: list) -> str:
-    process = start(folder, name, arguments)
-    assert process.wait(timeout=300) == 0, (folder / "log").read_text()
-    return (folder / "log").read_text()
+def run_two(folders: list[Path], name: str, arguments: list) -> tuple[list[int], str]:
+    """The same without torchrun, which takes seconds: exit codes, and what was printed."""
+    codes = [process.wait() for process in start_two(folders, name, arguments)]
+    return codes, (folders[0] / "log").read_text()
 
 
 @pytest.fixture
@@ -97,8 +94,9 @@ def assert_same_training(a: Path, b: Path) -> None:
 def test_two_processes_do_what_one_does(tmp_path, run_alone):
     one, two = tmp_path / "one", tmp_path / "two"
     run_alone(one, reflow.main, REFLOW)
-    out = run(two, "reflow", REFLOW)
-    assert out.count("a rectified flow") == 1  # only the first process speaks
+    assert torchrun(two, "reflow", REFLOW).wait(timeout=300) == 0, (two / "log").read_text()
+    # Only the first process speaks.
+    assert (two / "log").read_text().count("a rectified flow") == 1
     names = sorted(path.name for path in (one / "runs/pairs").glob("shard-*"))
     assert len(names) == 3
     for name in [*names, "pairs.json"]:
@@ -109,7 +107,8 @@ def test_two_processes_do_what_one_does(tmp_path, run_alone):
     # Distillation of that flow, both stages.
     arguments = ["--num-pairs", 20, "--teacher-steps", 2, "--l2-iterations", 2,
                  "--lpips-iterations", 2, "--batch-size", 3]
-    assert "a one-step model" in run(two, "distill", arguments)
+    codes, out = run_two([two], "distill", arguments)
+    assert codes == [0, 0] and "a one-step model" in out, out
     assert (two / "runs/instaflow.safetensors").exists()
 
 
@@ -117,8 +116,8 @@ def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, run_alone)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = [*REFLOW[:4], "--iterations", 30, *REFLOW[6:]]
     run_alone(whole, reflow.main, arguments)
-    process, state = start(killed, "reflow", arguments), killed / "runs/2rf.safetensors.state"
-    while not saved_progress(state)["step"]:
+    process, state = torchrun(killed, "reflow", arguments), killed / "runs/2rf.safetensors.state"
+    while not saved_step(state):
         assert process.poll() is None, (killed / "log").read_text()
         time.sleep(0.05)
     workers = [
@@ -128,9 +127,11 @@ def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, run_alone)
     os.kill(workers[1], signal.SIGKILL)
     assert process.wait(timeout=120) != 0
     assert "SIGKILL" in (killed / "log").read_text()
-    assert 0 < saved_progress(state)["step"] < 30
-    further = min(29, saved_progress(state)["step"] + 5)
-    run(killed, "reflow", [*arguments[:4], "--iterations", further, *arguments[6:]])
+    assert 0 < saved_step(state) < 30
+    further = min(29, saved_step(state) + 5)
+    further = [*arguments[:4], "--iterations", further, *arguments[6:]]
+    codes, out = run_two([killed], "reflow", further)
+    assert codes == [0, 0], out
     run_alone(killed, reflow.main, arguments)
     assert_same_training(whole, killed)
 
@@ -140,25 +141,8 @@ def test_a_slow_process_is_waited_for(tmp_path):
 
     There it tells of a network that hangs.
     """
-    (tmp_path / "waiting.py").write_text(f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from datetime import timedelta
-import torch.distributed as dist
-import command
-
-join = dist.init_process_group
-dist.init_process_group = lambda backend: join(backend, timeout=timedelta(seconds=2))
-command.pick_device("cpu")
-time.sleep(4 * command.rank())
-command.wait_for_all()
-print("all are here")
-dist.destroy_process_group()
-""")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                "waiting.py"]
-    result = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and result.stdout == "all are here\n", result.stderr
+    codes, out = run_two([tmp_path], "waiting", [])
+    assert codes == [0, 0] and out == "all are here\n", out
 
 
 def test_processes_on_the_cpu_of_a_machine_with_gpus_use_gloo(monkeypatch):
@@ -174,8 +158,9 @@ def test_processes_on_the_cpu_of_a_machine_with_gpus_use_gloo(monkeypatch):
 def test_evaluation_under_two_processes(tmp_path, call):
     """The rows are those of one process, and one of the two writes."""
     arguments = ["--model", TINY_TEACHER, "--num-samples", 24, "--steps", "1"]
-    out = run(tmp_path / "two", "evaluate", arguments)
-    assert out.count("comparison picture") == 1 and call(evaluate.main, *arguments)[0] == 0
+    codes, out = run_two([tmp_path / "two"], "evaluate", arguments)
+    assert codes == [0, 0] and out.count("comparison image") == 1, out
+    assert call(evaluate.main, *arguments)[0] == 0
     rows = [json.loads((folder / "runs/evaluate.json").read_text())
             for folder in (tmp_path, tmp_path / "two")]
     for one, two in zip(*rows, strict=True):
@@ -186,23 +171,21 @@ def test_evaluation_under_two_processes(tmp_path, call):
 
 
 def test_two_runs_at_once_are_one_line_in_every_process(tmp_path):
-    command.keep_others_out(tmp_path / "a/runs/2rf.safetensors.state")
+    command.lock_folder(tmp_path / "a/runs/2rf.safetensors.state")
     try:
-        assert start(tmp_path / "a", "reflow", REFLOW).wait(timeout=300) != 0
+        codes, log = run_two([tmp_path / "a"], "reflow", REFLOW)
     finally:
-        command.let_others_in()
-    log = (tmp_path / "a/log").read_text()
-    assert "2rf.safetensors.state: another run works in this folder" in log
-    assert 'runner.py", line' not in log  # no traceback of ours beside torchrun's
+        command.unlock_folder()
+    assert codes == [2, 2]
+    assert log.count("2rf.safetensors.state: another run works in this folder") == 2
+    assert "Traceback" not in log
 
 
 def test_nodes_that_share_no_disk(tmp_path, run_alone):
-    for rank in "01":
-        (tmp_path / rank).mkdir()
-
     def refused() -> str:
-        assert start(tmp_path, "apart", ["reflow", *REFLOW]).wait(timeout=300) != 0
-        return (tmp_path / "log").read_text()
+        codes, log = run_two([tmp_path / "0", tmp_path / "1"], "reflow", REFLOW)
+        assert codes == [2, 2], log
+        return log
 
     said = ".safetensors: made by another process and not here; name a --pairs that all nodes share"
     assert said in refused()
@@ -213,7 +196,7 @@ def test_nodes_that_share_no_disk(tmp_path, run_alone):
 
 
 def test_bad_input_under_torchrun(tmp_path):
-    process = start(tmp_path / "a", "reflow", [*REFLOW[:6], "--batch-size", 1])
+    process = torchrun(tmp_path / "a", "reflow", [*REFLOW[:6], "--batch-size", 1])
     assert process.wait(timeout=300) != 0
     log = (tmp_path / "a/log").read_text()
     assert "error: --batch-size 1: smaller than the number of processes, 2 (process 0 of 2)" in log

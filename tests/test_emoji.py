@@ -8,20 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import train_teacher
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import emoji
 from command import BadInput
 from conftest import ROOT
-from distill import perceptual_distance
 from evaluation import efficientnet
-from evaluation.judge import judged
-from sample import draw_pictures, seeds_in
+from evaluation.judge import judged_set
+from evaluation.perceptual import perceptual_distance
+from formats.tokenizers import tokenizer_from
+from sample import sample_images, seed_range
 from stable_diffusion import FAMILIES
-from text_encoder import tokenizer_from
+from toy import emoji, train_teacher
 
 ROWS = range(len(emoji.rows()))
 
@@ -30,10 +29,10 @@ def test_captions_say_what_is_on_the_picture():
     rng = random.Random(0)
     for row in rng.sample(ROWS, 300):
         caption = emoji.random_caption(row, rng)
-        assert row in emoji.pictures_of(caption), caption
-    fruit = {emoji.rows()[row][0].name for row in emoji.pictures_of("fruit")}
+        assert row in emoji.matching_rows(caption), caption
+    fruit = {emoji.rows()[row][0].name for row in emoji.matching_rows("fruit")}
     assert {"red apple", "pear", "lemon"} <= fruit and "rocket" not in fruit
-    assert {emoji.rows()[row] for row in emoji.pictures_of("rocket twitter")} == {
+    assert {emoji.rows()[row] for row in emoji.matching_rows("rocket twitter")} == {
         (concept, "twitter") for concept in emoji.concepts() if concept.name == "rocket"
     }
     with pytest.raises(ValueError, match="purple unicorn"):
@@ -71,13 +70,13 @@ def test_each_word_of_the_captions_is_one_token():
 def test_the_judge_knows_real_pictures_again():
     """Nearly a real picture is right; a real one must be found through others of its thing."""
     reader = emoji.load_reader()
-    captions = emoji.measuring_captions(1000, seeds_in("evaluation", 0, 1)[0])
+    captions = emoji.measuring_captions(1000, seed_range("evaluation", 0, 1)[0])
     features = emoji.real_features(reader, captions, 0)
     assert all(emoji.right(reader, features + 1e-3, captions))
     wrong = captions[1:] + captions[:1]
     assert sum(emoji.right(reader, features + 1e-3, wrong)) / 1000 < 0.1
     # With itself taken out of the gallery by hand, one after the other.
-    rows, found = emoji.some_rows(captions, 0), []
+    rows, found = emoji.sample_rows(captions, 0), []
     for row, caption in zip(rows, captions):
         others = SimpleNamespace(real=reader.real.index_fill(0, torch.tensor([row]), 1e4))
         found += emoji.right(others, reader.real[row][None], [caption])
@@ -87,10 +86,10 @@ def test_the_judge_knows_real_pictures_again():
 
 def test_evaluation_needs_no_pictures(monkeypatch, tmp_path):
     monkeypatch.setattr(emoji, "PICTURES", tmp_path / "none")
-    asked = judged(emoji, emoji.measuring_captions(100, 0), range(100), 0)
-    assert asked.drawn is None and 0.3 < asked.real["caption_accuracy"] < 0.7
+    asked = judged_set(emoji, emoji.measuring_captions(100, 0), range(100), 0)
+    assert asked.real_images is None and 0.3 < asked.real_grades["caption_accuracy"] < 0.7
     figures = asked.grade(torch.rand(100, 3, 32, 32) * 2 - 1)
-    assert figures["frechet"] > 5 * asked.real["frechet"]
+    assert figures["frechet"] > 5 * asked.real_grades["frechet"]
     assert figures["caption_accuracy"] < 0.1
 
 
@@ -147,7 +146,7 @@ def packages(tmp_path, monkeypatch):
                 info.size = len(data)
                 tar.addfile(info, BytesIO(data))
     monkeypatch.setattr(emoji, "CONCEPTS", tmp_path / "emoji.json")
-    monkeypatch.setattr(emoji, "SEEN", tmp_path / "seen.safetensors")
+    monkeypatch.setattr(emoji, "JUDGE", tmp_path / "seen.safetensors")
     monkeypatch.setattr(emoji, "PICTURES", folder / "pictures.safetensors")
     forget()
     yield folder
@@ -169,12 +168,12 @@ def test_pictures_are_made_from_the_packages(packages, call):
     found = load_file(emoji.PICTURES)["pictures"]
     assert found.shape == (3, 3, 32, 32)
     assert (found[:, 0] == 255).all() and (found[:, 1:] == 0).all()
-    assert len(load_file(emoji.SEEN)["features"]) == 3
+    assert len(load_file(emoji.JUDGE)["features"]) == 3
     # Pictures alone, of the same words.
-    before = emoji.CONCEPTS.read_bytes(), emoji.SEEN.read_bytes()
+    before = emoji.CONCEPTS.read_bytes(), emoji.JUDGE.read_bytes()
     emoji.PICTURES.unlink()
     assert call(emoji.main)[0] == 0 and len(emoji.pictures()) == 3
-    assert (emoji.CONCEPTS.read_bytes(), emoji.SEEN.read_bytes()) == before
+    assert (emoji.CONCEPTS.read_bytes(), emoji.JUDGE.read_bytes()) == before
 
 
 def test_what_is_wrong_with_the_packages_is_one_line(packages, call, monkeypatch):
@@ -194,11 +193,11 @@ def test_what_is_wrong_with_the_packages_is_one_line(packages, call, monkeypatch
     emoji.CONCEPTS.write_text(emoji.CONCEPTS.read_text().replace("red apple", "green apple"))
     forget()
     code, _, err = call(emoji.main)
-    assert code == 2 and "other words or pictures" in err
+    assert code == 2 and "other words or images" in err
     concept = json.loads(emoji.CONCEPTS.read_text())[0]
     emoji.CONCEPTS.write_text(json.dumps([concept, concept | {"name": "pear"}]))
     forget()
-    with pytest.raises(BadInput, match="features of 3 pictures, and emoji.json has 6"):
+    with pytest.raises(BadInput, match="features of 3 images, and emoji.json has 6"):
         emoji.load_reader()
     emoji.PICTURES.write_bytes(b"half")
     with pytest.raises(BadInput, match="damaged"):
@@ -245,7 +244,7 @@ def test_the_committed_figures_are_the_models():
     reader = emoji.load_reader()
 
     def right(model, steps: int) -> float:
-        features = reader.features(draw_pictures(model, captions, range(200), steps))
+        features = reader.features(sample_images(model, captions, range(200), steps))
         return sum(emoji.right(reader, features, captions)) / 200
 
     share = right(teacher, 8)  # 8 are as good as 25

@@ -22,18 +22,22 @@ import fewstep.train
 import reflow
 import sample
 import unet
-import watch
+import validation
 from command import TINY_TEACHER
 from conftest import ROOT, relative_error
 from diffusion import diffusion_start, diffusion_velocity
+from evaluation.perceptual import perceptual_distance
 from fewstep import (
     compare, consistency, freeflow, hipa, lora, meanflow, perflow, progressive, rectified_diffusion,
     steps,
 )
-from fewstep.train import NEEDS
-from rectified_flow import interpolate, like, mean_velocity, reflow_loss, squared
-from sample import draw_latents
-from training import TrainingOptions, generator_for, read_metrics
+from fewstep.meanflow import mean_velocity
+from fewstep.methods import METHODS, rounds_of
+from formats.weights import FEW_STEP_OF_METHOD
+from rectified_flow import broadcast_over, interpolate, reflow_loss, squared
+from sample import sample_latents
+from stable_diffusion import FewStep, initial_student
+from training import TrainingOptions, ema_copy, generator_for, read_metrics, train
 
 B = 6
 GENERATOR = torch.Generator().manual_seed(0)
@@ -44,19 +48,19 @@ TIMES = torch.linspace(0.1, 0.8, B, dtype=torch.float64)
 
 def away(x, t, context):
     """A straight flow: everything moves by the same vector, each sample's is in its context."""
-    return like(context[:, 0], x).expand_as(x)
+    return broadcast_over(context[:, 0], x).expand_as(x)
 
 
 def bent(x, t, context):
-    return away(x, t, context) * like(t, x) + 0.3 * x.sin()
+    return away(x, t, context) * broadcast_over(t, x) + 0.3 * x.sin()
 
 
 def test_the_schedules_times_are_those_of_its_samplers():
     for count in (1, 4, 8, 50):
-        grid = steps.at(torch.arange(count + 1) / count)
+        grid = steps.schedule_time(torch.arange(count + 1) / count)
         torch.testing.assert_close(grid, steps.SCHEDULE.sampling_times(count))
     # PeRFlow's windows, as its authors' on Stable Diffusion.
-    edges = steps.at(torch.arange(5) / 4)
+    edges = steps.schedule_time(torch.arange(5) / 4)
     torch.testing.assert_close(
         edges, torch.tensor([0.064, 0.197, 0.383, 0.591, 1]).double(), atol=5e-4, rtol=0
     )
@@ -65,7 +69,7 @@ def test_the_schedules_times_are_those_of_its_samplers():
 def test_errors_of_ends_are_errors_of_velocities():
     """‖end - y‖² = (1 - t)² ‖v - v*‖², v* the velocity to y at time 1."""
     v = bent(X0, TIMES, CONTEXT)
-    wanted = (X1 - X0) / like(1 - TIMES, X0)
+    wanted = (X1 - X0) / broadcast_over(1 - TIMES, X0)
     ends = squared(steps.end(bent, X0, TIMES, CONTEXT), X1)
     torch.testing.assert_close(ends, (1 - TIMES).square() * squared(v, wanted))
 
@@ -80,7 +84,7 @@ def test_a_step_of_a_diffusion_is_ddim():
     times = [steps.SCHEDULE.time(one) for one in s]
     predict = lambda x, s: 0.4 * x.sin() + 0.1
     velocity = diffusion_velocity(lambda x, s, context: predict(x, s), steps.SCHEDULE)
-    size = lambda k: like(sum(steps.SCHEDULE.alpha_sigma(s[k])), X0)  # X = x_s / (α + σ)
+    size = lambda k: broadcast_over(sum(steps.SCHEDULE.alpha_sigma(s[k])), X0)  # X = x_s / (α + σ)
     for eta in (0.0, 0.5, 1.0):
         expected = scheduler.step(predict(X0, s[0]), 800, X0, eta=eta, variance_noise=AWAY)
         found = steps.noisy_step(velocity, X0 / size(0), times[0], times[1], CONTEXT, eta, AWAY)
@@ -137,7 +141,7 @@ def losses(student) -> dict:
 def test_on_a_straight_flow_every_loss_is_zero_at_its_velocity_alone():
     for name, loss in losses(away).items():
         assert loss.shape == (B,) and loss.abs().max() < 1e-9, name
-    slower = lambda x, t, context: 0.5 * away(x, t, context) + 0.2 * x * like(t, x)
+    slower = lambda x, t, context: 0.5 * away(x, t, context) + 0.2 * x * broadcast_over(t, x)
     for name, loss in losses(slower).items():
         assert loss.max() > 1e-4, name
 
@@ -146,11 +150,11 @@ def test_perflow_with_one_window_is_reflow_on_its_pairs():
     """Up to the length of the window, in which the student's time runs."""
     window, place = torch.zeros(B, dtype=torch.int64), torch.rand(B, generator=GENERATOR)
     found = perflow.loss(bent, X0, X1, CONTEXT, window, place, teacher=bent, windows=1)
-    a = torch.full((B,), steps.FIRST).double()
+    a = torch.full((B,), steps.FIRST_TIME).double()
     start = interpolate(X0, X1, a)
-    stop = steps.walk(bent, start, window, window + 1, perflow.TEACHER_STEPS, CONTEXT)
-    length = 1 - steps.FIRST
-    inside = lambda x, t, context: length * bent(x, steps.FIRST + length * t, context)
+    stop = steps.euler_steps(bent, start, window, window + 1, perflow.TEACHER_STEPS, CONTEXT)
+    length = 1 - steps.FIRST_TIME
+    inside = lambda x, t, context: length * bent(x, steps.FIRST_TIME + length * t, context)
     expected = reflow_loss(inside, start, stop, place.double(), CONTEXT) / length**2
     torch.testing.assert_close(found, expected)
 
@@ -161,7 +165,7 @@ def test_scott_without_noise_in_one_step_is_lcm():
     frozen = {"teacher": away, "target": bent}
     found = consistency.scott(bent, X0, X1, CONTEXT, place, torch.arange(B), eta=0.0, steps=1,
                               **frozen)
-    t, u = steps.at(place), steps.at(place + consistency.NOISY_GAP)
+    t, u = steps.schedule_time(place), steps.schedule_time(place + consistency.NOISY_GAP)
     assert u[0] == 1
     x = interpolate(X0, X1, t)
     y = steps.step(away, x, t, u, CONTEXT)
@@ -173,12 +177,12 @@ def test_scott_without_noise_in_one_step_is_lcm():
 def test_progressive_distillation_by_hand():
     """Target, weight and times, sample by sample; the diffusion is taken up at its first time."""
     place = torch.tensor([0.1, 0.3, 0.6, 0.9, 0.2, 0.8]).double()
-    ahead = lambda x, t, context: bent(x, t, context) + like(t.square(), x)
+    ahead = lambda x, t, context: bent(x, t, context) + broadcast_over(t.square(), x)
     found = progressive.loss(ahead, X0, X1, CONTEXT, place, teacher=bent, steps=4, diffusion=True)
     time = lambda t: torch.tensor([t]).double()
     for k, t in enumerate((0.0, 0.25, 0.5, 0.75, 0.0, 0.75)):
         x0, x1, context = (given[k : k + 1] for given in (X0, X1, CONTEXT))
-        x, u, since = (1 - t) * x0 + t * x1, t + 0.25, t or steps.FIRST
+        x, u, since = (1 - t) * x0 + t * x1, t + 0.25, t or steps.FIRST_TIME
         y = x if t else diffusion_start(x, steps.SCHEDULE)
         middle = (since + u) / 2
         y = y + (middle - since) * bent(y, time(since), context)
@@ -189,44 +193,43 @@ def test_progressive_distillation_by_hand():
 
 def test_freeflow_by_hand():
     ends = torch.tensor([0.08, 0.11, 0.3, 0.5, 0.8, 1.0]).double()
-    student = lambda x, t, until, context: bent(x, t, context) + like(until, x) * x
+    student = lambda x, t, until, context: bent(x, t, context) + broadcast_over(until, x) * x
     target = lambda x, t, until, context: 0.9 * student(x, t, until, context)
     found = freeflow.loss(student, X0, None, CONTEXT, ends, teacher=bent, target=target)
     time = lambda t: torch.tensor([t]).double()
     for k, e in enumerate(ends.tolist()):
         x0, context = X0[k : k + 1], CONTEXT[k : k + 1]
-        if e - 0.05 > steps.FIRST:
+        if e - 0.05 > steps.FIRST_TIME:
             d = e - 0.05
             x = x0 + d * target(x0, time(0.0), time(d), context)
         else:  # where the diffusion begins
-            d, x = steps.FIRST, diffusion_start(x0, steps.SCHEDULE)
+            d, x = steps.FIRST_TIME, diffusion_start(x0, steps.SCHEDULE)
         y = x + (e - d) * bent(x, time(d), context)
         expected = squared(student(x0, time(0.0), time(e), context), (y - x0) / e)
         torch.testing.assert_close(found[k : k + 1], expected, rtol=1e-6, atol=1e-9)
 
 
-def test_few_steps_are_drawn_by_hand():
+def test_few_steps_are_sampled_by_hand():
     """To the end and back with new noise; or the mean velocity between two times."""
     def unet(x, s, context, until=None):
-        waves = like((s / 300).sin() + (0 if until is None else (until / 200).cos()), x)
+        waves = broadcast_over((s / 300).sin() + (0 if until is None else (until / 200).cos()), x)
         return 0.3 * x.sin() + waves
 
-    x0, again = X0.float(), torch.randn(B, 2, 4, 8, 8, generator=GENERATOR)
+    x0, again = X0.float(), sample.noise_from_seeds(range(B), (2, 4, 8, 8))
     time = lambda t: torch.full((B,), t)
-    draw = partial(sample.draw_in_few_steps, noise=x0, steps=2, context=CONTEXT,
-                   noises=lambda shape: again)
+    draw = partial(sample.few_step_sample, noise=x0, steps=2, context=CONTEXT, seeds=range(B))
     t0, t1, _ = steps.SCHEDULE.sampling_times(2).tolist()
     v = diffusion_velocity(unet, steps.SCHEDULE)
     x = diffusion_start(x0, steps.SCHEDULE)
     x = x + (1 - t0) * v(x, time(t0), CONTEXT)
     x = t1 * x + (1 - t1) * again[:, 1]
     x = x + (1 - t1) * v(x, time(t1), CONTEXT)
-    lcm = SimpleNamespace(method="lcm", kind="diffusion", unet=unet)
+    lcm = SimpleNamespace(few_step=FewStep("renoise", 4), kind="diffusion", unet=unet)
     torch.testing.assert_close(draw(lcm), x)
     u = mean_velocity(unet)
     x = x0 + 0.5 * u(x0, time(0.0), time(0.5), CONTEXT)
     x = x + 0.5 * u(x, time(0.5), time(1.0), CONTEXT)
-    meanflows = SimpleNamespace(method="re-meanflow", kind="flow", unet=unet)
+    meanflows = SimpleNamespace(few_step=FewStep("mean", 1), kind="flow", unet=unet)
     torch.testing.assert_close(draw(meanflows), x)
 
 
@@ -280,14 +283,14 @@ def test_the_forward_derivative_is_that_of_finite_differences(teacher, monkeypat
     torch.nn.init.normal_(two.until_embedding.linear_2.weight, std=0.05, generator=GENERATOR)
     u = mean_velocity(two)
     x0, x1, t, r, context = inputs(3)
-    found = meanflow.loss(u, x0, x1, context, t, r, target=u, derivative=meanflow.along_path)
+    found = meanflow.loss(u, x0, x1, context, t, r, target=u, derivative=meanflow.exact_derivative)
     x, v, h = interpolate(x0, x1, t), x1 - x0, 1e-6
     with torch.no_grad():
         ahead, behind = (u(x + s * v, t + s, r, context) for s in (h, -h))
-        wanted = v + like(r - t, x) * (ahead - behind) / (2 * h)
+        wanted = v + broadcast_over(r - t, x) * (ahead - behind) / (2 * h)
         error = squared(u(x, t, r, context), wanted)
-        torch.testing.assert_close(found, error / (error + meanflow.FLAT).sqrt(), rtol=1e-4,
-                                   atol=1e-6)
+        expected = error / (error + meanflow.WEIGHT_OFFSET).sqrt()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     found.sum().backward()  # through u alone
     assert two.conv_in.weight.grad.abs().sum() > 0
     short = meanflow.loss(u, x0, x1, context, t, r, target=u,
@@ -299,16 +302,18 @@ def test_fast_waves_of_time_count_little_in_the_difference():
     """u = x (t + r) + sin(1000 t) / 10: the derivative is the wave's, which is up to 100 steep."""
     x, v, t, r, _ = inputs(64)
     wave = lambda t: (1000 * t).sin() / 10
-    u = lambda x, t, r, context: x * like(t + r, x) + like(wave(t), x)
-    slow = v * like(t + r, x) + x  # d/dt of x (t + r)
-    near, exact = (way(u, x, v, t, r, None) for way in (meanflow.difference, meanflow.along_path))
-    torch.testing.assert_close(exact, slow + like(100 * (1000 * t).cos(), x))
-    assert (near - slow).abs().max() < 2 * 0.1 / meanflow.NEAR + 0.1 < (exact - slow).abs().max()
+    u = lambda x, t, r, context: x * broadcast_over(t + r, x) + broadcast_over(wave(t), x)
+    slow = v * broadcast_over(t + r, x) + x  # d/dt of x (t + r)
+    near, exact = (way(u, x, v, t, r, None)
+                   for way in (meanflow.finite_difference, meanflow.exact_derivative))
+    torch.testing.assert_close(exact, slow + broadcast_over(100 * (1000 * t).cos(), x))
+    assert (near - slow).abs().max() < 2 * 0.1 / meanflow.DELTA_T + 0.1 < (exact - slow).abs().max()
     # A step shorter than the difference ends where it ends.
-    r = t + meanflow.NEAR / 4
-    whole = like(r - t, x) * meanflow.difference(u, x, v, t, r, None)
+    r = t + meanflow.DELTA_T / 4
+    whole = broadcast_over(r - t, x) * meanflow.finite_difference(u, x, v, t, r, None)
     torch.testing.assert_close(
-        whole, u(x + like(r - t, x) * v, r, r, None) - u(x, t, r, None), rtol=1e-9, atol=1e-9)
+        whole, u(x + broadcast_over(r - t, x) * v, r, r, None) - u(x, t, r, None),
+        rtol=1e-9, atol=1e-9)
 
 
 def test_lora_merged_is_lora_applied(teacher):
@@ -354,54 +359,64 @@ def test_high_frequencies_are_what_a_blur_takes():
 # A method's trainings
 
 
+def new_student(teacher, method):
+    """The method's student as its training begins; the teacher stays as it is."""
+    network = initial_student(copy.deepcopy(teacher.unet), method.init, teacher.kind, 0)
+    return fewstep.train.student_of(replace(teacher, unet=network), method, 0)
+
+
 class Numbered:
-    """Pairs whose noise and picture say which sample they are of."""
+    """Pairs whose noise and image say which sample they are of."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, indices):
+        return self.batch(indices, 0)
 
     def batch(self, samples, seed):
-        x0 = like(samples.float(), torch.empty(1, 1, 1, 1)).expand(-1, 4, 8, 8)
+        x0 = broadcast_over(samples.float(), torch.empty(1, 1, 1, 1)).expand(-1, 4, 8, 8)
         return x0, x0 + 0.5, ["a shape"] * len(samples)
 
 
-@pytest.mark.parametrize("method", NEEDS)
-def test_whose_noise_a_method_learns_from(method, teacher, tmp_path):
-    """The pair's own, or fresh: other noise at every update of every round."""
-    needs, batches = NEEDS[method], []
-
-    def fetch(network, draw, loss, options, *rest, **more):
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_whose_noise_a_method_learns_from(method):
+    """The pair's own, or fresh: other noise in every iteration of every round."""
+    rounds = rounds_of(method, TrainingOptions(8, 4, warmup_samples=16))
+    batches, starts = [], []
+    for round_ in rounds:
+        assert round_.options.warmup_samples == 16 // len(rounds)
         for k in range(2):
-            samples = torch.arange(4 * k, 4 * k + 4)
-            batches.append(draw(samples, slice(1, 3), generator_for(options.seed, k)))
-
-    student = fewstep.train.student_of(teacher, method, needs)
-    rounds = fewstep.train.rounds_of(method, TrainingOptions(8, 4, warmup_samples=16), needs)
-    for one in rounds:
-        assert one.options.warmup_samples == 16 // len(rounds)
-        fewstep.train.train_round(student, None, one, needs, Numbered(), tmp_path, {},
-                                  torch.float32, train=fetch)
-    starts = [4 * (one.before + k) for one in rounds for k in range(2)]
+            samples, generator = torch.arange(4 * k, 4 * k + 4), generator_for(0, k)
+            batches.append(fewstep.train.batch(round_, Numbered(), (4, 8, 8), samples, slice(1, 3),
+                                               generator))
+            starts.append(4 * (round_.before + k))
     for (x0, x1, prompts, *random), start in zip(batches, starts, strict=True):
         assert x1[:, 0, 0, 0].tolist() == [start + 1.5, start + 2.5] and len(prompts) == 2
         assert all(len(numbers) == 2 for numbers in random)
-        assert torch.equal(x0, x1 - 0.5) == (needs.data == "pairs")
+        assert torch.equal(x0, x1 - 0.5) == (method.data == "pairs")
     noises = torch.cat([batch[0] for batch in batches]).flatten(1)
     assert len(noises.unique(dim=0)) == len(noises)
 
 
 def test_the_averaged_target_follows_the_student(teacher, tmp_path):
     x, _, t, _, context = inputs(2, torch.float32)
-    looks = []
+    seen = []
 
     def loss(student, *batch, target, **more):
         with torch.no_grad():
-            looks.append((student(x, t, context), target(x, t, context)))
+            seen.append((student(x, t, context), target(x, t, context)))
         return consistency.lcm(student, *batch, target=target, **more)
 
-    needs = replace(NEEDS["lcm"], loss=loss)
-    student = fewstep.train.student_of(teacher, "lcm", needs)
-    [one] = fewstep.train.rounds_of("lcm", TrainingOptions(3, 4, ema_half_life=8), needs)
-    fewstep.train.train_round(student, fewstep.train.guide(teacher, 1.0), one, needs, Numbered(),
-                              tmp_path, {}, torch.float32)
-    (begun, target), *_, (last, later) = looks
+    method = replace(METHODS["lcm"], loss=loss)
+    student = new_student(teacher, method)
+    ema = ema_copy(student.unet)
+    [round_] = rounds_of(method, TrainingOptions(3, 4, ema_half_life=8))
+    given = {"teacher": steps.guided_velocity(teacher, 1.0)}
+    train(student.unet, ema, partial(fewstep.train.batch, round_, Numbered(), (4, 8, 8)),
+          partial(fewstep.train.loss, method, student.encode_prompts, ema, given), round_.options,
+          tmp_path, {})
+    (begun, target), *_, (last, later) = seen
     assert torch.equal(begun, target)
     behind, moved = relative_error(later, last), relative_error(later, begun)
     assert behind > 0.1 * moved and moved > 0.1 * relative_error(last, begun)
@@ -415,20 +430,25 @@ COSTS = {"perflow": 8 * 2 + 3, "progressive": 2 * 2 + 3, "lcm": 2 + 1 + 3,
          "hipa": 3, "freeflow": 1 + 2 + 3}
 
 
-@pytest.mark.parametrize("method", NEEDS)
-def test_what_a_method_costs(method, teacher, tmp_path):
-    needs = NEEDS[method]
-    student = fewstep.train.student_of(teacher, method, needs)
-    if method == "hipa":
-        needs = replace(needs, loss=fewstep.train.of_pictures(student, "random"))
-    one, *later = fewstep.train.rounds_of(method, TrainingOptions(4, 16), needs)
-    velocity = fewstep.train.guide(teacher, 2.5)
-    cost = lambda one, velocity: compare.passes_of(partial(
-        fewstep.train.train_round, student, velocity, one, needs, Numbered(), tmp_path, {},
-        torch.float32))
-    assert cost(one, velocity) == COSTS[method]
-    if method == "progressive":  # the teacher of a later round has learned guidance
-        assert cost(later[0], fewstep.train.next_teacher(student, velocity)) == 2 + 3
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_what_a_method_costs(method, teacher):
+    student, pairs = new_student(teacher, method), Numbered()
+    ema, before = ema_copy(student.unet), copy.deepcopy(student.unet.state_dict())
+    lpips = perceptual_distance("random", student.device) if method.name == "hipa" else None
+    given = fewstep.train.loss_inputs(method, student, steps.guided_velocity(teacher, 2.5), pairs,
+                                      lpips)
+    first, *later = rounds_of(method, TrainingOptions(4, 16))
+
+    def cost(round_, given):
+        batch = partial(fewstep.train.batch, round_, pairs, (4, 8, 8))
+        loss = partial(fewstep.train.loss, round_.method, student.encode_prompts, ema, given)
+        return compare.passes_of(student.unet, batch, loss, round_.options)
+
+    assert cost(first, given) == COSTS[method.name]
+    if method.name == "progressive":  # the teacher of a later round has learned guidance
+        assert cost(later[0], fewstep.train.next_inputs(given, student, first)) == 2 + 3
+    after = student.unet.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -450,7 +470,7 @@ def untrained(tmp_path_factory):
 
     def path_of(method: str) -> Path:
         path = folder / f"{method}.safetensors"
-        model = fewstep.train.student_of(checkpoint.load(TINY_TEACHER), method, NEEDS[method])
+        model = new_student(checkpoint.load(TINY_TEACHER), METHODS[method])
         checkpoint.save(fewstep.train.finished(model), path, None)
         return path
 
@@ -458,13 +478,13 @@ def untrained(tmp_path_factory):
 
 
 @pytest.fixture
-def few_pictures(monkeypatch):
-    monkeypatch.setattr(watch, "STEPS", (1, 2, 4))
-    monkeypatch.setattr(watch, "PICTURED", 2)
+def few_images(monkeypatch):
+    monkeypatch.setattr(validation, "STEPS", (1, 2, 4))
+    monkeypatch.setattr(validation, "NUM_PROMPTS", 2)
 
 
-@pytest.mark.parametrize("method", NEEDS)
-def test_each_method_trains_resumes_and_is_drawn(method, call, folder, few_pictures):
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_resumes_and_is_sampled(method, call, folder, few_images):
     out, pairs = folder / f"{method}.safetensors", folder / "pairs"
     ask = ["--method", method, "--pairs", pairs, "--out", out, *FEW, "--iterations", 4,
            "--cooldown", 0, "--save-every", 2]
@@ -475,21 +495,21 @@ def test_each_method_trains_resumes_and_is_drawn(method, call, folder, few_pictu
     state = Path(f"{out}.state")
     assert list(state.glob("samples/*.png"))
     model = checkpoint.load(out)
-    assert model.method == method and model.guidance == 1
+    assert model.few_step == METHODS[method].few_step and model.guidance == 1
     start = checkpoint.load(TINY_TEACHER)
     changed = {name for name, weight in model.unet.state_dict().items()
                if name not in start.unet.state_dict()
                or not torch.equal(weight, start.unet.state_dict()[name])}
     assert changed
-    assert model.unet.config.second_time == NEEDS[method].second_time
-    if NEEDS[method].second_time:
+    assert model.unet.config.second_time == METHODS[method].second_time
+    if METHODS[method].second_time:
         assert model.unet.until_embedding.linear_2.weight.abs().max() > 0  # trained
     for number in (1, 2, 4, 8):
-        if model.takes(number):
-            latents = draw_latents(model, ["a shape", "a red circle"], [0, 1], number)
+        if model.allows(number):
+            latents = sample_latents(model, ["a shape", "a red circle"], [0, 1], number)
             assert latents.isfinite().all()
             torch.testing.assert_close(
-                draw_latents(model, ["a red circle"], [1], number), latents[1:],
+                sample_latents(model, ["a red circle"], [1], number), latents[1:],
                 rtol=1e-3, atol=1e-3,
             )
     # Without its model it is made again from its states; the same to the byte.
@@ -506,7 +526,7 @@ def test_each_method_trains_resumes_and_is_drawn(method, call, folder, few_pictu
         assert again.read_bytes() == first
 
 
-def test_progressive_distillation_keeps_the_model_of_every_round(call, folder, few_pictures):
+def test_progressive_distillation_keeps_the_model_of_every_round(call, folder, few_images):
     out = folder / "rounds.safetensors"
     ask = ["--method", "progressive", "--pairs", folder / "pairs", "--out", out, *FEW,
            "--iterations", 5, "--validation-pairs", 0]
@@ -516,31 +536,23 @@ def test_progressive_distillation_keeps_the_model_of_every_round(call, folder, f
         made = load_file(folder / f"{name}.safetensors")
         states[steps_] = made["model.diffusion_model.out.2.weight"]
         model = checkpoint.load(folder / f"{name}.safetensors")
-        assert model.steps == steps_ and [n for n in (1, 2, 4, 8, 16) if model.takes(n)] == [steps_]
+        assert model.steps == steps_
+        assert [n for n in (1, 2, 4, 8, 16) if model.allows(n)] == [steps_]
         rows = read_metrics(Path(f"{out}.state") / f"{steps_}-steps")
         assert rows[-1]["step"] == (2 if steps_ == 1 else 1)
     assert len({tensor.numpy().tobytes() for tensor in states.values()}) == 4
-
-
-def test_a_dry_run_knows_the_rounds(call, folder):
-    for method, rounds in (("progressive", ("8 steps", "1 steps")), ("mlcm", ("segments", "edges")),
-                           ("hipa", ("hipa",))):
-        code, out, err = call(fewstep.train.main, "--method", method, *FEW, "--dry-run")
-        assert code == 0, err
-        assert all(f"s an update of {name}" in out for name in rounds)
-        assert not list(Path(".").iterdir())
 
 
 def test_what_the_models_refuse(call, untrained):
     for method, wrong in (("perflow", 2), ("hipa", 2), ("freeflow", 4), ("mlcm", 3),
                           ("progressive", 8)):
         code, _, err = call(sample.main, "--model", untrained(method), "--steps", wrong)
-        assert code == 2 and f"a {method} model" in err
+        assert code == 2 and "a few-step model" in err
     path = untrained("lcm")
     code, _, err = call(sample.main, "--model", path, "--guidance", 3)
     assert code == 2 and "its teacher's guidance" in err
     code, _, err = call(reflow.main, "--teacher", path)
-    assert code == 2 and "made by lcm" in err
+    assert code == 2 and "a few-step model" in err
     code, _, err = call(fewstep.train.main, "--method", "progressive", "--iterations", 3)
     assert code == 2 and "4 rounds" in err
     code, _, err = call(fewstep.train.main, "--method", "lcm", "--ema-device", "cpu")
@@ -565,9 +577,9 @@ def test_evaluation_takes_the_steps_that_a_method_knows(call, untrained):
 def test_re_noising_is_the_same_at_any_batch_size(untrained):
     model = checkpoint.load(untrained("lcm"))
     prompts, seeds = ["a shape"] * 5, range(5)
-    torch.testing.assert_close(draw_latents(model, prompts, seeds, 4, batch_size=2),
-                               draw_latents(model, prompts, seeds, 4), rtol=1e-3, atol=1e-3)
-    once, twice = (draw_latents(model, prompts, seeds, n) for n in (1, 2))
+    torch.testing.assert_close(sample_latents(model, prompts, seeds, 4, batch_size=2),
+                               sample_latents(model, prompts, seeds, 4), rtol=1e-3, atol=1e-3)
+    once, twice = (sample_latents(model, prompts, seeds, n) for n in (1, 2))
     assert relative_error(twice, once) > 1e-2
 
 
@@ -589,7 +601,7 @@ def test_passes_are_counted_where_they_are_computed(teacher):
         meanflow.loss(u, x, v, context, t, r, target=u)
         assert passes == [20 + 15 + 3 * 2]  # two without gradients
         passes[0] = 0
-        meanflow.loss(u, x, v, context, t, r, target=u, derivative=meanflow.along_path)
+        meanflow.loss(u, x, v, context, t, r, target=u, derivative=meanflow.exact_derivative)
     assert passes == [15 + 3 * 2]
     with compare.counted_passes() as passes:
         pass
@@ -637,7 +649,7 @@ def test_losses_are_drawn_of_the_rows_that_were_trained(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", NEEDS)
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains_in_two_processes(tmp_path, method):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 ROOT / "fewstep" / "train.py", "--method", method, *FEW, "--iterations", 8,
@@ -646,7 +658,8 @@ def test_each_method_trains_in_two_processes(tmp_path, method):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.count(f"a model by {method}") == 1
-    assert checkpoint.load(tmp_path / f"runs/{method}.safetensors").method == method
+    model = checkpoint.load(tmp_path / f"runs/{method}.safetensors")
+    assert model.few_step == METHODS[method].few_step
 
 
 def test_rounds_do_not_go_on_from_others_of_another_length(call, folder):
@@ -659,23 +672,30 @@ def test_rounds_do_not_go_on_from_others_of_another_length(call, folder):
 
 
 def test_held_out_noise_is_none_of_training(monkeypatch):
-    """Neither where a method draws its own."""
-    needs, shape = NEEDS["lcm"], (4, 4, 8, 8)
-    plain = [(torch.zeros(shape), torch.zeros(shape), ["a"] * 4)] * 3
-    monkeypatch.setattr(fewstep.train, "plain_batches", lambda pairs, size: (plain, []))
-    batches, _ = fewstep.train.held_out_batches(needs, 0, None, 4)
+    """Nor where a method has fresh noise."""
+    method, shape = METHODS["lcm"], (4, 4, 8, 8)
+    plain = [(None, (torch.zeros(shape), torch.zeros(shape), ["a"] * 4))] * 3
+    monkeypatch.setattr(fewstep.train, "held_out_batches", lambda reference: plain)
+    batches = fewstep.train.validation_batches(method, 0, None)
     for step in range(3):
-        drawn = torch.randn(shape, generator=generator_for(0, step))
-        assert all((batch[0] - drawn).abs().max() > 0.1 for batch in batches)
+        noise = torch.randn(shape, generator=generator_for(0, step))
+        assert all((batch[0] - noise).abs().max() > 0.1 for _, batch in batches)
+
+
+def test_the_table_of_older_files_is_that_of_the_methods():
+    for method in METHODS.values():
+        assert FEW_STEP_OF_METHOD[method.name] == method.few_step
+        for round_ in rounds_of(method, TrainingOptions(4, 4)):
+            assert FEW_STEP_OF_METHOD[method.name + round_.suffix] == round_.method.few_step
 
 
 def test_the_derivative_under_autocast(teacher):
-    """Large networks train in bf16: a difference would divide its rounding by NEAR, and autocast
+    """Large networks train in bf16: a difference would divide its rounding by DELTA_T, and autocast
     does not pass the forward derivative.
     """
     x, v, t, r, context = inputs(4, torch.float32)
     u = mean_velocity(meanflow.with_second_time(teacher.unet))
-    for way in (meanflow.difference, meanflow.along_path):
+    for way in (meanflow.finite_difference, meanflow.exact_derivative):
         wanted = way(u, x, v, t, r, context)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(way(u, x, v, t, r, context), wanted)

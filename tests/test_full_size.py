@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import checkpoint
 from conftest import ROOT, relative_error
-from diffusers_folder import text_to_transformers, unet_to_diffusers, vae_to_diffusers
+from formats.diffusers_folder import text_to_transformers, unet_to_diffusers, vae_to_diffusers
 from make_checkpoint import make_model, write_single_file
 
 

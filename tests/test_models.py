@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from conftest import relative_error
-from diffusers_folder import text_to_transformers, unet_to_diffusers, vae_to_diffusers
+from formats.diffusers_folder import text_to_transformers, unet_to_diffusers, vae_to_diffusers
 from text_encoder import TextEncoder, TextEncoderConfig
 from unet import StackedUNet, UNet, UNetConfig, stack
 from vae import AutoencoderKL, VAEConfig

@@ -9,9 +9,12 @@ import checkpoint
 import command
 import pairs
 from command import BadInput
+from diffusion import NoiseSchedule, dpm_solver
+from formats.prompts import read_prompts
 from make_checkpoint import make_model, write_single_file
-from pairs import built_in_prompts, describe_pairs, make_pairs
-from sample import noise_from_seeds, read_prompts, sample_path, seeds_in
+from pairs import built_in_prompts, make_pair_spec, make_pairs
+from rectified_flow import guided
+from sample import noise_from_seeds, seed_range
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 
@@ -30,9 +33,9 @@ def small_shards(monkeypatch):
 
 def make(model, folder, count=10, **changes):
     settings = dict(prompts=PROMPTS, source="test", steps=2, guidance=2.0, solver="dpm",
-                    dtype=model.dtype, world="reflow", seed=5, batch_size=3) | changes
+                    purpose="reflow", seed=5, batch_size=3) | changes
     drawn = {name: settings.pop(name) for name in ("batch_size", "repair") if name in settings}
-    return make_pairs(model, settings["prompts"], describe_pairs(model, count=count, **settings),
+    return make_pairs(model, settings["prompts"], make_pair_spec(model, count=count, **settings),
                       folder, **drawn)
 
 
@@ -41,11 +44,12 @@ def test_pairs_are_what_the_teacher_draws(model, tmp_path):
     assert len(made) == 10
     x0, x1, prompts = made[torch.tensor([7, 0])]
     assert prompts == [PROMPTS[7 % 3], PROMPTS[0]]
-    first = seeds_in("reflow", 5, 10)[0]
+    first = seed_range("reflow", 5, 10)[0]
     assert torch.equal(x0, noise_from_seeds([first + 7, first], (4, 8, 8)))
     context, null = model.encode_prompts(prompts), model.encode_prompts([""])
     with torch.no_grad():
-        *_, expected = sample_path(model, x0, 2, context, null, 2.0)
+        predict_noise = guided(model.unet, null, 2.0)
+        *_, expected = dpm_solver(predict_noise, x0, 2, NoiseSchedule(), context)
     torch.testing.assert_close(x1, expected, atol=2e-3, rtol=2e-3)  # stored as fp16
     description = json.loads((tmp_path / "pairs.json").read_text())
     assert description["count"] == 10 and description["solver"] == "dpm"
@@ -62,9 +66,7 @@ def test_only_missing_shards_are_made(model, tmp_path, monkeypatch):
     for path in tmp_path.glob("shard-*"):
         assert path.read_bytes() == before[path.name]
         assert stamps.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
-    monkeypatch.setattr(pairs, "draw_latents", None)  # nothing more to draw
-    # Nor to write.
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": 0}))
+    monkeypatch.setattr(pairs, "sample_latents", None)  # nothing more to generate
     make(model, tmp_path)
 
 
@@ -101,7 +103,7 @@ def test_other_settings_are_refused_by_name(model, tmp_path, change, words):
 
 def test_others_may_read_pairs_that_are_made(model, tmp_path):
     make(model, tmp_path)
-    assert tmp_path.resolve() not in command.LOCKED
+    assert tmp_path.resolve() not in command.LOCKS
 
 
 def test_pairs_of_another_dtype_are_refused(model, tmp_path):
@@ -131,7 +133,7 @@ def test_a_damaged_shard_is_named_and_repaired(model, tmp_path):
 
 def test_a_teacher_that_diverges_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        pairs, "draw_latents", lambda *a, **k: torch.full((3, 4, 8, 8), float("nan"))
+        pairs, "sample_latents", lambda *a, **k: torch.full((3, 4, 8, 8), float("nan"))
     )
     with pytest.raises(BadInput, match="latent of pair 0 is not finite"):
         make(model, tmp_path, count=3)

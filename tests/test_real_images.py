@@ -145,10 +145,10 @@ def test_images_become_squares(tmp_path):
     pixels = np.zeros((10, 30, 3), dtype=np.uint8)
     pixels[:, 10:20] = 200  # the middle square
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert (real_images.squared(tmp_path / "a.png", 10) == 200).all()
+    assert (real_images.square_image(tmp_path / "a.png", 10) == 200).all()
     (tmp_path / "b.png").write_text("no image")
     with pytest.raises(BadInput, match="b.png: not a readable image"):
-        real_images.squared(tmp_path / "b.png", 10)
+        real_images.square_image(tmp_path / "b.png", 10)
 
 
 def test_bad_input(call, networks, coco_folder, tmp_path):

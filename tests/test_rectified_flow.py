@@ -14,12 +14,13 @@ from diffusion import (
 )
 from evaluation.figures import straightness_figures
 from rectified_flow import (
-    HUBER, distill_loss, euler, flow_velocity, guided, interpolate, one_step, path_bends,
-    pseudo_huber, reflow_loss, straightness,
+    distill_loss, euler, flow_velocity, guided, interpolate, one_step, pseudo_huber, reflow_loss,
+    squared_deviations, straightness,
 )
-from sample import noise_from_seeds, sample_path
+from sample import noise_from_seeds, sample_latents
 
 SCHEDULE = NoiseSchedule()
+HUBER = 0.00054  # of the iCT paper
 
 
 def dummy_network(x, s, context):
@@ -27,12 +28,12 @@ def dummy_network(x, s, context):
     return 0.9 * torch.sin(1.3 * x + s[:, None] / 400)
 
 
-def a_model(kind, network=dummy_network):
+def a_model(kind, network=dummy_network, device="cpu"):
     """What sampling asks of a StableDiffusion, with contexts of seven zeros."""
     return SimpleNamespace(
-        unet=network, kind=kind, steps=4, guidance=2.0, device="cpu",
+        unet=network, kind=kind, steps=4, guidance=2.0, device=device, few_step=None,
         latent_shape=lambda size=None: (7,),
-        encode_prompts=lambda prompts: torch.zeros(len(prompts), 7),
+        encode_prompts=lambda prompts: torch.zeros(len(prompts), 7, device=device),
     )
 
 
@@ -66,7 +67,7 @@ def test_straight_flow_is_exact_in_one_step():
         torch.testing.assert_close(end, x1)
     torch.testing.assert_close(one_step(velocity, x0), x1)
     assert straightness(velocity, x0, 10) < 1e-12
-    _, cost = path_bends(velocity, x0, 10, None, torch.linspace(0, 1, 11))
+    _, cost = squared_deviations(velocity, x0, 10, None, torch.linspace(0, 1, 11))
     torch.testing.assert_close(cost, (x1 - x0).square().sum(1))
 
 
@@ -278,20 +279,18 @@ def test_noise_loss():
     )
 
 
-def test_sample_path_by_kind():
-    x = points(3).float()
-    context, null = torch.zeros(3, 7), torch.zeros(1, 7)
+def test_the_solver_of_each_kind():
+    seeds = range(3)
+    x, prompts = noise_from_seeds(seeds, (7,)), [""] * 3
+    sampled = lambda kind, *how, **more: sample_latents(a_model(kind), prompts, seeds, *how, **more)
     *_, expected = dpm_solver(dummy_network, x, 5, SCHEDULE)
-    *_, answer = sample_path(a_model("diffusion"), x, 5, context, null, 1.0, "dpm")
-    torch.testing.assert_close(answer, expected)
+    torch.testing.assert_close(sampled("diffusion", 5, 1.0), expected)
     *_, expected = ddim(dummy_network, x, 5, SCHEDULE)
-    *_, answer = sample_path(a_model("diffusion"), x, 5, context, null, 1.0, "ddim")
-    torch.testing.assert_close(answer, expected)
+    torch.testing.assert_close(sampled("diffusion", 5, 1.0, solver="ddim"), expected)
     *_, expected = euler(flow_velocity(dummy_network), x, 5)
-    *_, answer = sample_path(a_model("flow"), x, 5, context, null, 1.0)
-    torch.testing.assert_close(answer, expected)
-    # The model's own steps.
-    assert len(list(sample_path(a_model("flow"), x, None, context, null))) == 5
+    torch.testing.assert_close(sampled("flow", 5, 1.0), expected)
+    *_, expected = euler(flow_velocity(dummy_network), x, 4)  # the model's own steps
+    torch.testing.assert_close(sampled("flow", None, 1.0), expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,15 +371,16 @@ def test_everything_runs_on_a_device_without_float64():
         yield noise_loss(dummy_network, SCHEDULE, x, y, 999 * times, None)
         yield noise_loss(dummy_network, SCHEDULE, x, y, (999 * t).round(), None)
         for kind, solver in (("diffusion", "dpm"), ("diffusion", "ddim"), ("flow", "dpm")):
-            yield from sample_path(a_model(kind), y, 4, context, null, 2.0, solver)
+            model = a_model(kind, device=device)
+            yield sample_latents(model, [""] * 5, range(5), 4, 2.0, solver=solver)
         for kind in ("diffusion", "flow"):
             velocity, start, grid = as_flow(dummy_network, kind, y, 4, null, 2.0)
-            yield from path_bends(velocity, start, 4, context, grid)
+            yield from squared_deviations(velocity, start, 4, context, grid)
 
     expected = list(figures("cpu"))
     for device, mode in (("cpu", nullcontext()), ("mps", WithoutFloat64())):
         with mode:
             found = [figure.cpu() for figure in figures(device)]
-        assert len(found) == len(expected) == 24
+        assert len(found) == len(expected) == 12
         for a, b in zip(found, expected):
             torch.testing.assert_close(a, b)

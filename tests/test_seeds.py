@@ -12,16 +12,15 @@ import torch
 
 import checkpoint
 import command
-import demo
 import distill
 import evaluate
-import paper_table
 import reflow
 import sample
-import watch
 from command import TINY_TEACHER, BadInput
-from pairs import built_in_prompts, parts_of
-from sample import noise_from_seeds, seeds_in
+from evaluation import study
+from pairs import built_in_prompts, split_prompts
+from sample import noise_from_seeds, seed_range
+from toy import demo
 
 
 class Enough(Exception):
@@ -54,16 +53,16 @@ def asked(monkeypatch, tmp_path):
         found.append((seeds, []))
         raise Enough
 
-    for module in (watch, paper_table):
+    for module in (reflow, distill, study):
         monkeypatch.setattr(module, "make_pairs", make_pairs)
     monkeypatch.setattr(evaluate, "evaluate", measure)
-    monkeypatch.setattr(sample, "draw_pictures", draw)
+    monkeypatch.setattr(sample, "sample_images", draw)
 
     def run(main, *arguments):
         monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
         with pytest.raises(Enough):
             main()
-        command.let_others_in()
+        command.unlock_folder()
         return found.pop()
 
     return run
@@ -102,12 +101,12 @@ def test_the_study_measures_on_what_nothing_was_trained_on(asked):
     )
     worlds = {}
     for seed in (0, 1):
-        each = paper_table.study_of(seed, args, torch.device("cpu"), [], None)
+        each = study.study_of(seed, args, torch.device("cpu"), [], None)
         models = {"teacher": checkpoint.load(TINY_TEACHER)}
         for stem in ("2rf", "3rf"):
             checkpoint.save(checkpoint.load(TINY_TEACHER, kind="flow"), f"runs/{stem}.safetensors")
             models[stem] = checkpoint.load(f"runs/{stem}.safetensors")
-        of = {"questions": (each.questions.seeds, each.questions.prompts)}
+        of = {"questions": (each.evaluation_set.seeds, each.evaluation_set.prompts)}
         for model, held_out in itertools.product(models, (False, True)):
             of[model, held_out] = asked(partial(each.pairs_of, models[model], held_out))
         training = {text for key in of for text in of[key][1]
@@ -139,23 +138,23 @@ def test_the_plane_measures_on_new_noises(monkeypatch):
 
 
 def test_worlds_and_seeds_share_no_noise():
-    seeds = [seeds_in(world, seed, 3) for world in sample.WORLDS
-             for seed in (0, 1, 255, 256, 65_536, sample.RUN - 1)]
+    seeds = [seed_range(purpose, seed, 3) for purpose in sample.PURPOSES
+             for seed in (0, 1, 255, 256, 65_536, sample.RUN_SEEDS - 1)]
     seeds.append(range(3))
     noises = noise_from_seeds([each for three in seeds for each in three], (64,))
     assert len(noises.unique(dim=0)) == 3 * len(seeds)
     assert max(seeds[-2]) < 2**63
     with pytest.raises(BadInput, match="--seed 16777216: there are 16,777,216"):
-        seeds_in("evaluation", 2**24, 1)
+        seed_range("evaluation", 2**24, 1)
     with pytest.raises(BadInput, match="16,777,217 noises: one --seed has 16,777,216"):
-        seeds_in("reflow", 0, 2**24 + 1)
+        seed_range("reflow", 0, 2**24 + 1)
 
 
 def test_the_last_hundredth_of_a_list_is_never_trained_on():
     prompts = [f"prompt {k}" for k in range(1000)] + ["prompt 3"]
-    training, measuring = parts_of(prompts)
+    training, measuring = split_prompts(prompts)
     assert measuring == prompts[-10:] and training == [p for p in prompts[:991] if p != "prompt 3"]
-    assert parts_of(["a", "b"]) == (["a", "b"], [])
-    assert parts_of(["one prompt"] * 200) == (["one prompt"] * 200, [])
-    training, measuring = parts_of(built_in_prompts())
+    assert split_prompts(["a", "b"]) == (["a", "b"], [])
+    assert split_prompts(["one prompt"] * 200) == (["one prompt"] * 200, [])
+    training, measuring = split_prompts(built_in_prompts())
     assert (len(training), len(measuring)) == (6083, 61) and not set(training) & set(measuring)

@@ -5,15 +5,15 @@ import random
 
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
-import shapes
-import train_teacher
 from conftest import ROOT
 from evaluation.figures import frechet_distance
-from sample import draw_pictures
-from shapes import Caption, Phrase, Scene, obeys, parse
+from sample import sample_images
 from stable_diffusion import FAMILIES
+from toy import picture, shapes, train_teacher
+from toy.shapes import Caption, Phrase, Scene, obeys, parse
 
 FIGURES = json.loads((ROOT / "toy" / "tiny_sd.json").read_text())
 
@@ -28,6 +28,10 @@ def model():
     return checkpoint.load(ROOT / "toy" / "tiny_sd.safetensors")
 
 
+def is_full(caption):
+    return caption.relation in shapes.RELATIONS and not caption.omitted
+
+
 def test_captions_and_scenes():
     for caption in (
         shapes.random_captions(2000, 1) + shapes.full_captions(200, 1)
@@ -35,8 +39,8 @@ def test_captions_and_scenes():
     ):
         assert parse(str(caption)) == caption
         assert obeys(shapes.scene_of(caption, random.Random(1)), caption)
-    assert all(caption.is_full for caption in shapes.full_captions(100, 2))
-    assert not any(caption.is_full for caption in shapes.open_captions(100, 2))
+    assert all(is_full(caption) for caption in shapes.full_captions(100, 2))
+    assert not any(is_full(caption) for caption in shapes.open_captions(100, 2))
     assert all(caption.second is None for caption in shapes.single_captions(100, 2))
     for wrong in ("a pink circle", "circle", "a red", ""):
         with pytest.raises(ValueError):
@@ -112,7 +116,7 @@ def test_each_word_of_the_captions_is_one_token(model):
 
 def test_the_committed_figures_are_the_models(model, reader):
     captions = shapes.full_captions(200, 7)
-    pictures = draw_pictures(model, [str(c) for c in captions], range(200), 25, FIGURES["guidance"])
+    pictures = sample_images(model, [str(c) for c in captions], range(200), 25, FIGURES["guidance"])
     with torch.no_grad():
         share = sum(shapes.right(reader, reader.features(pictures), captions)) / 200
     # Three standard errors of a share measured on 200 pictures.
@@ -147,3 +151,15 @@ def test_frechet_distance_of_known_gaussians():
     # Diagonal covariances: the sum of the squared differences of the standard deviations.
     b = torch.randn(200_000, 3, generator=generator, dtype=torch.float64) * scale
     assert frechet_distance(a, b) == pytest.approx(1.0 + 0.25, rel=0.02)
+
+
+def test_the_readmes_image(call):
+    code, out, err = call(
+        picture.main, "--flow", ROOT / "toy/tiny_sd.safetensors", "--one-step",
+        ROOT / "toy/tiny_instaflow.safetensors", "--prompts", "a red circle", "a blue square",
+        "--out", "image.png")
+    assert code == 0 and "2 captions, four rows" in out, err
+    assert len(Image.open("image.png").convert("RGB").getcolors(10**7)) > 20
+    code, _, err = call(picture.main, "--flow", ROOT / "toy/tiny_emoji.safetensors",
+                        "--one-step", ROOT / "toy/tiny_instaflow.safetensors")
+    assert code == 2 and "was trained on another dataset than" in err

@@ -1,6 +1,7 @@
 """The loop: resuming equals not having stopped, and it stops where it must."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import command
 import training
 from command import BadInput
 from conftest import ROOT
-from training import TrainingOptions, generator_for, saved_progress, shuffled, train
+from evaluation.plots import plot_loss
+from pairs import shuffled
+from training import TrainingOptions, ema_copy, generator_for, saved_step
 
 
 def make_network():
@@ -21,12 +24,19 @@ def make_network():
     return nn.Sequential(nn.Linear(2, 16), nn.SiLU(), nn.Linear(16, 2))
 
 
-def run(folder, network=None, iterations=20, settings=None, spoil=None, **changes):
+def train(network, batch, loss, options, folder, settings=None, ema_device=None):
+    training.train(network, ema_copy(network, ema_device), batch, loss, options, folder,
+                   settings or {})
+
+
+def run(
+    folder, network=None, iterations=20, settings=None, spoil=None, ema_device=None, **changes
+):
     """Learn to rotate points; returns the network. spoil(step) may break the loss."""
     network = network or make_network()
     options = TrainingOptions(**{
         "iterations": iterations, "batch_size": 8, "learning_rate": 1e-2, "warmup_samples": 40,
-        "ema_half_life": 100, "save_every": 5, "log_every": 2,
+        "ema_half_life": 100, "save_every": 5, "log_every": 2, "name": "test",
     } | changes)
 
     def draw(samples, share, generator):
@@ -42,12 +52,8 @@ def run(folder, network=None, iterations=20, settings=None, spoil=None, **change
             error = error * spoil(steps[0].item())
         return error.square().mean(1), t
 
-    train(network, draw, loss, options, folder, settings or {}, "test")
+    train(network, draw, loss, options, folder, settings, ema_device)
     return network
-
-
-def saved_step(folder):
-    return saved_progress(folder)["step"]
 
 
 def weights(network):
@@ -79,7 +85,7 @@ def test_it_learns_and_reports(tmp_path):
     assert losses[-1] < 0.05 * losses[0]
     assert rows(tmp_path)[-1]["samples"] == 2400
     assert len(rows(tmp_path)[-1]["loss_by_t"]) == training.TIME_BINS
-    training.plot_loss(tmp_path)
+    plot_loss(tmp_path)
     assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
@@ -186,7 +192,7 @@ def test_no_memory_left_names_what_does_not_lose_the_run(tmp_path):
 def test_no_memory_left_while_a_run_is_opened(tmp_path, monkeypatch):
     run(tmp_path, iterations=10)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "load_state", lambda run: raised(torch.OutOfMemoryError))
+        patch.setattr(training, "load_state", lambda *run: raised(torch.OutOfMemoryError))
         with pytest.raises(BadInput, match="the state of step 10 is kept.*--ema-device cpu"):
             run(tmp_path)
 
@@ -212,21 +218,21 @@ def test_settings_are_written_with_the_first_state(tmp_path):
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import command\n"
-    code += f"command.keep_others_out({str(tmp_path / 'state')!r})\n"
+    code += f"command.lock_folder({str(tmp_path / 'state')!r})\n"
     code += "print('locked', flush=True); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout.readline() == "locked\n"
     with pytest.raises(
-        BadInput, match="state: another run works in this folder; wait for it, or name another one"
+        BadInput, match="state: another run works in this folder; wait for it, or name another"
     ):
         run(tmp_path / "state")
     other.kill()  # which is as hard as kill -9, and lets the next one in
     other.wait()
     run(tmp_path / "state")
     assert saved_step(tmp_path / "state") == 20
-    command.let_others_in()
+    command.unlock_folder()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -261,7 +267,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     said = "the gradient is not finite, though the loss is, at step 7, samples 56 to 63; the state "
     said += "of step 5 is kept"
     with pytest.raises(BadInput, match=said):
-        train(network, draw, loss, TrainingOptions(20, 8, save_every=5), tmp_path, {}, "test")
+        train(network, draw, loss, TrainingOptions(20, 8, save_every=5), tmp_path)
     assert saved_step(tmp_path) == 5 and torch.isfinite(weights(network)).all()
 
 
@@ -281,24 +287,6 @@ def test_a_damaged_state_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(BadInput, match="state.safetensors: damaged"):
         run(tmp_path)
-
-
-def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": 100}))
-    with pytest.raises(BadInput, match="GB are free"):
-        run(tmp_path)
-
-
-def test_what_is_on_the_disk_already_is_not_asked_for_again(tmp_path, monkeypatch):
-    state = training.BYTES_PER_PARAMETER * sum(
-        weight.numel() for weight in make_network().parameters()
-    )
-    free = {"free": 2 * state}
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), free))
-    run(tmp_path, iterations=10)
-    free["free"] = state  # the first state takes up the other half
-    run(tmp_path, iterations=20)
-    assert rows(tmp_path)[-1]["step"] == 20
 
 
 def test_only_what_is_trainable_is_trained_and_saved(tmp_path):
@@ -358,60 +346,62 @@ def test_shuffled_sees_everything_once_an_epoch():
 
 def test_half_precision_training_stays_finite(tmp_path):
     network = make_network()
-    options = TrainingOptions(30, 8, learning_rate=1e-2)
+    options = TrainingOptions(30, 8, learning_rate=1e-2, dtype=torch.bfloat16)
     draw = lambda samples, share, generator: (torch.randn(len(samples), 2, generator=generator),)
     loss = lambda network, x: ((network(x) - x).float().square().mean(1), None)
-    train(network, draw, loss, options, tmp_path, {}, "bf16", torch.bfloat16)
+    train(network, draw, loss, options, tmp_path)
     assert torch.isfinite(weights(network)).all() and network[0].weight.dtype == torch.float32
 
 
-def train_in_fp16(folder, iterations, scale=1.0):
-    network = make_network()
-    draw = lambda samples, share, generator: (torch.randn(len(samples), 2, generator=generator),)
-    loss = lambda network, x: (scale * (network(x) - x.flip(1)).float().square().mean(1), None)
-    options = TrainingOptions(iterations, 8, learning_rate=1e-2, save_every=1)
-    train(network, draw, loss, options, folder, {}, "fp16", torch.float16)
-    return network
-
-
-def test_fp16_resumes_bit_for_bit_with_its_scale(tmp_path):
-    scale = 300.0  # times 65536, the first scale, it overflows: some updates are passed over
-    whole = train_in_fp16(tmp_path / "a", 20, scale)
-    progress = training.saved_progress(tmp_path / "a")
-    assert 0 < progress["updates"] < progress["step"] == 20 and progress["scaler"]["scale"] < 65536
-    for iterations in (3, 11):
-        train_in_fp16(tmp_path / "b", iterations, scale)
-    assert torch.equal(weights(whole), weights(train_in_fp16(tmp_path / "b", 20, scale)))
-    a, b = (tmp_path / name / "state.safetensors" for name in "ab")
-    assert a.read_bytes() == b.read_bytes()
-
-
-def test_fp16_may_pass_over_every_update_before_the_first_state(tmp_path):
-    network = train_in_fp16(tmp_path, 2, 1e4)
-    assert (
-        training.saved_progress(tmp_path)["updates"] == 0
-        and torch.equal(weights(network), weights(make_network()))
-    )
-    assert not torch.equal(weights(train_in_fp16(tmp_path, 40, 1e4)), weights(make_network()))
-
-
-def test_fp16_does_not_pass_over_updates_for_ever(tmp_path):
-    with pytest.raises(
-        BadInput,
-        match="the gradient is not finite, though the loss is, at step 27, .*; no state is saved "
-        "yet",
-    ):
-        network = make_network()
-        draw = lambda samples, share, generator: (
-            torch.randn(len(samples), 2, generator=generator),
-        )
-        # It is finite, its slope is not, at any scale.
-        loss = lambda network, x: (torch.sqrt(0 * network(x).float()).sum(1), None)
-        # From 2**16 on the scale is halved at every step; at the 27th it is below 2**-10.
-        train(network, draw, loss, TrainingOptions(100, 8), tmp_path, {}, "fp16", torch.float16)
+def test_fp16_is_for_sampling_alone():
+    for device in ("cpu", "cuda"):
+        with pytest.raises(BadInput, match="--dtype fp16: .*; train in bf16 or fp32"):
+            training.autocast_dtype("fp16", torch.device(device), make_network())
 
 
 def test_what_makes_a_run_is_compared_with_its_dtype(tmp_path):
-    train_in_fp16(tmp_path, 2)
-    with pytest.raises(BadInput, match="dtype was 'fp16', now 'fp32'"):
-        train(make_network(), None, None, TrainingOptions(4, 8, learning_rate=1e-2), tmp_path, {})
+    run(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(BadInput, match="dtype was 'bf16', now 'fp32'"):
+        run(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# The averaged network
+
+
+def test_the_average_shares_what_does_not_train(tmp_path):
+    network = make_network()
+    network[0].requires_grad_(False)
+    ema = ema_copy(network)
+    assert ema[0].weight is network[0].weight and ema[2].weight is not network[2].weight
+    moved = []
+
+    def loss(network, x):
+        moved.append((network[2].weight - ema[2].weight).abs().max().item())
+        return (network(x) - x.flip(1)).square().mean(1), None
+
+    draw = lambda samples, share, generator: (torch.randn(len(samples), 2, generator=generator),)
+    options = TrainingOptions(5, 8, learning_rate=1e-2, ema_half_life=100)
+    training.train(network, ema, draw, loss, options, tmp_path, {})
+    assert moved[0] == 0 < moved[1] < moved[4]  # the average is at hand in every iteration
+    assert torch.equal(weights(network), weights(ema))  # both end as the average
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs of earlier versions
+
+
+def test_a_state_of_an_earlier_version_continues(tmp_path):
+    """tests/earlier/run: 10 of 20 iterations by the code before train() took its EMA network."""
+    shutil.copytree(ROOT / "tests/earlier/run", tmp_path / "a")
+    assert saved_step(tmp_path / "a") == 10
+    continued, whole = run(tmp_path / "a"), run(tmp_path / "b")
+    # fp32 on another processor rounds otherwise
+    torch.testing.assert_close(weights(continued), weights(whole), rtol=1e-4, atol=1e-5)
+    steps = [row["step"] for row in rows(tmp_path / "a")]
+    assert steps == [row["step"] for row in rows(tmp_path / "b")]
+    names = []
+    for name in "ab":
+        with training.safe_open(tmp_path / name / "state.safetensors", "pt") as file:
+            names.append(set(file.keys()))
+    assert names[0] == names[1]

@@ -10,11 +10,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-import cost
+from benchmarks import cost
 from conftest import ROOT
 from diffusion import NoiseSchedule
 from rectified_flow import (
-    distill_loss, euler, even_times, guided, interpolate, one_step, path_bends, reflow_loss,
+    distill_loss, euler, even_times, guided, interpolate, one_step, reflow_loss, squared_deviations,
 )
 from test_method import CROSSING, ENDS, NOISES, best_velocity, sample_of
 
@@ -99,7 +99,7 @@ def test_4_what_the_transport_cost_loses_is_loss_and_bend():
         length(x1 - x0 - flow(interpolate(x0, x1, t), t, None))
         for t in (torch.full((len(x0),), t) for t in times.tolist())
     ) / steps
-    bends, way = path_bends(flow, x0, steps, None, even_times(steps))
+    bends, way = squared_deviations(flow, x0, steps, None, even_times(steps))
     gone = length(x1 - x0) - way.mean().item()
     assert gone == pytest.approx(loss + bends.mean().item(), abs=0.05)
     assert 1.5 < gone < 2.2 and min(loss, bends.mean().item()) > 0.2

@@ -1,30 +1,27 @@
-"""The second tiny world: emoji, real pictures that people drew, with captions in their own words.
+"""The second tiny dataset: emoji, images by human artists, captioned with their names and tags.
 
-    python toy/emoji.py             fetches the pictures (npm, 160 MB) into runs/emoji/
-    python toy/emoji.py --judge     and makes emoji.json and emoji.safetensors again
+    python toy/emoji.py             downloads the images (npm, 160 MB) into runs/emoji/
+    python toy/emoji.py --judge     also makes emoji.json and emoji.safetensors again
 
-Some 570 things (animals, food, places, vehicles, sports) in three styles of drawing, on white,
-32 x 32 pixels. A caption says what is on the picture by its name, by one of its tags or by its
-group, and on every second one in which style:
+Some 570 concepts (animals, food, places, vehicles, sports) in three styles, 32 x 32 pixels on
+white. A caption is a concept's name, one of its tags or its group; every second one adds a style:
 
     "red apple"    "fox google"    "fruit fluent"    "animal mammal"    "transport air twitter"
 
-so that most names allow three pictures, a tag about ten and a group about fifty, as with real
-captions. The pictures stay in their packages, whose licences are named in toy/NOTICE; here lie the
-captions' words (emoji.json) and what the judge saw in every picture (emoji.safetensors), so that
-models are measured without.
+As with real captions, many images match one: mostly three a name, about ten a tag, fifty a group.
+Some images are held out: no training uses them, nor captions that name their concept and style.
+The images stay in their packages (licences: toy/NOTICE). The repository holds the captions' words
+(emoji.json) and the judge's features of every image (emoji.safetensors): all that evaluation needs.
 
-Some pictures are held out: nobody is trained on them, nor on captions that name their thing and
-style together, though on the thing in other styles.
-
-The judge asks EfficientNet (evaluation/efficientnet.py), which never saw an emoji with its name: of
-all real pictures, that whose features are nearest must be of a thing that the caption allows, in
-whichever style. Real pictures take the same test, each with itself left out, as a new drawing
-would; a drawing that repeats a picture finds that one, and can do better.
+The judge compares features of EfficientNet (evaluation/efficientnet.py), which was not trained on
+emoji. An image is right when the real image with the nearest features shows a concept that the
+caption allows, in any style. Real images take the same test, each without itself. A generated copy
+of a real image finds that image, so it can score higher than real images.
 """
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -36,75 +33,72 @@ import tarfile
 import tempfile
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import HERE, BadInput, Parser, check_output, run, write_text, write_whole
+from command import HERE, BadInput, Parser, check_output, run, write_atomically, write_text
 from evaluation.efficientnet import load_efficientnet
 
 SIZE = 32  # pixels along a side
-STYLES = {  # the packages that hold the pictures, and where
+STYLES = {  # package, and its folder of images
     "google": ("emoji-datasource-google@16.0.0", "package/img/google/64/"),
     "twitter": ("emoji-datasource-twitter@16.0.0", "package/img/twitter/64/"),
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/"),
 }
 WORDS = ("emojibase-data@17.0.0", "package/en/data.json", "package/en/messages.json")
-# Its groups of things: animals and nature, food, travel and places, activities. No people, faces,
-# flags or symbols; nor tools, papers and machines, of which 32 pixels show little.
+# Of its groups: animals and nature, food, travel and places, activities. No people, faces, flags or
+# symbols; nor tools, papers and machines, which are hardly recognisable in 32 pixels.
 GROUPS = (3, 4, 5, 6)
-# How a caption says what is on the picture, and how often it says the style too.
-BY_NAME, BY_TAG, WITH_STYLE = 0.7, 0.2, 0.5
-MEASURED_ONE_IN = 5  # captions: one is kept for measuring, the others are for training on
-HELD_OUT_ONE_IN = 20  # pictures
-FEATURES = 64  # of EfficientNet's 1280 directions, those in which real pictures differ most
+BY_NAME, BY_TAG, WITH_STYLE = 0.7, 0.2, 0.5  # probabilities of a caption's form
+MEASURED_ONE_IN = 5  # captions: one is kept for evaluation, the others are for training
+HELD_OUT_ONE_IN = 20  # images
+FEATURES = 64  # of EfficientNet's 1280 directions: the principal components of real images
 CONCEPTS = Path(__file__).with_name("emoji.json")
-SEEN = Path(__file__).with_name("emoji.safetensors")
+JUDGE = Path(__file__).with_name("emoji.safetensors")
 PICTURES = HERE / "runs" / "emoji" / "pictures.safetensors"
 
 
 # --------------------------------------------------------------------------------------------------
-# Things, pictures and captions
+# Concepts, images and captions
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A thing: its name, its tags, the group it is in, and the styles that it is drawn in."""
-
     name: str
     tags: tuple[str, ...]
     group: str
-    styles: tuple[str, ...]
+    styles: tuple[str, ...]  # in which there is an image of it
 
 
-@lru_cache(maxsize=1)
+@cache
 def concepts() -> list[Concept]:
-    return [Concept(**{key: tuple(value) if isinstance(value, list) else value
-                       for key, value in fields.items()})
-            for fields in json.loads(CONCEPTS.read_text())]
+    return [Concept(each["name"], tuple(each["tags"]), each["group"], tuple(each["styles"]))
+            for each in json.loads(CONCEPTS.read_text())]
 
 
-@lru_cache(maxsize=1)
+@cache
 def rows() -> list[tuple[Concept, str]]:
-    """(concept, style) of every picture, in the order in which pictures and features lie."""
+    """(concept, style) of each image. An image is known by its row here."""
     return [(concept, style) for concept in concepts() for style in concept.styles]
 
 
-@lru_cache(maxsize=1)
+@cache
 def allowed() -> dict[str, set[Concept]]:
-    """What a caption may say without its style -> the concepts that it allows."""
+    """A caption without its style -> the concepts that it allows."""
     found = {}
     for concept in concepts():
         for what in (concept.name, *concept.tags, concept.group):
@@ -113,99 +107,123 @@ def allowed() -> dict[str, set[Concept]]:
 
 
 def parse(caption: str) -> tuple[set[Concept], tuple[str, ...]]:
-    """The concepts and the styles that a caption allows. ValueError: it is none."""
+    """The concepts and the styles that a caption allows. ValueError: not such a caption."""
     what, _, last = caption.rpartition(" ")
     styles = (last,) if last in STYLES and what else tuple(STYLES)
     what = what if len(styles) == 1 else caption
     if what not in allowed():
-        raise ValueError(f"{caption!r} is not a caption of the emoji's")
+        raise ValueError(f"{caption!r} is not a caption of the emoji dataset")
     return allowed()[what], styles
 
 
-def pictures_of(caption: str) -> list[int]:
-    """The rows of all pictures that a caption allows."""
-    things, styles = parse(caption)
-    return [k for k, (concept, style) in enumerate(rows()) if concept in things and style in styles]
+def matching_rows(caption: str) -> list[int]:
+    """The rows of all images that a caption allows."""
+    wanted, styles = parse(caption)
+    return [k for k, (concept, style) in enumerate(rows()) if concept in wanted and style in styles]
+
+
+def sample_rows(captions: list[str], seed: int) -> list[int]:
+    """A random matching row for each caption."""
+    rng = random.Random(seed)
+    return [rng.choice(matching_rows(caption)) for caption in captions]
 
 
 def random_caption(row: int, rng: random.Random) -> str:
-    """Something true of the picture in this row."""
-    (concept, style), by = rows()[row], rng.random()
-    what = concept.name if by < BY_NAME or not concept.tags and by < BY_NAME + BY_TAG else (
-        rng.choice(concept.tags) if by < BY_NAME + BY_TAG else concept.group
-    )
+    """A caption that matches the image in this row."""
+    (concept, style), form = rows()[row], rng.random()
+    if form >= BY_NAME + BY_TAG:
+        what = concept.group
+    elif form >= BY_NAME and concept.tags:
+        what = rng.choice(concept.tags)
+    else:
+        what = concept.name
     return f"{what} {style}" if rng.random() < WITH_STYLE else what
 
 
 def one_in(count: int, text: str) -> bool:
-    """Is this text the one of so many? It decides itself, so that it is so on every machine."""
+    """True for one in `count` texts; the text alone decides, so all machines agree."""
     return hashlib.sha256(text.encode()).digest()[0] % count == 0
 
 
 def is_held_out(row: int) -> bool:
-    """Is nobody trained on this picture? One style of a concept at most."""
+    """Is the image held out from all training? At most one style of a concept is."""
     concept, style = rows()[row]
     chosen = concept.styles[hashlib.sha256(concept.name.encode()).digest()[1] % len(concept.styles)]
     return len(concept.styles) > 1 and style == chosen and one_in(
-        max(1, HELD_OUT_ONE_IN // len(STYLES)), f"picture {concept.name}"
+        HELD_OUT_ONE_IN // len(STYLES), f"picture {concept.name}"
     )
 
 
-@lru_cache(maxsize=1)
+@cache
 def held_out_captions() -> frozenset[str]:
-    """Those that name a held-out picture's concept and style."""
-    names = (rows()[row] for row in range(len(rows())) if is_held_out(row))
-    return frozenset(f"{concept.name} {style}" for concept, style in names)
+    """The captions that name a held-out image's concept and style."""
+    return frozenset(f"{concept.name} {style}" for row, (concept, style) in enumerate(rows())
+                     if is_held_out(row))
 
 
 def is_for_measuring(caption: str) -> bool:
-    """Is this caption one that no list to train on has?"""
+    """Is the caption held out from training?"""
     return caption in held_out_captions() or one_in(MEASURED_ONE_IN, caption)
 
 
+@cache
+def training_rows() -> list[int]:
+    """The rows of images to train on: not held out, with at least one caption to train on."""
+
+    def has_caption(concept: Concept, style: str) -> bool:
+        whats = (concept.name, *concept.tags, concept.group)
+        captions = (text for what in whats for text in (what, f"{what} {style}"))
+        return not all(map(is_for_measuring, captions))
+
+    return [k for k, row in enumerate(rows()) if not is_held_out(k) and has_caption(*row)]
+
+
 def training_caption(row: int, rng: random.Random) -> str:
-    """A caption of the picture to train on; the same things are said in many ways, so one is."""
+    """A random caption of the image to train on."""
     while True:
         caption = random_caption(row, rng)
         if not is_for_measuring(caption):
             return caption
 
 
-@lru_cache(maxsize=1)
-def training_rows() -> list[int]:
-    """The pictures to train on that can be said in a caption to train on."""
-    def can_be_said(row: int) -> bool:
-        concept, style = rows()[row]
-        whats = (concept.name, *concept.tags, concept.group)
-        texts = [text for what in whats for text in (what, f"{what} {style}")]
-        return not all(is_for_measuring(text) for text in texts)
-
-    return [row for row in range(len(rows())) if not is_held_out(row) and can_be_said(row)]
-
-
 def training_captions(count: int, seed: int) -> list[str]:
-    """Captions to make pairs with."""
-    rng, choose = random.Random(seed), training_rows()
-    return [training_caption(rng.choice(choose), rng) for _ in range(count)]
+    """Captions for making pairs."""
+    rng = random.Random(seed)
+    return [training_caption(rng.choice(training_rows()), rng) for _ in range(count)]
 
 
 def measuring_captions(count: int, seed: int) -> list[str]:
-    """Captions to measure on: none of those to train on."""
-    rng, captions = random.Random(seed), []
-    while len(captions) < count:
-        caption = random_caption(rng.randrange(len(rows())), rng)
-        if is_for_measuring(caption):
-            captions.append(caption)
-    return captions
+    """Held-out captions, for evaluation."""
+    rng = random.Random(seed)
+    captions = (random_caption(rng.randrange(len(rows())), rng) for _ in itertools.count())
+    return list(itertools.islice(filter(is_for_measuring, captions), count))
+
+
+@cache
+def pictures() -> Tensor:
+    """All images, (N, 3, 32, 32) in [-1, 1]. BadInput: not downloaded."""
+    try:
+        images = load_file(PICTURES)["pictures"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        raise BadInput(f"{PICTURES}: missing or damaged; download the images with "
+                       "python toy/emoji.py") from None
+    if len(images) != len(rows()):
+        raise BadInput(f"{PICTURES}: {len(images)} images, and emoji.json has {len(rows())}; "
+                       "download them again with python toy/emoji.py")
+    return images.float() / 127.5 - 1
+
+
+# --------------------------------------------------------------------------------------------------
+# For train_teacher.py
 
 
 def words() -> set[str]:
-    """Every word that captions have."""
+    """All words of the captions."""
     return {word for what in allowed() for word in what.split()} | set(STYLES)
 
 
-def random_pictures(count: int, generator: torch.Generator) -> Tensor:
-    """Pictures for an autoencoder to learn from, (count, 3, 32, 32) in [-1, 1]; half mirrored."""
+def random_images(count: int, generator: torch.Generator) -> Tensor:
+    """Images to train an autoencoder on, (count, 3, 32, 32) in [-1, 1]; half are mirrored."""
     rows = torch.tensor(training_rows())
     images = pictures()[rows[torch.randint(len(rows), (count,), generator=generator)]]
     mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
@@ -213,35 +231,27 @@ def random_pictures(count: int, generator: torch.Generator) -> Tensor:
 
 
 def teacher_data(count: int, seed: int) -> tuple[Sequence[Tensor], Callable]:
-    """All pictures to train on in batches, and caption_of(number of a picture, random.Random)."""
+    """All images to train on in batches, and caption_of(index of an image, random.Random)."""
     chosen = training_rows()
-    return pictures()[chosen].split(500), lambda number, rng: training_caption(chosen[number], rng)
+    return pictures()[chosen].split(500), lambda index, rng: training_caption(chosen[index], rng)
 
 
-@lru_cache(maxsize=1)
-def pictures() -> Tensor:
-    """All pictures, (N, 3, 32, 32) in [-1, 1]. BadInput where they were not fetched."""
-    fetch = "python toy/emoji.py fetches them"
-    if not PICTURES.exists():
-        raise BadInput(f"{PICTURES}: the pictures are not here; {fetch}")
-    try:
-        found = load_file(PICTURES)["pictures"]
-    except (SafetensorError, KeyError):
-        raise BadInput(f"{PICTURES}: damaged; delete it, and {fetch}") from None
-    if len(found) != len(rows()):
-        raise BadInput(f"{PICTURES}: {len(found)} pictures, and emoji.json has {len(rows())}; "
-                       f"delete it, and {fetch}")
-    return found.float() / 127.5 - 1
+# Captions that train_teacher.py evaluates a teacher on.
+KINDS = {
+    "trained on": training_captions, "not trained on": measuring_captions,
+    "held-out pictures":
+        lambda count, seed: random.Random(seed).choices(sorted(held_out_captions()), k=count),
+}
 
 
 # --------------------------------------------------------------------------------------------------
-# The judge (evaluation/judge.py)
+# The judge (evaluation/judge.py): measuring_captions and these
 
 
 class Judge(nn.Module):
-    """EfficientNet's features of pictures in the directions in which real ones differ most.
+    """EfficientNet's features, projected to the principal components of real images.
 
-    real (N, 64): the features of all real pictures.
+    real (N, 64): the features of all real images.
     """
 
     def __init__(self, mean: Tensor, directions: Tensor, features: Tensor):
@@ -251,68 +261,53 @@ class Judge(nn.Module):
         self.real = features.float()
 
     @torch.no_grad()
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 64)."""
-        parts = [self.network(part.float()) for part in pictures.clamp(-1, 1).split(100)]
-        return (torch.cat(parts) - self.mean) @ self.directions
-
-
-def features() -> Tensor:
-    """Of all real pictures, (N, 64)."""
-    return load_file(SEEN)["features"].float()
+        batches = [self.network(batch.float()) for batch in images.clamp(-1, 1).split(100)]
+        return (torch.cat(batches) - self.mean) @ self.directions
 
 
 def load_reader() -> Judge:
-    """BadInput where EfficientNet's weights are not installed, or emoji.json has other pictures."""
-    reader = Judge(**load_file(SEEN))
-    if len(reader.real) != len(rows()):
-        raise BadInput(f"{SEEN}: features of {len(reader.real)} pictures, and {CONCEPTS.name} has "
+    """BadInput: EfficientNet's weights are not installed, or emoji.json has other images."""
+    judge = Judge(**load_file(JUDGE))
+    if len(judge.real) != len(rows()):
+        raise BadInput(f"{JUDGE}: features of {len(judge.real)} images, and {CONCEPTS.name} has "
                        f"{len(rows())}; make both again with python toy/emoji.py --judge")
-    return reader
+    return judge
 
 
-def some_rows(captions: list[str], seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.choice(pictures_of(caption)) for caption in captions]
+def features() -> Tensor:
+    """The features of all real images, (N, 64); needs no EfficientNet."""
+    return load_file(JUDGE)["features"].float()
 
 
 def drawn(captions: list[str], seed: int) -> Tensor | None:
-    """A real picture for each caption, (N, 3, 32, 32); None where they were not fetched."""
-    return pictures()[some_rows(captions, seed)] if PICTURES.exists() else None
+    """A real image for each caption, (N, 3, 32, 32); None: not downloaded."""
+    return pictures()[sample_rows(captions, seed)] if PICTURES.exists() else None
 
 
-def real_features(reader: Judge, captions: list[str], seed: int) -> Tensor:
-    """What the reader sees in those pictures, (N, 64), as it lies beside this file."""
-    return reader.real[some_rows(captions, seed)]
+def real_features(judge: Judge, captions: list[str], seed: int) -> Tensor:
+    """The features of those images, (N, 64); needs no images."""
+    return judge.real[sample_rows(captions, seed)]
 
 
-def right(reader: Judge, features: Tensor, captions: list[str]) -> list[bool]:
-    """For each picture: is the real one nearest to it of a thing that its caption allows?
+def right(judge: Judge, features: Tensor, captions: list[str]) -> list[bool]:
+    """For each image: does the nearest real image show a concept that the caption allows?
 
-    The nearest other one where it is itself in `reader.real`, at distance 0; a drawing never is.
+    A real image, at distance 0 from itself, takes the nearest other one.
     """
     # Through matrix products, the default for many rows, the distance to itself is rounded.
-    distances = torch.cdist(features, reader.real, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(features, judge.real, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.masked_fill(distances == 0, torch.inf).argmin(1).tolist()
     return [rows()[row][0] in parse(caption)[0] for row, caption in zip(nearest, captions)]
-
-
-def held_out_pictures(count: int, seed: int) -> list[str]:
-    """Captions that name a held-out picture's concept and style."""
-    return random.Random(seed).choices(sorted(held_out_captions()), k=count)
-
-
-# Which captions train_teacher.py measures a teacher on.
-KINDS = {"trained on": training_captions, "not trained on": measuring_captions,
-         "held-out pictures": held_out_pictures}
 
 
 # --------------------------------------------------------------------------------------------------
 # Made from the published packages
 
 
-def archive_of(package: str, folder: Path) -> Path:
-    """The package's archive, in the folder. BadInput where npm cannot fetch it."""
+def fetch_archive(package: str, folder: Path) -> Path:
+    """The package's archive in the folder, downloaded if missing. BadInput: npm cannot."""
     path = folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
     if path.exists():
         return path
@@ -320,19 +315,19 @@ def archive_of(package: str, folder: Path) -> Path:
     if shutil.which("npm") is None:
         raise BadInput(f"npm: not installed; install it, or {by_hand}")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as half:  # a killed run leaves no half archive
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # a kill leaves no partial archive
         pack = ["npm", "pack", package]
-        answer = subprocess.run(pack, cwd=half, capture_output=True, text=True)
-        if answer.returncode or not (Path(half) / path.name).exists():
-            last = (answer.stderr.strip() or "no message").splitlines()[-1]
-            raise BadInput(f"npm pack {package}: failed ({last}); see to the network, or {by_hand}")
-        os.replace(Path(half) / path.name, path)
+        result = subprocess.run(pack, cwd=temporary, capture_output=True, text=True)
+        if result.returncode or not Path(temporary, path.name).exists():
+            last = (result.stderr.strip() or "no message").splitlines()[-1]
+            raise BadInput(f"npm pack {package}: failed ({last}); check the network, or {by_hand}")
+        os.replace(Path(temporary, path.name), path)
     return path
 
 
 @contextmanager
-def opened(archive: Path):
-    """The archive, open. BadInput where it is damaged or another package."""
+def open_archive(archive: Path):
+    """The opened archive. BadInput: damaged, or another package."""
     try:
         with tarfile.open(archive) as tar:
             yield tar
@@ -342,73 +337,69 @@ def opened(archive: Path):
 
 
 def plain(text: str) -> str:
-    """Letters and digits alone, in lower case: "Piñata" -> "pinata"."""
+    """Only letters and digits, in lower case: "Piñata" -> "pinata"."""
     letters = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]+", " ", letters).strip()
 
 
+def code_of(name: str) -> str:
+    """A code point as all packages write it: without the mark for a coloured emoji."""
+    return name.lower().replace("-fe0f", "")
+
+
 def read_words(archive: Path) -> dict[str, tuple[str, list[str], str]]:
-    """Code point of an emoji -> its name, tags and group."""
-    with opened(archive) as tar:
+    """Code point -> name, tags and group."""
+    with open_archive(archive) as tar:
         data, messages = (json.load(tar.extractfile(name)) for name in WORDS[1:])
     groups = {group["order"]: plain(group["key"]) for group in messages["subgroups"]}
     found = {}
     for emoji in data:
-        # The dials of clocks differ by a hand that 32 pixels do not show.
+        # Clock faces differ by a hand that 32 pixels do not show.
         if emoji.get("group") in GROUPS and not re.search("o.clock|-thirty", emoji["label"]):
             tags = [plain(tag) for tag in emoji.get("tags", [])]
-            found[code_of(emoji["hexcode"])] = (plain(emoji["label"]), tags,
-                                                groups[emoji["subgroup"]])
+            group = groups[emoji["subgroup"]]
+            found[code_of(emoji["hexcode"])] = (plain(emoji["label"]), tags, group)
     return found
 
 
-def code_of(name: str) -> str:
-    """A code point as all packages say it: without the mark for coloured drawing."""
-    return name.lower().replace("-fe0f", "")
-
-
-def small(image: Image.Image) -> Tensor:
-    """On white, (3, 32, 32) uint8."""
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    return pil_to_tensor(white.convert("RGB").resize((SIZE, SIZE), Image.LANCZOS))
-
-
-def read_pictures(archive: Path, folder: str, wanted: set[str]) -> dict[str, Tensor]:
-    """Code point -> picture, of all that are wanted and there."""
+def read_images(archive: Path, folder: str, wanted: set[str]) -> dict[str, Tensor]:
+    """Code point -> image on white, (3, 32, 32) uint8, of the wanted ones that are there."""
     found = {}
-    with opened(archive) as tar:
+    with open_archive(archive) as tar:
         for member in tqdm(tar, desc=archive.name, unit="file", leave=False):
             code = code_of(Path(member.name).stem)
             if member.name.startswith(folder) and member.isfile() and code in wanted:
-                found[code] = small(Image.open(io.BytesIO(tar.extractfile(member).read())))
+                file = io.BytesIO(tar.extractfile(member).read())
+                image = Image.open(file).convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                white.alpha_composite(image)
+                small = white.convert("RGB").resize((SIZE, SIZE), Image.LANCZOS)
+                found[code] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     return found
 
 
-def described(words: dict, drawings: dict[str, dict[str, Tensor]]) -> tuple[list[Concept], Tensor]:
-    """The concepts that at least one style draws, and all pictures in the order of `rows`."""
-    counts = {}
-    for name, tags, group in words.values():
-        for tag in {*tags} - {name, group}:
-            counts[tag] = counts.get(tag, 0) + 1
-    things, images = [], []
+def make_concepts(words: dict, images: dict[str, dict[str, Tensor]]) -> tuple[list, Tensor]:
+    """The concepts with an image in at least one style, and all images in the order of `rows`.
+
+    words: of read_words. images: style -> code point -> image.
+    """
+    counts = Counter(tag for name, tags, group in words.values() for tag in {*tags} - {name, group})
+    made, ordered = [], []
     for code, (name, tags, group) in words.items():
-        styles = tuple(style for style in STYLES if code in drawings[style])
-        # A tag of one thing alone is one more name; a letter says nothing.
-        shared = tuple(sorted({tag for tag in tags if counts.get(tag, 0) > 1 and len(tag) > 1
-                               and tag not in (name, group)}))
+        styles = tuple(style for style in STYLES if code in images[style])
+        # A tag of one concept alone would be a second name; a single letter says nothing.
+        shared = {tag for tag in tags if counts[tag] > 1 and len(tag) > 1} - {name, group}
         if styles:
-            things.append(Concept(name, shared, group, styles))
-            images += [drawings[style][code] for style in styles]
-    return things, torch.stack(images)
+            made.append(Concept(name, tuple(sorted(shared)), group, styles))
+            ordered += [images[style][code] for style in styles]
+    return made, torch.stack(ordered)
 
 
 @torch.no_grad()
-def seen(pictures: Tensor) -> dict[str, Tensor]:
-    """What lies in emoji.safetensors: the judge's directions, and its features of all pictures."""
+def judge_tensors(images: Tensor) -> dict[str, Tensor]:
+    """The contents of emoji.safetensors: principal components, and features of all images."""
     network = load_efficientnet("python toy/emoji.py")
-    features = torch.cat([network(part) for part in pictures.split(100)])
+    features = torch.cat([network(batch) for batch in images.split(100)])
     mean = features.mean(0)
     *_, directions = torch.linalg.svd(features - mean, full_matrices=False)
     directions = directions[:FEATURES].T.contiguous()
@@ -417,26 +408,26 @@ def seen(pictures: Tensor) -> dict[str, Tensor]:
 
 
 def main():
-    parser = Parser("Fetch the pictures of emoji.")
+    parser = Parser("Download the images of emoji.")
     parser.add_argument("--judge", action="store_true",
-                        help="make emoji.json and emoji.safetensors again too: what models are "
-                             "measured with, and what they were trained on, is then another")
+                        help="also make emoji.json and emoji.safetensors again, which changes the "
+                             "captions and the judge: do not compare with older results")
     args = parser.parse_args()
     check_output(PICTURES)
     folder = PICTURES.parent
-    known = read_words(archive_of(WORDS[0], folder))
-    drawings = {style: read_pictures(archive_of(package, folder), inside, set(known))
-                for style, (package, inside) in STYLES.items()}
-    things, images = described(known, drawings)
+    words = read_words(fetch_archive(WORDS[0], folder))
+    images = {style: read_images(fetch_archive(package, folder), inside, set(words))
+              for style, (package, inside) in STYLES.items()}
+    made, images = make_concepts(words, images)
     if args.judge:
-        write_whole(SEEN, partial(save_file, seen(images.float() / 127.5 - 1)))
-        lines = ",\n".join(json.dumps(asdict(thing)) for thing in things)
+        write_atomically(JUDGE, partial(save_file, judge_tensors(images.float() / 127.5 - 1)))
+        lines = ",\n".join(json.dumps(asdict(concept)) for concept in made)
         write_text(CONCEPTS, f"[\n{lines}\n]\n")
-    elif things != concepts():
-        raise BadInput(f"{folder}: its packages hold other words or pictures than emoji.json; "
-                       f"delete them, and fetch those of {', '.join((*STYLES, WORDS[0]))} again")
-    write_whole(PICTURES, partial(save_file, {"pictures": images}))
-    print(f"{PICTURES}: {len(images)} pictures of {len(things)} things")
+    elif made != concepts():
+        raise BadInput(f"{folder}: its packages hold other words or images than emoji.json; "
+                       f"delete them, and download {', '.join((*STYLES, WORDS[0]))} again")
+    write_atomically(PICTURES, partial(save_file, {"pictures": images}))
+    print(f"{PICTURES}: {len(images)} images of {len(made)} concepts")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """The method in a hundred lines: two noises, two targets, crossing lines, reflow, one step.
 
-    python toy/first.py          seconds; prints where one step lands, and draws runs/first.png
+    python toy/first.py          seconds; prints where one step lands, and saves runs/first.png
 
 Noise is t = 0, data is t = 1. Two noises A, B and two targets P, Q, paired at random:
 
     A ──────── P      Each noise meets each target half of the time, so four lines are equally
       ╲      ╱        likely: A→P and B→Q with velocity (2, 0), A→Q with (2, -2), B→P with (2, 2).
-        ╲  ╱          The best velocity is the average of what passes through a point:
+        ╲  ╱          The best velocity at a point is the average over the lines through it:
         ╱  ╲          at A, t = 0:        ½ (2, 0) + ½ (2, -2) = (2, -1)
-      ╱      ╲        at (0, 0), t = ½:   ½ (2, -2) + ½ (2, 2) = (2, 0): crossing lines cancel
-    B ──────── Q      One Euler step from A ends at (1, 0), neither P nor Q. That is blur.
+      ╱      ╲        at (0, 0), t = ½:   ½ (2, -2) + ½ (2, 2) = (2, 0), the crossing
+    B ──────── Q      One Euler step from A ends at (1, 0), neither P nor Q: a blur.
 
-In small steps instead, what starts above stays above: A ends at P and B at Q, on bent paths that do
-not cross. So the flow has paired the points anew. Learn again on its pairs (reflow): two parallel
-lines, one velocity (2, 0), and one Euler step from A lands on P.
+Many small steps follow paths that bend and do not cross: A ends at P, and B at Q, a new pairing.
+Learn again on the new pairs (reflow): two parallel lines, one velocity (2, 0), and one step from A
+lands on P.
 
-Points are narrow Gaussians here, so that the best velocity E[X1 - X0 | X_t] has a closed form and
+Points are narrow Gaussians here, so the best velocity E[X1 - X0 | X_t] has a closed form and
 nothing is trained. Liu et al. 2022 (arXiv 2209.03003), Liu et al. 2023 (InstaFlow, 2309.06380).
 """
 
@@ -26,18 +26,18 @@ from matplotlib.figure import Figure
 
 NOISES = torch.tensor([[-1.0, 1.0], [-1.0, -1.0]])  # A, B
 TARGETS = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # P, Q
-WIDTH = 0.15  # standard deviation of the points around them
+WIDTH = 0.15  # standard deviation of the Gaussians around them
 
 
 def best_velocity(pairs):
     """The average velocity E[X1 - X0 | X_t = x] of equally likely pairs of Gaussians."""
     def velocity(x, t):  # x (B, 2), t a number
-        spread = (1 - t) ** 2 + t**2  # the variance of X_t around a line's centre, in WIDTH²
+        spread = (1 - t) ** 2 + t**2  # variance of X_t around the line, in WIDTH²
         velocities, weights = [], []
         for x0, x1 in pairs:
             offset = x - ((1 - t) * x0 + t * x1)  # (B, 2)
-            velocities.append(x1 - x0 + (2 * t - 1) / spread * offset)  # on this line alone
-            weights.append(-offset.square().sum(1) / (2 * WIDTH**2 * spread))  # how likely it is
+            velocities.append(x1 - x0 + (2 * t - 1) / spread * offset)  # on this line
+            weights.append(-offset.square().sum(1) / (2 * WIDTH**2 * spread))  # its log-likelihood
         weights = torch.stack(weights).softmax(0)[..., None]  # (pairs, B, 1)
         return (weights * torch.stack(velocities)).sum(0)
 
@@ -53,7 +53,7 @@ def euler(velocity, x, steps):
 
 
 square_length = lambda pairs: sum((b - a).square().sum().item() for a, b in pairs) / len(pairs)
-# Random pairs and their best velocity; the pairs that its flow makes; their best velocity: reflow.
+# Random pairs and their best velocity; the pairs of its flow, and their best velocity: reflow.
 first_pairs = [(x0, x1) for x0 in NOISES for x1 in TARGETS]
 first = best_velocity(first_pairs)
 ends = euler(first, NOISES, 1000)[-1]
@@ -69,7 +69,7 @@ print(f"                                        from A          from B\n"
       f"mean squared length of a pair:      {square_length(first_pairs):.2f} at random, "
       f"{square_length(second_pairs):.2f} after reflow")
 
-# The figure: what each line of the table above looks like.
+# The figure.
 torch.manual_seed(0)
 noises = NOISES.repeat(30, 1) + WIDTH * torch.randn(60, 2)
 figure = Figure(figsize=(13, 3.5), layout="constrained")

@@ -1,23 +1,23 @@
-"""The tiny world: captioned pictures of shapes, and a reader that reads captions back from them.
+"""The first tiny dataset: captioned images of shapes, and a classifier that reads captions back.
 
 A scene is one or two of {circle, square, triangle} in {red, green, blue, yellow, white} on gray,
 32 x 32 pixels. Two objects stand above one another or side by side. A caption such as
 
     "a red circle above a blue square"    "a shape left of a white triangle"    "a green shape"
 
-leaves attributes out at random ("shape" for any shape, "and" for any arrangement), so that what a
-caption allows is many pictures, as with real captions. A picture is right when everything that its
-caption says is in it.
+leaves attributes out at random ("shape" for any shape, "and" for any arrangement), so that, as with
+real captions, many images match it. An image is right when it shows everything its caption says.
 
-`Reader` is the judge of all experiments: a small network that reads count, arrangement, shapes and
-colours back. Its last hidden layer gives the features for the Fréchet distance. It never takes part
-in training a model.
+`Classifier` judges all experiments: a small network that predicts count, arrangement, shapes and
+colours. Its last hidden layer gives the features for the Fréchet distance. It never takes part in
+training a model.
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,12 +34,15 @@ RGB = torch.tensor([[220, 40, 40], [40, 160, 60], [50, 80, 225], [240, 215, 50],
                     [245, 245, 245]]) / 127.5 - 1
 GRAY = 120 / 127.5 - 1
 ARRANGEMENTS = ("one", "vertical", "horizontal")
-RELATIONS = ("above", "below", "left of", "right of", "and")
-OMIT = 0.25  # probability with which a caption leaves one attribute out
-MEASURED_ONE_IN = 5  # captions: one is kept for measuring, the others are for training on
-ONE_OBJECT = 0.15  # share of scenes with a single object
+RELATIONS = ("above", "below", "left of", "right of")  # a caption may also say "and"
+# What the classifier predicts. Objects are in image order: the upper or the left one first.
+ATTRIBUTES = {"arrangement": ARRANGEMENTS, "color 0": COLORS, "shape 0": SHAPES,
+              "color 1": COLORS, "shape 1": SHAPES}
+OMIT = 0.25  # probability that a caption leaves an attribute out
+MEASURED_ONE_IN = 5  # captions: one is kept for evaluation, the others are for training
+ONE_OBJECT = 0.15  # fraction of scenes with a single object
 RADIUS = (4.5, 6.5)  # pixels from an object's centre to its edge
-READER = Path(__file__).with_name("reader.safetensors")
+READER = Path(__file__).with_name("reader.safetensors")  # weights of the classifier
 
 
 # --------------------------------------------------------------------------------------------------
@@ -54,12 +57,12 @@ class Phrase:
     shape: str | None
 
     def __str__(self) -> str:
-        return " ".join(["a"] + ([self.color] if self.color else []) + [self.shape or "shape"])
+        return " ".join(filter(None, ("a", self.color, self.shape or "shape")))
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One phrase, or two and how they stand to each other ("and" leaves that open)."""
+    """One phrase, or two and their relation: one of RELATIONS, or "and" for any."""
 
     first: Phrase
     relation: str | None = None
@@ -71,17 +74,29 @@ class Caption:
         return f"{self.first} {self.relation} {self.second}"
 
     @property
-    def is_full(self) -> bool:
-        """Nothing is left out, and there are two objects to tell apart."""
-        phrases = (self.first, self.second)
-        return self.second is not None and self.relation != "and" and all(
-            p.color and p.shape for p in phrases
-        )
+    def arrangement(self) -> str | None:
+        """One of ARRANGEMENTS; None for any of two objects."""
+        return {None: "one", "above": "vertical", "below": "vertical", "left of": "horizontal",
+                "right of": "horizontal", "and": None}[self.relation]
+
+    @property
+    def phrases(self) -> list[Phrase]:
+        return [self.first] + ([self.second] if self.second else [])
+
+    @property
+    def omitted(self) -> int:
+        """How many colours and shapes are left out."""
+        return sum((phrase.color, phrase.shape).count(None) for phrase in self.phrases)
+
+
+def in_image_order(relation: str | None, objects: list) -> list:
+    """Objects in the order of a caption -> the upper or the left one first."""
+    return objects[::-1] if relation in ("below", "right of") else objects
 
 
 def parse(text: str) -> Caption:
-    """The caption of a text that `Caption` wrote. ValueError for any other text."""
-    for relation in RELATIONS:
+    """The inverse of str(caption). ValueError: not such a text."""
+    for relation in (*RELATIONS, "and"):
         if f" {relation} " in text:
             first, second = text.split(f" {relation} ")
             return Caption(parse_phrase(first), relation, parse_phrase(second))
@@ -89,41 +104,11 @@ def parse(text: str) -> Caption:
 
 
 def parse_phrase(text: str) -> Phrase:
-    words = text.split()
-    color, shape = (
-        (words[1:] if len(words) == 3 else [None, *words[1:]])
-        if words[:1] == ["a"] else (None, None)
-    )
-    if shape not in (*SHAPES, "shape") or color not in (None, *COLORS):
-        raise ValueError(f"{text!r} is not a phrase of the shapes' captions")
-    return Phrase(color, None if shape == "shape" else shape)
-
-
-# --------------------------------------------------------------------------------------------------
-# Scenes
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What a picture shows. Objects in picture order: the upper or the left one first."""
-
-    arrangement: str
-    objects: tuple[tuple[str, str], ...]  # (color, shape)
-
-
-def scene_of(caption: Caption, rng: random.Random) -> Scene:
-    """A scene that the caption allows; what it leaves out is drawn evenly."""
-
-    def fill(phrase: Phrase) -> tuple[str, str]:
-        return phrase.color or rng.choice(COLORS), phrase.shape or rng.choice(SHAPES)
-
-    if caption.second is None:
-        return Scene("one", (fill(caption.first),))
-    relation = caption.relation if caption.relation != "and" else rng.choice(RELATIONS[:4])
-    objects = fill(caption.first), fill(caption.second)
-    if relation in ("below", "right of"):
-        objects = objects[::-1]
-    return Scene("vertical" if relation in ("above", "below") else "horizontal", objects)
+    for color, shape in itertools.product((None, *COLORS), (None, *SHAPES)):
+        phrase = Phrase(color, shape)
+        if str(phrase) == text:
+            return phrase
+    raise ValueError(f"{text!r} is not a phrase of the shapes' captions")
 
 
 def random_caption(rng: random.Random) -> Caption:
@@ -135,143 +120,133 @@ def random_caption(rng: random.Random) -> Caption:
 
     if rng.random() < ONE_OBJECT:
         return Caption(phrase())
-    return Caption(phrase(), keep(rng.choice(RELATIONS[:4])) or "and", phrase())
+    return Caption(phrase(), keep(rng.choice(RELATIONS)) or "and", phrase())
 
 
-def random_captions(count: int, seed: int) -> list[Caption]:
-    """Captions as the models are trained on."""
+def random_captions(
+    count: int, seed: int, wanted: Callable[[Caption], bool] | None = None,
+) -> list[Caption]:
+    """Captions from the training distribution; only those for which wanted(caption) is true."""
     rng = random.Random(seed)
-    return [random_caption(rng) for _ in range(count)]
+    captions = (random_caption(rng) for _ in itertools.count())
+    return list(itertools.islice(filter(wanted, captions), count))
 
 
 def full_captions(count: int, seed: int) -> list[Caption]:
-    """Two-object captions with nothing left out: the hardest to obey."""
+    """Two-object captions with nothing left out: the hardest to follow."""
     rng = random.Random(seed)
-    phrases = lambda: Phrase(rng.choice(COLORS), rng.choice(SHAPES))
-    return [Caption(phrases(), rng.choice(RELATIONS[:4]), phrases()) for _ in range(count)]
-
-
-def chosen_captions(count: int, seed: int, wanted: Callable[[Caption], bool]) -> list[Caption]:
-    """Captions as the models are trained on, of those alone that are wanted."""
-    rng, captions = random.Random(seed), []
-    while len(captions) < count:
-        caption = random_caption(rng)
-        if wanted(caption):
-            captions.append(caption)
-    return captions
+    phrase = lambda: Phrase(rng.choice(COLORS), rng.choice(SHAPES))
+    return [Caption(phrase(), rng.choice(RELATIONS), phrase()) for _ in range(count)]
 
 
 def open_captions(count: int, seed: int) -> list[Caption]:
-    """Two-object captions with the arrangement and at least two attributes left out.
-
-    Many pictures are right.
-    """
-
-    def is_open(caption: Caption) -> bool:
-        if caption.second is None or caption.relation != "and":
-            return False
-        return [word for p in (caption.first, caption.second)
-                for word in (p.color, p.shape)].count(None) >= 2
-
-    return chosen_captions(count, seed, is_open)
+    """Two-object captions with the arrangement and two or more attributes left out."""
+    return random_captions(count, seed, lambda c: c.relation == "and" and c.omitted >= 2)
 
 
 def single_captions(count: int, seed: int) -> list[Caption]:
-    """Captions of one object, of which colour or shape or both may be left out."""
-    return chosen_captions(count, seed, lambda caption: caption.second is None)
+    """Captions of one object, whose colour or shape or both may be left out."""
+    return random_captions(count, seed, lambda caption: caption.second is None)
 
 
 def is_for_measuring(caption: Caption) -> bool:
-    """Is this caption one of those that no list to train on has?
-
-    Its text decides, so that it is so in every list.
-    """
-    # The second byte, of all the one with a fifth of each kind: of one object, of two, of those
-    # that leave much open.
+    """Is the caption held out from training? Its text alone decides."""
+    # The second byte: it holds out a fifth of each kind (single, full, open), others do not.
     return hashlib.sha256(str(caption).encode()).digest()[1] % MEASURED_ONE_IN == 0
 
 
-def captions_of_part(measuring: bool, count: int, seed: int, make: Callable) -> list[Caption]:
-    """The first `count` captions of make(..., seed) that are for measuring, or that are not."""
-    drawn, captions = 2 * count, []
+def captions_of_split(measuring: bool, count: int, seed: int, make: Callable) -> list[Caption]:
+    """The first `count` captions of make(..., seed) on this side of the split."""
+    size, captions = 2 * count, []
     while len(captions) < count:
-        captions = [caption for caption in make(drawn, seed)
-                    if is_for_measuring(caption) == measuring]
-        drawn *= 2
+        captions = [c for c in make(size, seed) if is_for_measuring(c) == measuring]
+        size *= 2
     return captions[:count]
 
 
-def training_captions(
-    count: int, seed: int, make: Callable[[int, int], list[Caption]] = random_captions,
-) -> list[Caption]:
-    """Captions to make pairs with: four fifths of all that there are."""
-    return captions_of_part(False, count, seed, make)
+def training_captions(count: int, seed: int, make: Callable = random_captions) -> list[Caption]:
+    """Captions for making pairs: four fifths of those of make(count, seed)."""
+    return captions_of_split(False, count, seed, make)
 
 
-def measuring_captions(
-    count: int, seed: int, make: Callable[[int, int], list[Caption]] = random_captions,
-) -> list[Caption]:
-    """Captions to measure on: the other fifth."""
-    return captions_of_part(True, count, seed, make)
+def measuring_captions(count: int, seed: int, make: Callable = random_captions) -> list[Caption]:
+    """Held-out captions, for evaluation: the other fifth."""
+    return captions_of_split(True, count, seed, make)
+
+
+# --------------------------------------------------------------------------------------------------
+# Scenes and images
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an image shows. Objects in image order: the upper or the left one first."""
+
+    arrangement: str
+    objects: tuple[tuple[str, str], ...]  # (color, shape)
+
+
+def scene_of(caption: Caption, rng: random.Random) -> Scene:
+    """A scene that matches the caption; what the caption leaves out is uniformly random."""
+    if caption.relation == "and":
+        caption = replace(caption, relation=rng.choice(RELATIONS))
+    objects = [(phrase.color or rng.choice(COLORS), phrase.shape or rng.choice(SHAPES))
+               for phrase in caption.phrases]
+    return Scene(caption.arrangement, tuple(in_image_order(caption.relation, objects)))
 
 
 def obeys(scene: Scene, caption: Caption) -> bool:
     """Does the scene show everything that the caption says?"""
+    phrases = in_image_order(caption.relation, caption.phrases)
 
-    def fits(phrase: Phrase, thing: tuple[str, str]) -> bool:
-        return phrase.color in (None, thing[0]) and phrase.shape in (None, thing[1])
+    def fits(objects: tuple) -> bool:
+        return all(phrase.color in (None, color) and phrase.shape in (None, shape)
+                   for phrase, (color, shape) in zip(phrases, objects))
 
-    if caption.second is None:
-        return scene.arrangement == "one" and fits(caption.first, scene.objects[0])
-    if scene.arrangement == "one":
-        return False
-    in_order = fits(caption.first, scene.objects[0]) and fits(caption.second, scene.objects[1])
-    swapped = fits(caption.first, scene.objects[1]) and fits(caption.second, scene.objects[0])
     if caption.relation == "and":
-        return in_order or swapped
-    if scene.arrangement != (
-        "vertical" if caption.relation in ("above", "below") else "horizontal"
-    ):
-        return False
-    return swapped if caption.relation in ("below", "right of") else in_order
+        either = fits(scene.objects) or fits(scene.objects[::-1])
+        return scene.arrangement != "one" and either
+    return scene.arrangement == caption.arrangement and fits(scene.objects)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
+def labels_of(scenes: list[Scene]) -> Tensor:
+    """(B, 5) indices into ATTRIBUTES; -100, which cross entropy skips, without a second object."""
+    rows = []
+    for scene in scenes:
+        words = [scene.arrangement, *itertools.chain(*scene.objects)]
+        row = [values.index(word) for values, word in zip(ATTRIBUTES.values(), words)]
+        rows.append(row + [-100] * (5 - len(row)))
+    return torch.tensor(rows)
 
 
 def draw(scenes: list[Scene], seed: int) -> Tensor:
-    """Pictures of the scenes, (B, 3, 32, 32) in [-1, 1]; places and sizes are drawn from the seed.
+    """Images of the scenes, (B, 3, 32, 32) in [-1, 1]; the seed decides places and sizes.
 
     Edges are anti-aliased: a pixel's coverage falls from 1 to 0 over one pixel around the signed
     distance 0.
     """
     rng = torch.Generator().manual_seed(seed)
-    count = len(scenes)
+    labels, count = labels_of(scenes), len(scenes)
     uniform = lambda *shape: 2 * torch.rand(*shape, generator=rng) - 1
     radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * torch.rand(count, 2, generator=rng)
     centre = SIZE / 2 + 2.5 * uniform(count, 2, 2)  # (B, object, (x, y))
     alone = SIZE / 2 + 7.0 * uniform(count, 2)
-    axis = torch.tensor([ARRANGEMENTS.index(scene.arrangement) for scene in scenes])
+    arrangement = labels[:, 0]
     apart = 7.5 + uniform(count)
     for k, side in enumerate((-1, 1)):
-        centre[:, k, 1] += side * apart * (axis == 1)
-        centre[:, k, 0] += side * apart * (axis == 2)
-    centre[axis == 0, 0] = alone[axis == 0]
+        centre[:, k, 1] += side * apart * (arrangement == 1)
+        centre[:, k, 0] += side * apart * (arrangement == 2)
+    centre[arrangement == 0, 0] = alone[arrangement == 0]
 
     pixels = torch.arange(SIZE) + 0.5
     images = torch.full((count, 3, SIZE, SIZE), GRAY)
     for k in range(2):
-        things = [scene.objects[k] if k < len(scene.objects) else None for scene in scenes]
-        shape = torch.tensor(
-            [SHAPES.index(thing[1]) if thing else -1 for thing in things]
-        )[:, None, None]
-        color = RGB[[COLORS.index(thing[0]) if thing else 0 for thing in things]][:, :, None, None]
-        # (B, 32, 32)
+        color = RGB[labels[:, 1 + 2 * k].clamp(min=0)][:, :, None, None]  # (B, 3, 1, 1)
+        shape = labels[:, 2 + 2 * k, None, None]  # negative: no such object
         dx = (pixels[None, None, :] - centre[:, k, 0, None, None]).expand(-1, SIZE, -1)
         dy = (pixels[None, :, None] - centre[:, k, 1, None, None]).expand(-1, -1, SIZE)
         r = radius[:, k, None, None]
-        circle = (dx**2 + dy**2).sqrt() - r
+        circle = (dx**2 + dy**2).sqrt() - r  # (B, 32, 32)
         square = torch.maximum(dx.abs(), dy.abs()) - 0.9 * r
         # Upright, of height 1.9 r: the base, and both slanted sides at once.
         triangle = torch.maximum(
@@ -284,50 +259,50 @@ def draw(scenes: list[Scene], seed: int) -> Tensor:
 
 
 def drawn(captions: list[Caption], seed: int) -> Tensor:
-    """Real pictures for captions: what a perfect model would draw. (B, 3, 32, 32)."""
+    """A real image for each caption, as from a perfect model: (B, 3, 32, 32)."""
     rng = random.Random(seed)
     return draw([scene_of(caption, rng) for caption in captions], seed)
 
 
 # --------------------------------------------------------------------------------------------------
-# What train_teacher.py asks of a world
+# For train_teacher.py
 
 
 def words() -> set[str]:
-    """Every word that captions have."""
+    """All words of the captions."""
     return {"a", "and", "of", "shape", *SHAPES, *COLORS, "above", "below", "left", "right"}
 
 
 def random_scenes(count: int, generator: torch.Generator) -> tuple[list[Caption], list[Scene]]:
-    """Random captions and a scene that obeys each."""
+    """Random captions and a scene that matches each."""
     rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
     captions = [random_caption(rng) for _ in range(count)]
     return captions, [scene_of(caption, rng) for caption in captions]
 
 
-def random_pictures(count: int, generator: torch.Generator) -> Tensor:
-    """Pictures for an autoencoder to learn from, (count, 3, 32, 32) in [-1, 1]."""
+def random_images(count: int, generator: torch.Generator) -> Tensor:
+    """Images to train an autoencoder on, (count, 3, 32, 32) in [-1, 1]."""
     _, scenes = random_scenes(count, generator)
     return draw(scenes, int(torch.randint(2**62, (1,), generator=generator)))
 
 
 def teacher_data(count: int, seed: int) -> tuple[Iterator[Tensor], Callable]:
-    """`count` pictures in batches, and caption_of(number of a picture, random.Random)."""
+    """`count` images in batches, and caption_of(index of an image, random.Random)."""
     captions = random_captions(count, seed)
-    starts = range(0, count, 500)
-    batches = (drawn(captions[k : k + 500], seed_of(seed, k)) for k in starts)
-    return batches, lambda number, rng: str(captions[number])
+    batches = (drawn(captions[k : k + 500], seed_of(seed, k)) for k in range(0, count, 500))
+    return batches, lambda index, rng: str(captions[index])
+
+
+# Captions that train_teacher.py evaluates a teacher on.
+KINDS = {"full": full_captions, "open": open_captions, "mixed": random_captions}
 
 
 # --------------------------------------------------------------------------------------------------
-# The reader
-
-HEADS = {"arrangement": ARRANGEMENTS, "color 0": COLORS, "shape 0": SHAPES,
-         "color 1": COLORS, "shape 1": SHAPES}
+# The judge (evaluation/judge.py): measuring_captions, drawn, and these
 
 
-class Reader(nn.Module):
-    """Pictures (B, 3, 32, 32) -> features (B, 64) -> logits for every attribute in HEADS."""
+class Classifier(nn.Module):
+    """Images (B, 3, 32, 32) -> features (B, 64) -> logits of each of the ATTRIBUTES."""
 
     def __init__(self):
         super().__init__()
@@ -336,7 +311,7 @@ class Reader(nn.Module):
             nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:])
         )
         self.hidden = nn.Linear(96 * 4 * 4, 64)
-        self.heads = nn.Linear(64, sum(len(values) for values in HEADS.values()))
+        self.heads = nn.Linear(64, sum(map(len, ATTRIBUTES.values())))
 
     def features(self, images: Tensor) -> Tensor:
         h = images
@@ -344,57 +319,37 @@ class Reader(nn.Module):
             h = F.max_pool2d(F.relu(convolution(h)), 2)
         return F.relu(self.hidden(h.flatten(1)))
 
-    def answers(self, features: Tensor) -> tuple[Tensor, ...]:
-        return self.heads(features).split([len(values) for values in HEADS.values()], dim=1)
+    def logits(self, features: Tensor) -> tuple[Tensor, ...]:
+        return self.heads(features).split([*map(len, ATTRIBUTES.values())], dim=1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.answers(self.features(images))
+        return self.logits(self.features(images))
 
 
-def labels_of(scenes: list[Scene]) -> Tensor:
-    """(B, 5) indices into HEADS; -100, which cross entropy skips, for a missing second object."""
-    rows = []
-    for scene in scenes:
-        row = [ARRANGEMENTS.index(scene.arrangement)]
-        for color, shape in scene.objects:
-            row += [COLORS.index(color), SHAPES.index(shape)]
-        rows.append(row + [-100] * (5 - len(row)))
-    return torch.tensor(rows)
+def load_reader(path: str | Path = READER) -> Classifier:
+    classifier = Classifier()
+    classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    return classifier.eval()
 
 
 @torch.no_grad()
-def read(reader: Reader, features: Tensor) -> list[Scene]:
-    """What the reader sees in each picture, from its features (B, 64)."""
-    best = torch.stack([logits.argmax(1) for logits in reader.answers(features)], dim=1).tolist()
+def real_features(classifier: Classifier, captions: list[Caption], seed: int) -> Tensor:
+    """Features of a real image for each caption, (N, 64)."""
+    return classifier.features(drawn(captions, seed))
+
+
+@torch.no_grad()
+def predict_scenes(classifier: Classifier, features: Tensor) -> list[Scene]:
+    """What the classifier sees in each image, from its features (B, 64)."""
+    best = torch.stack([logits.argmax(1) for logits in classifier.logits(features)], dim=1)
     scenes = []
-    for arrangement, *things in best:
+    for arrangement, *things in best.tolist():
         objects = tuple((COLORS[c], SHAPES[s]) for c, s in (things[:2], things[2:]))
-        scenes.append(
-            Scene(ARRANGEMENTS[arrangement], objects[:1] if arrangement == 0 else objects)
-        )
+        scenes.append(Scene(ARRANGEMENTS[arrangement], objects[: 1 if arrangement == 0 else 2]))
     return scenes
 
 
-def load_reader(path: str | Path = READER) -> Reader:
-    reader = Reader()
-    reader.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
-    return reader.eval()
-
-
-# --------------------------------------------------------------------------------------------------
-# What evaluation/judge.py asks beside measuring_captions, drawn and load_reader
-
-
-@torch.no_grad()
-def real_features(reader: Reader, captions: list[Caption], seed: int) -> Tensor:
-    """What the reader sees in drawn pictures, (N, 64)."""
-    return reader.features(drawn(captions, seed))
-
-
-def right(reader: Reader, features: Tensor, captions: list[Caption]) -> list[bool]:
-    """For each picture: does it show everything that its caption says?"""
-    return [obeys(scene, caption) for scene, caption in zip(read(reader, features), captions)]
-
-
-# Which captions train_teacher.py measures a teacher on.
-KINDS = {"full": full_captions, "open": open_captions, "mixed": random_captions}
+def right(classifier: Classifier, features: Tensor, captions: list[Caption]) -> list[bool]:
+    """For each image: does it show everything that its caption says?"""
+    scenes = predict_scenes(classifier, features)
+    return [obeys(scene, caption) for scene, caption in zip(scenes, captions)]

@@ -1,24 +1,23 @@
-"""Make a tiny model from nothing: a miniature Stable Diffusion for one of two worlds.
+"""Train a miniature Stable Diffusion from nothing, on one of two tiny datasets.
 
-    python toy/train_teacher.py                   shapes.py: writes toy/tiny_sd.safetensors and more
-    python toy/train_teacher.py --world emoji     emoji.py: writes toy/tiny_emoji.safetensors
+    python toy/train_teacher.py                   shapes.py: toy/tiny_sd.safetensors and more
+    python toy/train_teacher.py --world emoji     emoji.py: toy/tiny_emoji.safetensors and more
 
-The classes are those of the full-size model. Each stage passes through the project's own loop and
-is resumable:
+The networks are those of the full-size model in smaller sizes. Each stage uses the project's
+training loop and resumes:
 
-    1. reading       what the captions' words mean, and of shapes the judge (reading.py)
-    2. autoencoder   32 x 32 pictures <-> (4, 8, 8) latents: L1 + L2 + perceptual + KL
-    3. U-Net         predicts the noise in latents; 10 % of the captions are dropped. That of emoji
-                     trains the text transformer along
-    4. figures       how good all this is, beside the model, as .json
+    1. reading       the meaning of the captions' words; for shapes also the judge (reading.py)
+    2. autoencoder   32 x 32 images <-> (4, 8, 8) latents: L1 + L2 + perceptual + KL
+    3. U-Net         predicts the noise in latents, with 10 % caption dropout; for emoji, the text
+                     transformer trains with it
+    4. figures       evaluation of all this, in a .json beside the model
 
-A world is a Python file that has words, random_pictures and teacher_data to learn from, and what
-evaluation/judge.py asks of a judge.
+A dataset is a Python file with words, random_images and teacher_data for training, KINDS of
+captions for evaluation, and the judge's functions (evaluation/judge.py).
 """
 
 import json
 import random
-import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,93 +25,73 @@ from types import ModuleType
 
 import torch
 from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-import emoji
-import shapes
 from command import (
-    HERE, BadInput, Parser, check_output, pick_dtype, positive, run, write_json, write_text,
-    write_whole,
+    HERE, BadInput, Parser, check_output, pick_dtype, positive, run, write_atomically, write_json,
+    write_text,
 )
 from diffusion import NoiseSchedule, noise_loss
-from distill import perceptual_distance
-from evaluation.figures import frechet_distance, machine_name
-from reading import EMA_RAMP, train_reader, train_text
-from sample import draw_pictures, run_seed, seeds_in
+from evaluation.figures import frechet_distance, machine_name, minutes_of
+from evaluation.perceptual import perceptual_distance
+from evaluation.plots import plot_loss
+from formats.tokenizers import tokenizer_from
+from pairs import shuffled
+from sample import run_seed, sample_images, seed_range
 from stable_diffusion import FAMILIES, StableDiffusion
-from text_encoder import TextEncoder, TextEncoderConfig, tokenize, tokenizer_from
-from training import TrainingOptions, plot_loss, read_metrics, seed_of, shuffled, train
+from text_encoder import TextEncoder, TextEncoderConfig, tokenize
+from toy import emoji, shapes
+from toy.reading import EMA_RAMP, train_classifier, train_text
+from training import TrainingOptions, ema_copy, seed_of, train
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
 
 @dataclass(frozen=True)
-class World:
+class Dataset:
     """What differs between the two."""
 
     module: ModuleType
     out: str
-    autoencoder_widths: tuple[int, ...]
+    vae_widths: tuple[int, ...]
     unet_widths: tuple[int, ...]
     text_iterations: int
     unet_iterations: int
 
-    @property
-    def vae(self) -> VAEConfig:
-        widths = self.autoencoder_widths
-        return VAEConfig(block_out_channels=widths, layers_per_block=1, norm_num_groups=16)
 
-    @property
-    def unet(self) -> UNetConfig:
-        return UNetConfig(
-            block_out_channels=self.unet_widths, attention_levels=(False, True),
-            layers_per_block=1, attention_heads=4, cross_attention_dim=TEXT.hidden_size,
-            norm_num_groups=16, sample_size=8,
-        )
-
-
-TEXT = TextEncoderConfig(  # vocab_size is set by the vocabulary
+DATASETS = {
+    "shapes": Dataset(shapes, "tiny_sd.safetensors", (32, 64, 64), (64, 128), 2000, 6000),
+    "emoji": Dataset(emoji, "tiny_emoji.safetensors", (48, 96, 96), (80, 160), 1000, 5000),
+}
+# Configs of all; vocab_size and widths are the dataset's.
+TEXT = TextEncoderConfig(
     max_position_embeddings=16, hidden_size=128, intermediate_size=512, num_hidden_layers=3,
     num_attention_heads=4,
 )
-WORLDS = {
-    "shapes": World(shapes, "tiny_sd.safetensors", (32, 64, 64), (64, 128), 2000, 6000),
-    "emoji": World(emoji, "tiny_emoji.safetensors", (48, 96, 96), (80, 160), 1000, 5000),
-}
+VAE = VAEConfig(layers_per_block=1, norm_num_groups=16)
+UNET = UNetConfig(
+    attention_levels=(False, True), layers_per_block=1, attention_heads=4,
+    cross_attention_dim=TEXT.hidden_size, norm_num_groups=16, sample_size=8,
+)
 
-# Share of captions replaced by the empty one, so that guidance works (Ho & Salimans 2022).
-DROP = 0.1
-# A number of the latent; small, as in Rombach et al. 2022: it keeps the latents near unit size.
-KL_WEIGHT = 1e-4
+CAPTION_DROPOUT = 0.1  # as in classifier-free guidance (Ho & Salimans 2022)
+KL_WEIGHT = 1e-4  # small, as in Rombach et al. 2022: it only keeps the latents near unit size
 PERCEPTUAL_WEIGHT = 0.5
-CAPTIONS = 4000  # in the list from which pairs are drawn
-MEASURED, TEACHER_STEPS = 1000, 25  # pictures and steps behind each figure
+CAPTIONS = 4000  # in the list that pairs are made from
+MEASURED, TEACHER_STEPS = 1000, 25  # images behind each figure, and the teacher's steps
 
 
 # --------------------------------------------------------------------------------------------------
-# The vocabulary: CLIP's format, with one merged token for each word of the captions
-
-
-def byte_alphabet() -> list[str]:
-    """The 256 printable characters that stand for bytes in GPT-2's and CLIP's vocabularies.
-
-    They come in CLIP's order.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
+# The vocabulary: CLIP's format, one token for each word of the captions
 
 
 def byte_pairs(word: str, ranks: dict[str, int]) -> list[str]:
-    """A word cut into tokens.
-
-    Of all neighbours, the pair whose merge comes first is joined, until none is left.
-    """
+    """The word's tokens: join the neighbours whose merge ranks first, until no merge applies."""
     parts = [*word[:-1], word[-1] + "</w>"]
     while True:
         pairs = [f"{a} {b}" for a, b in zip(parts, parts[1:])]
@@ -124,16 +103,16 @@ def byte_pairs(word: str, ranks: dict[str, int]) -> list[str]:
 
 
 def make_vocabulary(words: set[str]) -> tuple[dict[str, int], list[str]]:
-    """(token -> id, merges), for transformers' CLIPTokenizer: a token for each of these words.
+    """(token -> id, merges) for transformers' CLIPTokenizer, with a token for each word.
 
-    Any other text can be encoded too, letter by letter if need be.
+    Any other text can be encoded too, down to single bytes.
     """
-    alphabet = byte_alphabet()
+    alphabet = sorted(ByteLevel.alphabet())  # the characters that stand for bytes, in CLIP's order
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
-    ranks = {}  # merge -> its place among them
+    ranks = {}  # merge -> its rank
     for word in sorted(words):
-        # The merges that are there go first, as they will when the word is read; what they leave is
-        # joined here. A new merge may be wanted twice in a word ("cucumber"), so look anew.
+        # Existing merges apply first, as they will when the word is read. One new merge at a time:
+        # it may apply twice in a word ("cucumber").
         while len(parts := byte_pairs(word, ranks)) > 1:
             ranks[f"{parts[0]} {parts[1]}"] = len(ranks)
             tokens.append(parts[0] + parts[1])
@@ -145,36 +124,36 @@ def make_vocabulary(words: set[str]) -> tuple[dict[str, int], list[str]]:
 # The stages
 
 
-def train_autoencoder(world: World, iterations: int, folder: Path, seed: int) -> AutoencoderKL:
+def train_autoencoder(dataset: Dataset, iterations: int, folder: Path, seed: int) -> AutoencoderKL:
     torch.manual_seed(seed_of(seed, 2))
-    vae = AutoencoderKL(world.vae)
+    vae = AutoencoderKL(replace(VAE, block_out_channels=dataset.vae_widths))
     perceptual = perceptual_distance("random", torch.device("cpu"))
 
-    def draw(samples, share, generator):
-        images = world.module.random_pictures(len(samples), generator)
+    def batch(samples, share, generator):
+        images = dataset.module.random_images(len(samples), generator)
         return images, torch.randn(len(images), 4, 8, 8, generator=generator)
 
     def loss(vae, images, noise):
         latent = vae.encode(images)
         sample = latent.mean + (0.5 * latent.logvar).exp() * noise
-        answer = vae.decode(sample * vae.config.scaling_factor).float()
-        error = answer - images
+        rebuilt = vae.decode(sample * vae.config.scaling_factor).float()
+        error = rebuilt - images
         pixels = error.abs().flatten(1).mean(1) + error.square().flatten(1).mean(1)
         kl = latent.kl().float() / noise[0].numel()
-        return pixels + PERCEPTUAL_WEIGHT * perceptual(answer, images) + KL_WEIGHT * kl, None
+        return pixels + PERCEPTUAL_WEIGHT * perceptual(rebuilt, images) + KL_WEIGHT * kl, None
 
     options = TrainingOptions(
         iterations, 64, learning_rate=6e-4, warmup_samples=6400, cooldown=0.5, ema_half_life=5_000,
-        ema_ramp=EMA_RAMP, save_every=250, seed=seed,
+        ema_ramp=EMA_RAMP, save_every=250, seed=seed, name="2 autoencoder",
+        # With convolutions this wide, a CPU that has bf16 is twice as fast in it.
+        dtype=pick_dtype("auto", torch.device("cpu")),
     )
-    # Of convolutions this wide a CPU makes twice as many in bf16, where it has it.
-    dtype = pick_dtype("auto", torch.device("cpu"))
-    train(vae, draw, loss, options, folder / "autoencoder", {}, "2 autoencoder", dtype)
+    train(vae, ema_copy(vae), batch, loss, options, folder / "autoencoder", {})
     return vae
 
 
 class WithText(nn.Module):
-    """The U-Net with the text transformer before it, as one network: they learn together."""
+    """The U-Net and the text transformer as one network, to train together."""
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder):
         super().__init__()
@@ -188,17 +167,16 @@ def train_unet(
     network: WithText, iterations: int, folder: Path, seed: int, latents: Tensor, caption_of,
     ids_of, settings: dict,
 ) -> None:
-    """In place, on scaled latents (N, 4, 8, 8), a caption of each. settings: of what is before."""
+    """On scaled latents (N, 4, 8, 8) and a caption for each. settings: of the stages before."""
     schedule = NoiseSchedule()
 
-    def draw(samples, share, generator):
+    def batch(samples, share, generator):
         index = shuffled(samples, len(latents), seed)
-        kept = torch.rand(len(samples), generator=generator) >= DROP
+        keep = torch.rand(len(samples), generator=generator) >= CAPTION_DROPOUT
         s = torch.randint(schedule.timesteps, (len(samples),), generator=generator).float()
         noise = torch.randn(latents[index].shape, generator=generator)
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        prompts = [caption_of(i, rng) if keep else ""
-                   for i, keep in zip(index.tolist(), kept.tolist())]
+        prompts = [caption_of(k, rng) if kept else "" for k, kept in zip(index.tolist(), keep)]
         return latents[index], noise, s, ids_of(prompts)
 
     def loss(network, x1, noise, s, token_ids):
@@ -207,128 +185,110 @@ def train_unet(
     options = TrainingOptions(
         iterations, 64, learning_rate=1e-3, weight_decay=0.01, warmup_samples=64_000, cooldown=0.3,
         ema_half_life=50_000, ema_ramp=EMA_RAMP, save_every=500, log_every=50, seed=seed,
+        name="3 U-Net",
     )
     settings = {"data": len(latents)} | settings
-    train(network, draw, loss, options, folder / "unet", settings, "3 U-Net")
+    train(network, ema_copy(network), batch, loss, options, folder / "unet", settings)
 
 
-# --------------------------------------------------------------------------------------------------
-# How good it is
-
-
-def minutes_of(folder: Path, steps: int | None = None) -> float:
-    """Minutes that a stage takes, or its first steps.
-
-    By the median of its seconds a step, so that pauses do not count. BadInput where that is lost.
-    """
-    rows = read_metrics(folder)
-    if not rows:
-        raise BadInput(f"{folder}: holds no metrics.jsonl any more, so its minutes are not known; "
-                       "delete the model that it made, to make it again")
-    seconds = statistics.median(row["seconds_per_step"] for row in rows)
-    return round((steps or rows[-1]["step"]) * seconds / 60, 1)
-
-
-def measure(model: StableDiffusion, world: ModuleType, reader, seed: int) -> dict:
-    """Shares of right pictures and Fréchet distances, on noises and pictures never trained on."""
-    seeds = seeds_in("evaluation", seed, MEASURED)
+def evaluate(model: StableDiffusion, module: ModuleType, judge, seed: int) -> dict:
+    """Fractions of right images and Fréchet distances, on held-out noise and new real images."""
+    seeds = seed_range("evaluation", seed, MEASURED)
     figures = {"pictures": MEASURED, "teacher_steps": TEACHER_STEPS, "guidance": model.guidance}
-    for kind, make in world.KINDS.items():
+    for kind, make in module.KINDS.items():
         captions = make(MEASURED, seed)
         prompts = [str(caption) for caption in captions]
         with tqdm(total=MEASURED, desc=f"4 figures, {kind} captions") as bar:
-            pictures = draw_pictures(model, prompts, seeds, TEACHER_STEPS, bar=bar)
-        # Other pictures of the same captions, as the teacher's are, where they allow others; the
-        # same ones flatter the autoencoder.
-        others = world.drawn(captions, seed + 1)
+            images = sample_images(model, prompts, seeds, TEACHER_STEPS, bar=bar)
+        # Other real images of the same captions, where there are others, since the teacher's are
+        # new too; the same ones would flatter the autoencoder.
+        others = module.drawn(captions, seed + 1)
         with torch.inference_mode():
             rebuilt = torch.cat([
                 model.vae.decode(model.vae.encode_latents(part)) for part in others.split(250)
             ])
-            real = world.real_features(reader, captions, seed)
-            sets = {"drawn": world.real_features(reader, captions, seed + 1),
-                    "reconstructed": reader.features(rebuilt), "teacher": reader.features(pictures)}
+            real = module.real_features(judge, captions, seed)
+            sets = {"drawn": module.real_features(judge, captions, seed + 1),
+                    "reconstructed": judge.features(rebuilt), "teacher": judge.features(images)}
         figures[kind] = {"reconstruction_error": (rebuilt - others).square().mean().item()}
         for name, features in sets.items():
-            share = sum(world.right(reader, features, captions)) / MEASURED
-            figures[kind] |= {name: share, f"frechet_{name}": frechet_distance(real, features)}
+            accuracy = sum(module.right(judge, features, captions)) / MEASURED
+            figures[kind] |= {name: accuracy, f"frechet_{name}": frechet_distance(real, features)}
     return figures
 
 
 # --------------------------------------------------------------------------------------------------
+# The command
 
 
 def main():
     parser = Parser("Train a tiny Stable Diffusion from nothing.")
-    parser.add_argument("--world", choices=WORLDS, default="shapes")
-    parser.add_argument("--out", type=checkpoint.model_file,
-                        help="the model; what else is made lands beside it; default: toy/")
-    parser.add_argument("--work", help="folder of the training states; default: runs/teacher-WORLD")
-    of_shapes = parser.add_argument_group("shapes alone").add_argument
-    of_shapes("--data", type=positive, default=100_000, help="pictures to draw for the U-Net")
-    of_shapes("--reader-iterations", type=positive, default=3000)
-    parser.add_argument("--text-iterations", type=positive, help="default: 2000 shapes, 1000 emoji")
-    parser.add_argument("--autoencoder-iterations", type=positive, default=1500)
-    parser.add_argument("--unet-iterations", type=positive, help="default: 6000 shapes, 5000 emoji")
-    parser.add_argument("--seed", type=run_seed, default=0)
+    add = parser.add_argument
+    add("--world", choices=DATASETS, default="shapes", help="the dataset")
+    add("--out", help="the model; the other files are written beside it; default: in toy/")
+    add("--work", help="folder of the training states; default: runs/teacher-WORLD")
+    add("--data", type=positive, default=100_000, help="images for the U-Net (shapes only)")
+    add("--reader-iterations", type=positive, default=3000, help="of the judge (shapes only)")
+    add("--text-iterations", type=positive, help="default: 2000 shapes, 1000 emoji")
+    add("--autoencoder-iterations", type=positive, default=1500)
+    add("--unet-iterations", type=positive, help="default: 6000 shapes, 5000 emoji")
+    add("--seed", type=run_seed, default=0)
     args = parser.parse_args()
-    world, seed = WORLDS[args.world], args.seed
-    out = Path(args.out or HERE / "toy" / world.out)
+    dataset, seed = DATASETS[args.world], args.seed
+    out = Path(args.out or HERE / "toy" / dataset.out)
+    if out.suffix != ".safetensors":
+        raise BadInput(f"--out: must end in .safetensors, got {args.out!r}")
     check_output(out)
     folder = Path(args.work or f"runs/teacher-{args.world}")
-    if args.world == "emoji":  # what is not installed or fetched is said now, not after an hour
+    if args.world == "emoji":  # fail now, not after an hour, if something is not installed
         emoji.load_reader()
         emoji.pictures()
 
-    vocabulary, merges = make_vocabulary(world.module.words())
+    vocabulary, merges = make_vocabulary(dataset.module.words())
     text_config = replace(TEXT, vocab_size=len(vocabulary))
     tokenizer = tokenizer_from(vocabulary, merges)
-
-    def ids_of(prompts: list[str]) -> Tensor:
-        return tokenize(tokenizer, prompts, text_config.max_position_embeddings)
+    ids_of = lambda prompts: tokenize(tokenizer, prompts, text_config.max_position_embeddings)
 
     if args.world == "shapes":
-        reader = train_reader(args.reader_iterations, folder, seed)
-        tensors = {name: tensor.half() for name, tensor in reader.state_dict().items()}
-        write_whole(out.with_name("reader.safetensors"), lambda path: save_file(tensors, path))
-    text_iterations = args.text_iterations or world.text_iterations
-    text_encoder = train_text(args.world, text_iterations, folder, seed, ids_of, text_config)
-    # Shapes' answers say all that their captions do; of emoji the U-Net learns more.
+        classifier = train_classifier(args.reader_iterations, folder, seed)
+        tensors = {name: tensor.half() for name, tensor in classifier.state_dict().items()}
+        write_atomically(out.with_name("reader.safetensors"), lambda path: save_file(tensors, path))
+    text_iterations = args.text_iterations or dataset.text_iterations
+    text_encoder = train_text(args.world, text_config, text_iterations, folder, seed, ids_of)
+    # The text stage of shapes covers all that captions say. For emoji the U-Net teaches more.
     text_encoder.requires_grad_(args.world == "emoji")
-    vae = train_autoencoder(world, args.autoencoder_iterations, folder, seed)
+    vae = train_autoencoder(dataset, args.autoencoder_iterations, folder, seed)
 
-    pictures, caption_of = world.module.teacher_data(args.data, seed)
+    images, caption_of = dataset.module.teacher_data(args.data, seed)
     with torch.inference_mode():
-        latents = torch.cat([vae.encode(batch).mean.float() for batch in pictures])
-    # Latents of unit size, as SD's 0.18215 makes them.
+        latents = torch.cat([vae.encode(batch).mean.float() for batch in images])
+    # Scale the latents to unit standard deviation, as 0.18215 does for Stable Diffusion.
     vae.config = replace(vae.config, scaling_factor=1 / latents.std().item())
-    torch.manual_seed(seed_of(seed, 4))
-    network = WithText(UNet(world.unet), text_encoder)
-    iterations = args.unet_iterations or world.unet_iterations
     scaled = (vae.config.scaling_factor * latents).clone()
-    before = {"text": text_iterations, "autoencoder": args.autoencoder_iterations}
-    train_unet(network, iterations, folder, seed, scaled, caption_of, ids_of, before)
-
-    model = StableDiffusion(
-        network.unet, vae, text_encoder, tokenizer, "diffusion", family=args.world
+    torch.manual_seed(seed_of(seed, 4))
+    unet = UNet(replace(UNET, block_out_channels=dataset.unet_widths))
+    train_unet(
+        WithText(unet, text_encoder), args.unet_iterations or dataset.unet_iterations, folder, seed,
+        scaled, caption_of, ids_of,
+        {"text": text_iterations, "autoencoder": args.autoencoder_iterations},
     )
-    checkpoint.save(model, out)
-    prompts = [str(caption) for caption in world.module.training_captions(CAPTIONS, seed)]
-    captions_file = FAMILIES[args.world].captions.name
-    write_text(out.with_name(captions_file), "\n".join(prompts) + "\n")
 
+    model = StableDiffusion(unet, vae, text_encoder, tokenizer, "diffusion", family=args.world)
+    checkpoint.save(model, out)
+    prompts = [str(caption) for caption in dataset.module.training_captions(CAPTIONS, seed)]
+    write_text(out.with_name(FAMILIES[args.world].captions.name), "\n".join(prompts) + "\n")
+
+    stages = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    for stage in stages:
+        plot_loss(stage)
+    readers = [out.with_name("reader.safetensors")] if args.world == "shapes" else []
+    judge = dataset.module.load_reader(*readers)
     figures = {
         "command": " ".join(["python toy/train_teacher.py", *sys.argv[1:]]),
         "seed": seed,
         "machine": f"{machine_name(torch.device('cpu'))}, torch {torch.__version__}",
-    }
-    figures["minutes"] = {}
-    for stage in sorted(path.parent.name for path in folder.glob("*/metrics.jsonl")):
-        figures["minutes"][stage] = minutes_of(folder / stage)
-        plot_loss(folder / stage)
-    readers = [out.with_name("reader.safetensors")] if args.world == "shapes" else []
-    reader = world.module.load_reader(*readers)
-    figures |= measure(checkpoint.load(out), world.module, reader, seed + 1)
+        "minutes": {stage.name: minutes_of(stage) for stage in stages},
+    } | evaluate(checkpoint.load(out), dataset.module, judge, seed + 1)
     write_json(out.with_suffix(".json"), figures)
     print(json.dumps(figures, indent=2))
 

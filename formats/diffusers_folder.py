@@ -1,26 +1,32 @@
-"""A diffusers folder, in and out: the other door beside checkpoint.py's single file.
+"""A diffusers folder, in and out.
 
     sd14/model_index.json                        the pipeline's class and its parts
     sd14/unet/config.json, diffusion_pytorch_model.safetensors       vae/, text_encoder/ likewise
     sd14/tokenizer/vocab.json, merges.txt
 
-Our modules carry the names of this layout, so tensors need no renaming; configurations do. Folders
-written here open as they are in diffusers' StableDiffusionPipeline (a diffusion) and in InstaFlow's
-own RectifiedFlowPipeline (a flow or a one-step model).
+Our modules carry this layout's names, so only configurations are renamed. Folders written here open
+in diffusers' StableDiffusionPipeline (a diffusion) and in InstaFlow's RectifiedFlowPipeline (a flow
+or a one-step model).
 """
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from command import BadInput, first_line, note, write_folder_whole
-from stable_diffusion import (
-    MALFORMED, StableDiffusion, checked_about, empty_networks, fill, tell_unused, tensors_in,
+from command import BadInput, first_line, flush_to_disk, note
+from formats.tokenizers import merges_text, tokenizer_in, tokenizer_parts
+from formats.weights import (
+    MALFORMED, check_metadata, empty_networks, identity_of, load_weights, note_unused_tensors,
+    open_safetensors,
 )
-from text_encoder import TextEncoderConfig, merges_text, tokenizer_in, tokenizer_parts
+from stable_diffusion import StableDiffusion
+from text_encoder import TextEncoderConfig
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -53,7 +59,7 @@ def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDif
         text_from_transformers(config["text_encoder"]),
     ), dtype)
     for part, network in networks.items():
-        files = tensors_in(weight_files(path / part))
+        files = open_safetensors(weight_files(path / part))
         keys = {name: name for name in network.state_dict()}
         if part == "vae" and any(".query." in key for key in files):  # SD 1.4's and 1.5's folders
             for name in (name for name in keys if ".attentions." in name):
@@ -61,24 +67,25 @@ def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDif
                     keys[name] = keys[name].replace(f".{new}.", f".{old}.")
         if part == "text_encoder" and not any(key.startswith("text_model.") for key in files):
             keys = {name: name.removeprefix("text_model.") for name in keys}  # transformers 5's
-        fill(network, part, keys, files, str(path / part), device, dtype)
-        tell_unused(path / part, set(files) - set(keys.values()))
-    index = path / "model_index.json"
-    pipeline = checked_about(index, read_json(index) if index.exists() else {})
-    kind = kind or pipeline.get("kind") or guessed_kind(path, pipeline, config["unet"])
+        load_weights(network, part, keys, files, str(path / part), device, dtype)
+        note_unused_tensors(path / part, set(files) - set(keys.values()))
+    about = read_index(path)
+    kind = kind or about.get("kind") or guessed_kind(path, about, config["unet"])
     tokenizer = tokenizer_in(path / "tokenizer") if (path / "tokenizer").is_dir() else None
-    return StableDiffusion(**networks, tokenizer=tokenizer, kind=kind,
-                           family=pipeline.get("family") or "sd",
-                           method=pipeline.get("method") or "")
+    identity = identity_of(path, about, networks["unet"]) | {"kind": kind}
+    return StableDiffusion(**networks, tokenizer=tokenizer, **identity)
 
 
-def family_of_folder(path: Path) -> str:
+def read_index(path: Path) -> dict:
+    """The checked model_index.json; {} where there is none."""
     index = path / "model_index.json"
-    return checked_about(index, read_json(index) if index.exists() else {}).get("family") or "sd"
+    about = read_json(index) if index.exists() else {}
+    few_step = about.get("few_step")
+    return check_metadata(index, about | (few_step if isinstance(few_step, dict) else {}))
 
 
 def guessed_kind(path: Path, pipeline: dict, unet: dict) -> str:
-    """The kind of a folder that does not say it. InstaFlow's say flow, and not whether one-step."""
+    """The kind of a folder that does not store it. InstaFlow's do not say whether one-step."""
     if pipeline.get("_class_name") != "RectifiedFlowPipeline":
         return "diffusion"
     folder = path.resolve()
@@ -86,8 +93,7 @@ def guessed_kind(path: Path, pipeline: dict, unet: dict) -> str:
         folder = folder.parent.parent
     names = (folder.name, str(pipeline.get("_name_or_path")), str(unet.get("_name_or_path")))
     kind = "one-step" if any("instaflow" in name.lower() for name in names) else "flow"
-    note(f"{path}: a RectifiedFlowPipeline, by its name taken for a model of kind {kind}; --kind "
-         "says otherwise")
+    note(f"{path}: a RectifiedFlowPipeline, by its name of kind {kind}; --kind overrides it")
     return kind
 
 
@@ -215,12 +221,11 @@ def export(model: StableDiffusion, folder: str | Path, dtype=torch.float16) -> N
         what = "a stacked U-Net" if unet.stacked else "a U-Net with a second time"
         raise BadInput(f"{model.path}: diffusers has no class for {what}; keep the .safetensors "
                        "file")
-    if model.method:
-        note(f"{folder}: a {model.method} model, which diffusers' pipelines do not know how to "
-             "draw; its files are those of any other")
+    if model.few_step:
+        note(f"{folder}: a few-step model, which diffusers' pipelines cannot sample as trained")
     if model.tokenizer is None:
         note(f"{folder}: without a tokenizer, which other programs need; give --tokenizer")
-    write_folder_whole(folder, lambda temporary: write_folder(model, temporary, dtype))
+    write_folder_atomically(folder, lambda temporary: write_folder(model, temporary, dtype))
 
 
 def write_folder(model: StableDiffusion, folder: Path, dtype) -> None:
@@ -238,8 +243,9 @@ def write_folder(model: StableDiffusion, folder: Path, dtype) -> None:
     diffusion = model.kind == "diffusion"
     index = {
         "_class_name": "StableDiffusionPipeline" if diffusion else "RectifiedFlowPipeline",
-        "kind": model.kind, "family": model.family, "method": model.method,
-        "requires_safety_checker": False,
+        "kind": model.kind, "family": model.family, "requires_safety_checker": False,
+        # nested: diffusers takes lists at the top for components
+        **({"few_step": model.few_step._asdict()} if model.few_step else {}),
         "safety_checker": [None, None], "feature_extractor": [None, None],
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -279,3 +285,19 @@ def write_tokenizer(model: StableDiffusion, folder: Path) -> None:
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_folder_atomically(folder: str | os.PathLike, write: Callable[[Path], object]) -> None:
+    """Call write(temporary folder), flush its files, rename it. The folder must be new."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                flush_to_disk(path)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

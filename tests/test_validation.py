@@ -1,8 +1,9 @@
-"""The plan before a run, what is seen at its saves, and the recipes of recipes/ at tiny size."""
+"""The plan before a run, validation at its saves, and the recipes of recipes/ at tiny size."""
 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import checkpoint
 import command
@@ -19,12 +21,13 @@ import pairs
 import reflow
 import sample
 import training
-import watch
+import validation
 from command import TINY_TEACHER
 from conftest import ROOT
 from evaluation import figures
-from pairs import Pairs, parts_of
-from sample import prompts_of, seeds_in
+from formats.prompts import read_prompts, split_prompts
+from pairs import Pairs
+from sample import seed_range
 from training import read_metrics
 
 FEW = ["--num-pairs", 40, "--teacher-steps", 2, "--batch-size", 4, "--validation-pairs", 6]
@@ -33,67 +36,30 @@ STATE = Path("runs/2rf.safetensors.state")
 
 
 @pytest.fixture(autouse=True)
-def few_pictures(monkeypatch):
-    """In as few steps as will do: what is tested is not how pictures look."""
-    monkeypatch.setattr(watch, "STEPS", (1, 2))
-    monkeypatch.setattr(watch, "PICTURED", 2)
+def few_images(monkeypatch):
+    """In as few steps as will do: how the images look is not tested."""
+    monkeypatch.setattr(validation, "STEPS", (1, 2))
+    monkeypatch.setattr(validation, "NUM_PROMPTS", 2)
     monkeypatch.setattr(figures, "STRAIGHTNESS_STEPS", 3)
 
 
-def test_a_dry_run_forecasts_and_writes_nothing(call, monkeypatch):
-    code, out, err = call(reflow.main, *REFLOW, "--dry-run")
-    assert code == 0, err
-    assert "40 pairs of 2 steps" in out and "5 updates of 4, 20 samples" in out
-    assert "pairs a second" in out and "s an update of reflow" in out
-    assert not list(Path(".").iterdir())
-    code, out, err = call(
-        distill.main, "--teacher", TINY_TEACHER, *FEW, "--l2-iterations", 2,
-        "--lpips-iterations", 1, "--student", "stacked", "--dry-run",
-    )
-    assert code == 0, err
-    assert "s an update of L2" in out and "s an update of LPIPS" in out
-    assert not list(Path(".").iterdir())
-    # The backbone of the trained LPIPS is not fetched for that.
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
-    code, out, err = call(distill.main, "--teacher", TINY_TEACHER, *FEW, "--l2-iterations", 0,
-                          "--lpips-iterations", 1, "--lpips-net", "alex", "--dry-run")
-    assert code == 0 and "s an update of LPIPS" in out, err
+def test_the_plan_comes_before_the_work(call, monkeypatch):
+    def stop(*arguments):
+        raise command.BadInput("enough")
 
-
-def test_room_for_the_models_is_asked_for_before_the_work(call, monkeypatch):
-    free = 2.5 * Path(TINY_TEACHER).stat().st_size  # for two of them
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": free}))
-    code, _, err = call(reflow.main, *REFLOW, "--keep", 2)
-    assert code == 2 and "runs/2rf.safetensors: needs" in err
-    assert not Path("runs/pairs").exists()
-    code, _, err = call(distill.main, "--teacher", TINY_TEACHER, *FEW, "--keep", 1)
-    assert code == 2 and "runs/instaflow.safetensors: needs" in err
-
-
-def test_the_plan_knows_what_is_there(call):
+    with monkeypatch.context() as patch:
+        patch.setattr(reflow, "make_pairs", stop)
+        code, out, err = call(reflow.main, *REFLOW)
+    assert code == 2 and err == "error: enough"
+    assert "40 pairs of 2 steps at guidance scale 2.5" in out and "0 of 1 shards are there" in out
+    assert "5 iterations of 4, 20 samples, 0.5 epochs" in out
     assert call(reflow.main, *REFLOW)[0] == 0
-    code, out, _ = call(reflow.main, *REFLOW, "--dry-run")
-    assert code == 0 and "1 of 1 shards are there" in out
-
-
-def test_the_forecast_is_of_the_loop(monkeypatch):
-    """Days are counted from the measured times alone: 100 s a batch of pairs, 100 s an update."""
-    clock = iter(range(0, 10**6, 100))
-    monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
-    description = {"count": 12_800, "steps": 2, "guidance": 1.0, "solver": "dpm", "first_seed": 0,
-                   "latent_shape": [4, 8, 8], "prompts": "some"}
-    model, options = checkpoint.load(TINY_TEACHER), training.TrainingOptions(10, 4)
-
-    def train_on(pairs, train, watch=None):
-        reflow.reflow(model, pairs, options, Path("nowhere"), {}, train=train)
-
-    stage = watch.Stage("reflow", options, train_on, Path("nowhere"), {}, "nowhere")
-    a_pair = watch.time_of_pairs(model, ["a shape"], description, None)
-    update = watch.time_of_update(stage, description, ["a shape"])
-    text = watch.forecast(a_pair, description["count"], [stage], [update])
-    assert "1.28 pairs a second on a device, 2.8 hours for all" in text
-    assert "100 s an update of reflow, 16.7 minutes" in text
-    assert f"{(10_000 + 1_000) / 86_400:.3g} device-days" in text
+    _, out, _ = call(reflow.main, *REFLOW)
+    assert "1 of 1 shards are there" in out
+    monkeypatch.setattr(distill, "make_pairs", stop)
+    _, out, _ = call(distill.main, *FEW, "--l2-iterations", 2, "--lpips-iterations", 1,
+                     "--student", "stacked")
+    assert "distill, L2, 2 iterations" in out and "distill, LPIPS, 1 iterations" in out
 
 
 def test_what_is_seen_at_every_save(call):
@@ -125,9 +91,9 @@ def test_the_held_out_loss_is_that_of_the_averaged_weights_on_pairs_never_traine
         by_t = [reflow.reflow_loss(velocity, x0, x1, torch.full((6,), (k + 0.5) / 10), context)
                 for k in range(10)]
     assert row["held_out_loss"] == pytest.approx(torch.cat(by_t).mean().item(), rel=2e-2)  # fp16
-    training_prompts, kept = parts_of(prompts_of(model))
+    training_prompts, kept = split_prompts(read_prompts(ROOT / "toy/captions.txt"))
     assert set(prompts) <= set(kept) and not set(prompts) & set(training_prompts)
-    assert held_out.description["first_seed"] == seeds_in("validation", 0, 6)[0]
+    assert held_out.spec["first_seed"] == seed_range("validation", 0, 6)[0]
 
 
 def test_looking_changes_no_weight(call):
@@ -147,8 +113,8 @@ def test_a_run_killed_while_it_looks_goes_on(call, monkeypatch):
     class Killed(BaseException):
         pass
 
-    for place, name in ((watch.Watch, "__call__"), (watch, "save_comparison"),
-                        (training, "add_metrics")):
+    for place, name in ((reflow, "validate"), (validation, "save_comparison"),
+                        (validation, "append_metrics")):
         whole, calls, cut = getattr(place, name), [], Path(f"runs/{name}.safetensors")
 
         def kill(*arguments, whole=whole, calls=calls, **more):
@@ -161,7 +127,7 @@ def test_a_run_killed_while_it_looks_goes_on(call, monkeypatch):
         with pytest.raises(Killed):
             call(reflow.main, *few, "--out", cut)
         monkeypatch.setattr(place, name, whole)
-        command.let_others_in()  # as the system does for a process that is gone
+        command.unlock_folder()  # as the system does for a process that is gone
         assert call(reflow.main, *few, "--out", cut)[0] == 0
         assert calm.read_bytes() == cut.read_bytes()
         figures = [read_metrics(f"{path}.state", "held_out_loss") for path in (calm, cut)]
@@ -197,13 +163,13 @@ def test_distillation_is_seen_too(call):
 
 def test_own_validation_prompts(call, monkeypatch):
     """The first of the file, and a bad file is told before any pair is made."""
-    drawn, whole = [], watch.draw_pictures
+    drawn, whole = [], validation.sample_images
 
     def draw(model, prompts, *how, **more):
         drawn.append(prompts)
         return whole(model, prompts, *how, **more)
 
-    monkeypatch.setattr(watch, "draw_pictures", draw)
+    monkeypatch.setattr(validation, "sample_images", draw)
     Path("mine.txt").write_text("a red circle\na blue square\na shape\n")
     code, _, err = call(reflow.main, *REFLOW, "--validation-prompts", "none.txt")
     assert code == 2 and "none.txt" in err and err.count("\n") == 0
@@ -213,10 +179,9 @@ def test_own_validation_prompts(call, monkeypatch):
 
 
 def test_what_the_flags_of_looking_refuse(call):
-    for flags, said in ((["--keep", 1], "--keep: nothing is looked at"),
-                        (["--validation-prompts", "a.txt"], "--validation-prompts: nothing")):
+    for flags in (["--keep", 1], ["--validation-prompts", "a.txt"]):
         code, _, err = call(reflow.main, *REFLOW, *flags, "--validation-pairs", 0)
-        assert code == 2 and said in err
+        assert code == 2 and f"{flags[0]}: needs validation" in err
     code, _, err = call(reflow.main, *REFLOW, "--validation-pairs", 2**24)
     assert code == 2 and "one --seed has" in err
     assert not list(Path(".").iterdir())
@@ -229,7 +194,28 @@ def test_nothing_that_is_read_is_overwritten(call):
     code, _, err = call(reflow.main, *REFLOW, "--teacher", flow, "--pairs", "runs/p", "--out", flow)
     assert code == 2 and "would overwrite --teacher" in err
     assert call(distill.main, *FEW, "--init", flow, "--out", flow)[0] == 2
-    assert flow.read_bytes() == whole
+    l2 = Path("runs/instaflow-l2.safetensors")
+    l2.write_bytes(whole)
+    code, _, err = call(distill.main, *FEW, "--init", l2)
+    assert code == 2 and "would overwrite --init" in err  # by the first stage
+    assert call(distill.main, *FEW, "--init", l2, "--l2-iterations", 0, "--lpips-iterations", 1,
+                "--lpips-net", "random")[0] == 0  # which is left out here
+    assert flow.read_bytes() == l2.read_bytes() == whole
+
+
+def test_a_start_that_changes_meanwhile_is_refused(call, monkeypatch):
+    """--init is hashed when the run starts and loaded after the pairs, maybe days later."""
+    Path("start.safetensors").write_bytes(Path(TINY_TEACHER).read_bytes())
+    whole = reflow.make_pairs
+
+    def make_pairs(*arguments):
+        Path("start.safetensors").write_bytes(
+            (ROOT / "toy/tiny_instaflow.safetensors").read_bytes())
+        return whole(*arguments)
+
+    monkeypatch.setattr(reflow, "make_pairs", make_pairs)
+    code, _, err = call(reflow.main, *REFLOW, "--init", "start.safetensors")
+    assert code == 2 and "start.safetensors: has changed since this command started" in err
 
 
 def test_what_was_seen_before_the_first_state_is_of_this_run(call, monkeypatch):
@@ -269,14 +255,13 @@ def test_the_bar_counts_all_processes(monkeypatch, tmp_path):
     model = checkpoint.load(TINY_TEACHER)
     monkeypatch.setattr(pairs, "PAIRS_PER_SHARD", 4)
     monkeypatch.setattr(pairs, "tqdm", Bar)
-    asked = pairs.describe_pairs(model, ["a shape"], "some", 14, 1, 1.0, "dpm", model.dtype,
-                                 "reflow", 0)
+    spec = pairs.make_pair_spec(model, ["a shape"], "some", 14, 1, 1.0, "dpm", "reflow", 0)
     for i in (1, 3):
         (tmp_path / f"shard-0000{i}.safetensors").touch()  # of the other process
     monkeypatch.setattr(pairs, "world_size", lambda: 2)
-    monkeypatch.setattr(pairs, "from_all_processes", lambda items: [*items, 6])
+    monkeypatch.setattr(pairs, "all_gather", lambda items: [*items, 6])
     monkeypatch.setattr(pairs, "Pairs", lambda folder: None)
-    pairs.make_pairs(model, ["a shape"], asked, tmp_path)
+    pairs.make_pairs(model, ["a shape"], spec, tmp_path)
     assert (bars[0].total, bars[0].n) == (14, 14)
 
 
@@ -338,3 +323,40 @@ def test_the_recipes_run_in_two_processes(tmp_path, recipes):
         assert answer.returncode == 0, answer.stderr
     rows = (tmp_path / "runs/2rf.safetensors.state/metrics.jsonl").read_text().splitlines()
     assert any("held_out_loss" in json.loads(row) for row in rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs of earlier versions
+
+
+EARLIER = ROOT / "tests" / "earlier"
+AS_EARLIER = ["--num-pairs", 12, "--teacher-steps", 2, "--batch-size", 4, "--save-every", 2,
+              "--validation-pairs", 4, "--dtype", "fp32"]
+
+
+def test_pairs_and_runs_of_an_earlier_version_are_taken_up(call, monkeypatch):
+    """tests/earlier has pairs and the settings of runs by the code that had watch.py."""
+    shutil.copytree(EARLIER / "pairs", "runs/pairs")
+    made = Path("runs/pairs/shard-00000.safetensors").stat().st_mtime_ns
+    assert call(reflow.main, *AS_EARLIER, "--iterations", 4)[0] == 0
+    assert Path("runs/pairs/shard-00000.safetensors").stat().st_mtime_ns == made
+    same = lambda path, name: json.loads(Path(path, "settings.json").read_text()) == json.loads(
+        (EARLIER / f"{name}.json").read_text())
+    assert same(STATE, "reflow")
+    # Of the flow, another processor trains other weights, so its hash is the earlier one's here.
+    earlier = json.loads((EARLIER / "l2.json").read_text())["pairs"]["teacher_hash"]
+    for module in (pairs, checkpoint):
+        monkeypatch.setattr(module, "fingerprint", lambda path: earlier)
+    code, _, err = call(distill.main, *AS_EARLIER, "--l2-iterations", 2, "--lpips-iterations", 2)
+    assert code == 0, err
+    for stage in ("l2", "lpips"):
+        assert same(f"runs/instaflow.safetensors.state/{stage}", stage)
+
+
+def test_the_same_seed_makes_the_same_pairs(call):
+    """To the byte on the processor that made tests/earlier/pairs; elsewhere up to rounding."""
+    call(reflow.main, *AS_EARLIER, "--iterations", 1)
+    for path in (EARLIER / "pairs").glob("shard-*"):
+        earlier, now = (load_file(p) for p in (path, Path("runs/pairs") / path.name))
+        assert torch.equal(earlier["seeds"], now["seeds"])
+        torch.testing.assert_close(earlier["latents"], now["latents"], rtol=2e-2, atol=2e-2)

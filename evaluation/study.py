@@ -1,0 +1,258 @@
+"""What studies of the tiny models share: seeds, pairs and models on disk, rows that resume, tables.
+
+A study trains and measures several models for each seed. A row is written as soon as it is
+measured; pairs, models and training states stay in OUT/seed-SEED. Stop a study and run it again: it
+continues at the first row that its table lacks. Captions and noises of the measurements are in no
+pairs.
+
+    updates             training iterations of the model
+    own_samples         training samples that this model has seen; "samples" counts its teachers'
+                        too, since the diffusion
+    minutes             training time since the diffusion, without the pairs'
+    held_out_error      E‖X1 - (X0 + v(X0, 0))‖² per latent element, with X1 of the student's own
+                        teacher, on noises and captions of no training pair; train_error: on
+                        training pairs
+    transport_cost      E‖Z1 - Z0‖²; the other metrics are those of evaluate.py
+"""
+
+import argparse
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+import checkpoint
+from command import (
+    TINY_TEACHER, Parser, add_machine_options, check_output, check_same_settings,
+    fraction, pick_dtype, positive, solver_steps, write_json,
+)
+from evaluate import NUM_SHOWN, evaluate
+from evaluation.figures import GRADES, machine_name
+from evaluation.judge import EvaluationSet, judged_set, load_judge
+from evaluation.plots import save_comparison, steps_label
+from pairs import Pairs, make_pair_spec, make_pairs
+from rectified_flow import flow_velocity, one_step
+from sample import run_seed, sample_images, seed_range
+from stable_diffusion import FAMILIES, TOY, StableDiffusion, initial_student
+from training import TrainingOptions, autocast_dtype
+
+CAPTIONS = {  # values of --captions, and the function in toy/shapes.py that makes them
+    "open": "open_captions", "full": "full_captions", "single": "single_captions",
+    "mixed": "random_captions", "emoji": None,
+}
+NUM_CAPTIONS = 1000  # of the pairs; some occur more than once
+# Purpose of the noises of a teacher's pairs, by its file: no model is sampled where it was trained.
+# The diffusions' pairs serve all seeds.
+PURPOSE_OF = {"tiny_sd": "reflow", "tiny_emoji": "reflow", "2rf": "second reflow",
+              "3rf": "distillation"}
+FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
+COSTS = ("samples", "own_samples", "minutes")
+# Flags that decide the results of a table.
+SETTINGS = ("iterations", "lpips_iterations", "batch_size", "cooldown", "num_pairs",
+            "teacher_steps", "captions", "held_out", "num_samples", "passes", "learning_rate",
+            "dtype")
+
+
+load_dataset = functools.cache(load_judge)
+
+
+def dataset_of(captions: str) -> tuple[ModuleType, str]:
+    """The dataset in toy/ with captions of this name, and its teacher's path."""
+    family = "emoji" if captions == "emoji" else "shapes"
+    teacher = str(TOY / "tiny_emoji.safetensors") if family == "emoji" else TINY_TEACHER
+    return load_dataset(str(FAMILIES[family].judge)), teacher
+
+
+@functools.cache
+def captions_of(name: str, count: int, seed: int, measuring: bool) -> list:
+    """Captions of this name, to measure on or to train on."""
+    dataset, _ = dataset_of(name)
+    make = dataset.measuring_captions if measuring else dataset.training_captions
+    if name == "emoji":
+        return make(count, seed)
+    return make(count, seed, getattr(dataset, CAPTIONS[name]))
+
+
+@dataclass
+class Study:
+    """One seed of a study, with the rows of all seeds."""
+
+    seed: int
+    folder: Path
+    args: argparse.Namespace
+    device: torch.device
+    evaluation_set: EvaluationSet
+    rows: list[dict]
+    write: Callable[[], None]  # writes the rows to disk
+    # Rows of the image sheet: label, model, number of steps.
+    shown: list[tuple[str, StableDiffusion, int]] = field(default_factory=list)
+
+    def load(self, path: str | Path) -> StableDiffusion:
+        """A model to sample from, in --dtype."""
+        return checkpoint.load(path, self.device, pick_dtype(self.args.dtype, self.device))
+
+    def load_teacher(self) -> StableDiffusion:
+        """The dataset's diffusion. BadInput: a --dtype that nothing can train in."""
+        teacher = self.load(dataset_of(self.args.captions)[1])
+        autocast_dtype(self.args.dtype, self.device, teacher.unet)
+        return teacher
+
+    def new_student(self, source: StableDiffusion, init: str = "negated") -> StableDiffusion:
+        """The source in fp32, with a student's initial weights (`initial_student`)."""
+        model = checkpoint.load(source.path, self.device)
+        model.unet = initial_student(model.unet, init, model.kind, self.seed)
+        return model
+
+    def options(
+        self, network: nn.Module, iterations: int, name: str, learning_rate: float = 5e-4,
+    ) -> TrainingOptions:
+        """As reflow.py and distill.py train tiny models; a shorter warm-up, for shorter runs."""
+        return TrainingOptions(
+            iterations, self.args.batch_size, learning_rate=learning_rate, warmup_samples=1_600,
+            cooldown=self.args.cooldown, ema_half_life=10_000, ema_ramp=0.05, save_every=500,
+            seed=self.seed, dtype=autocast_dtype(self.args.dtype, self.device, network), name=name,
+        )
+
+    def pairs_of(
+        self, teacher: StableDiffusion, held_out: bool = False, guidance: float | None = None,
+    ) -> Pairs:
+        """The pairs of this teacher, made if they are missing. guidance None: the teacher's own."""
+        shared, stem = teacher.kind == "diffusion", Path(teacher.path).stem
+        folder, seed = (self.folder.parent, 0) if shared else (self.folder, self.seed)
+        name, count, purpose = "pairs", self.args.num_pairs, PURPOSE_OF[stem]
+        if held_out:
+            name, count, purpose = "held-out", self.args.held_out, "validation"
+        first_seed = seed_range(purpose, seed, count)[0]
+        captions = captions_of(self.args.captions, NUM_CAPTIONS, first_seed, measuring=held_out)
+        prompts = [str(caption) for caption in captions]
+        spec = make_pair_spec(teacher, prompts, self.args.captions, count, self.args.teacher_steps,
+                              guidance, "dpm", purpose, seed)
+        ending = "" if guidance is None else f"-guidance-{guidance:g}"
+        return make_pairs(teacher, prompts, spec, folder / f"{name}-{stem}{ending}")
+
+    def rows_with(self, key: dict) -> list[dict]:
+        return [row for row in self.rows if key.items() <= row.items()]
+
+    def record_real(self) -> None:
+        """The row "drawn": one set of real images against another, about the best possible."""
+        key = {"row": "drawn", "updates": None, "seed": self.seed}
+        if not self.rows_with(key):
+            empty = dict.fromkeys((*FIGURES, *COSTS))
+            self.rows.append(key | {"steps": None} | empty | self.evaluation_set.real_grades)
+
+    def record(
+        self, row: str, model: StableDiffusion, iterations: int,
+        source: StableDiffusion | None = None, steps: list[int] | None = None,
+        guidance: float | None = None, **costs,
+    ) -> None:
+        """Measure a model at each number of steps that the table lacks.
+
+        source: the teacher of a one-step model, for the errors on its pairs.
+        """
+        steps = [1] if model.kind == "one-step" else steps or self.args.steps
+        guidance = model.guidance if guidance is None else guidance
+        label = row + f", {iterations} iterations" * bool(iterations)
+        self.shown += [(f"{label}\n{steps_label(number)}", model, number) for number in steps]
+        key = {"row": row, "updates": iterations, "seed": self.seed}
+        known = {each["steps"] for each in self.rows_with(key)}
+        steps = [number for number in steps if number not in known]
+        if not steps:
+            return
+        errors = {"held_out_error": None, "train_error": None}
+        if source is not None:
+            held_out = self.pairs_of(source, held_out=True)
+            errors["held_out_error"], transport_cost = self.errors_on(held_out, model)
+            errors["train_error"], _ = self.errors_on(self.pairs_of(source), model)
+        for measured, _ in evaluate(model, [self.evaluation_set], steps, guidance):
+            figures = {name: measured[name]
+                       for name in (*GRADES, "relative_straightness", "transport_cost")}
+            if source is not None:
+                figures["transport_cost"] = transport_cost
+            self.rows.append(key | {"steps": measured["steps"]} | figures | errors | costs)
+        self.write()
+
+    @torch.inference_mode()
+    def errors_on(self, pairs: Pairs, student: StableDiffusion) -> tuple[float, float]:
+        """The distillation loss on the first --held-out pairs, and the student's E‖Z1 - Z0‖²."""
+        x0, x1, prompts = pairs[torch.arange(min(len(pairs), self.args.held_out))]
+        x0, x1 = x0.to(self.device), x1.to(self.device)
+        z1 = one_step(flow_velocity(student.unet), x0, student.encode_prompts(prompts))
+        transport_cost = (z1 - x0).square().flatten(1).sum(1).mean().item()
+        return (x1 - z1).square().mean().item(), transport_cost
+
+
+
+def study_parser(description: str) -> Parser:
+    """The flags that all studies have."""
+    parser = Parser(description)
+    add = parser.add_argument
+    add("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
+    add("--batch-size", type=positive, default=64, help="samples of an iteration")
+    add("--cooldown", type=fraction, default=0.6,
+        help="last fraction of a training, in which the learning rate falls to 0")
+    add("--num-pairs", type=positive, default=10_000, help="of each teacher")
+    add("--teacher-steps", type=solver_steps, default=8, help="of the pairs")
+    add("--captions", choices=CAPTIONS, default="open",
+        help="of shapes: open leaves out much of two objects, full nothing; single has one object; "
+             "mixed is as in the teacher's training. emoji: the other dataset")
+    add("--num-samples", type=positive, default=1000, help="images for each row and seed")
+    add("--out", default="runs/study", help="folder of tables, figures, pairs and models")
+    add_machine_options(parser, run_seed)
+    return parser
+
+
+def open_table(
+    path: Path, args: argparse.Namespace, suffix: str = "",
+) -> tuple[list[dict], Callable[[], None]]:
+    """The rows that are on disk, and a function that writes them with those added.
+
+    suffix: of the table's name, where it measures the same models on other captions. BadInput: the
+    folder holds a study with other settings.
+    """
+    check_output(path)
+    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    settings_path = path.with_suffix(".settings.json")
+    check_same_settings(settings_path, settings, "another study", "name another folder with --out")
+    write_json(settings_path, settings)
+    path = path.with_stem(path.stem + suffix)
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return rows, lambda: write_json(path, rows)
+
+
+def study_of(
+    seed: int, args: argparse.Namespace, device: torch.device, rows: list[dict], write: Callable,
+    captions: str | None = None,
+) -> Study:
+    """One seed. captions: to measure on, if not those of --captions."""
+    seeds = seed_range("evaluation", seed, args.num_samples)
+    measured = captions_of(captions or args.captions, args.num_samples, seeds[0], measuring=True)
+    evaluation_set = judged_set(dataset_of(args.captions)[0], measured, seeds, seed)
+    return Study(seed, Path(args.out) / f"seed-{seed}", args, device, evaluation_set, rows, write)
+
+
+def footer(script: str, args: argparse.Namespace, device: torch.device, rows: list[dict]) -> str:
+    """The line below a table that says what wrote it. script: its path."""
+    command = shlex.join(["python", script, *sys.argv[1:]])
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(args).items()
+                         if name in SETTINGS)
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    machine = f"{machine_name(device)}, torch {torch.__version__}"
+    return f"\nWritten by `{command}`, seeds {seeds}; {settings}; {machine}.\n"
+
+
+def save_images(path: str | Path, study: Study) -> None:
+    """An image sheet: the first captions, with a row of real images and a row for each model."""
+    asked, rows = study.evaluation_set, []
+    prompts, seeds = asked.prompts[:NUM_SHOWN], asked.seeds[:NUM_SHOWN]
+    if asked.real_images is not None:
+        rows.append(("real", asked.real_images[:NUM_SHOWN]))
+    for label, model, steps in study.shown:
+        rows.append((label, sample_images(model, prompts, seeds, steps)))
+    save_comparison(path, rows, prompts)

@@ -1,0 +1,90 @@
+"""Lists of prompts: a file with a prompt a line, a column of a .tsv or .csv, a small grammar."""
+
+import csv
+import io
+from pathlib import Path
+
+import torch
+
+from command import BadInput, note
+
+
+def read_prompts(path: str | Path, column: str = "Prompt") -> list[str]:
+    """A prompt a line, or the named column of a .tsv or .csv with a header. Blanks are skipped."""
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not UTF-8 text; save it as UTF-8, a prompt a line") from None
+    except OSError as problem:
+        raise BadInput(
+            f"{path}: cannot be read ({problem.strerror}); give a text file with a prompt a line"
+        ) from None
+    if path.suffix in (".tsv", ".csv"):
+        lines = read_column(path, text, column)
+    else:  # splitlines() would also split at other characters, which captions contain
+        lines = text.split("\n")[: -1 if text.endswith("\n") else None]
+    breaks = str.maketrans("\n\r", "  ")
+    prompts = [line.translate(breaks).strip() for line in lines if line.strip()]
+    if not prompts:
+        raise BadInput(f"{path}: holds no prompt; write one a line")
+    if len(prompts) < len(lines):
+        note(f"{path}: {len(lines) - len(prompts)} blank lines are skipped")
+    return prompts
+
+
+def read_column(path: Path, text: str, column: str) -> list[str]:
+    """The fields of one column of a table with a header."""
+    if path.suffix == ".tsv":  # captions may begin with a quote that never closes
+        rows = [[unquote(field) for field in line.split("\t")]
+                for line in text.split("\n") if line]
+    else:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            rows = [row for row in reader if row]
+        except csv.Error as problem:
+            raise BadInput(f"{path}: not a .csv table up to line {reader.line_num} ({problem}); "
+                           "fix its quotes") from None
+    header = rows[0] if rows else []
+    if column not in header:
+        raise BadInput(
+            f"{path}: has no column {column!r} but {header}; name one with --prompt-column"
+        )
+    number = header.index(column)
+    return [row[number] if number < len(row) else "" for row in rows[1:]]
+
+
+def unquote(field: str) -> str:
+    """A .tsv field without the quotes that some programs put around it."""
+    inner = field[1:-1]
+    whole = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if whole else field
+
+
+# For Stable Diffusion without --prompts: enough to try the method, not to train a good model.
+MEDIA = ["a photo of", "an oil painting of", "a watercolor of", "a pencil sketch of",
+         "a 3d render of", "a poster of"]
+LOOKS = ["a small", "an old", "a colorful", "a wooden", "a broken", "a shiny", "a snow-covered",
+         "a giant"]
+SUBJECTS = ["house", "cat", "dog", "bicycle", "boat", "teapot", "robot", "tree", "bridge", "car",
+            "chair", "horse", "lighthouse", "clock", "guitar", "castle"]
+PLACES = ["on a beach", "in a forest", "in a busy street", "on a table", "under a starry sky",
+          "in the desert", "beside a lake", "in an empty room"]
+
+
+def built_in_prompts() -> list[str]:
+    """Every sentence of a small grammar, shuffled."""
+    every = [f"{a} {b} {c} {d}" for a in MEDIA for b in LOOKS for c in SUBJECTS for d in PLACES]
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
+    return [every[i] for i in order]
+
+
+def split_prompts(prompts: list[str]) -> tuple[list[str], list[str]]:
+    """(training, held out): the last hundredth of a list is never trained on.
+
+    Nothing is held out from a list that is too short, or repeats itself too much.
+    """
+    held_out = prompts[len(prompts) - len(prompts) // 100 :]
+    never = set(held_out)
+    training = [prompt for prompt in prompts if prompt not in never]
+    return (training, held_out) if training else (prompts, [])

@@ -1,0 +1,41 @@
+"""CLIP tokenizers in and out: from a folder, from a vocabulary in a file's metadata, into both."""
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+from command import BadInput, first_line
+
+
+def tokenizer_from(vocabulary: dict[str, int], merges: Iterable[str]) -> CLIPTokenizer:
+    """A tokenizer of this vocabulary and these merges, each "left right"."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        Path(folder, "merges.txt").write_text(merges_text(merges), encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def merges_text(merges: Iterable[str]) -> str:
+    return "".join(line + "\n" for line in ["#version: 0.2", *merges])
+
+
+def tokenizer_parts(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], list[str]]:
+    """The inverse of `tokenizer_from`: (vocabulary ordered by id, merges)."""
+    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return vocabulary, [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+
+
+def tokenizer_in(folder: str | Path) -> CLIPTokenizer:
+    """The tokenizer in a folder with vocab.json and merges.txt, or tokenizer.json."""
+    if not any(Path(folder, name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise BadInput(f"{folder}: holds no tokenizer (vocab.json and merges.txt); give a folder "
+                       "that does with --tokenizer")
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as problem:  # the tokenizers library has no class of its own errors
+        why = first_line(problem)
+        raise BadInput(f"{folder}: not a CLIP tokenizer ({why}); get the folder again") from None

@@ -1,0 +1,174 @@
+"""Tensors of foreign files into our networks, for single_file.py and diffusers_folder.py."""
+
+import hashlib
+import itertools
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from command import BadInput, note
+from stable_diffusion import FAMILIES, KINDS, FewStep
+from text_encoder import TextEncoder
+from unet import StackedUNet, UNet, build_unet
+from vae import AutoencoderKL
+
+# What reading a configuration that somebody else wrote may raise.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError,
+             RuntimeError)
+# Channels from which bf16 convolutions are faster with channels last: SD's decoder 2.2 times on a
+# CPU. In fp32 all are.
+WIDE = 128
+# The few-step models of earlier versions stored the name of their method.
+FEW_STEP_OF_METHOD = {
+    "perflow": FewStep("euler", 4, tuple(range(4, 101, 4))),
+    "progressive-8": FewStep("euler", 8, (8,)),
+    "progressive-4": FewStep("euler", 4, (4,)),
+    "progressive-2": FewStep("euler", 2, (2,)),
+    "progressive": FewStep("euler", 1, (1,)),
+    "lcm": FewStep("renoise", 4),
+    "mlcm": FewStep("renoise", 4, (1, 2, 4, 8)),
+    "scott": FewStep("renoise", 4),
+    "rectified-diffusion": FewStep("euler", 4),
+    "re-meanflow": FewStep("mean", 1),
+    "hipa": FewStep("euler", 1, (1,)),
+    "freeflow": FewStep("mean", 1, (1,)),
+}
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a single file, or of the weights in a folder."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path]:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def open_safetensors(paths: list[Path]) -> dict:
+    """Tensor name -> the open file that holds it."""
+    found = {}
+    for path in paths:
+        try:
+            file = safe_open(path, "pt")
+        except (SafetensorError, OSError) as problem:
+            raise BadInput(
+                f"{path}: not a complete safetensors file ({problem}); get or make it again"
+            ) from None
+        found |= dict.fromkeys(file.keys(), file)
+    return found
+
+
+def check_metadata(path: Path, about) -> dict:
+    """What a file or folder says of itself, if kind, family and sampler are known here."""
+    if not isinstance(about, dict):
+        what = type(about).__name__
+        raise BadInput(f"{path}: its metadata is malformed (a {what}, not an object); get it again")
+    if "captions" in about and "family" not in about:
+        raise BadInput(f"{path}: a tiny model of an earlier version; make it again")
+    for name, known in (("kind", KINDS), ("family", tuple(FAMILIES)),
+                        ("method", ("", *FEW_STEP_OF_METHOD)),
+                        ("sampler", ("", "euler", "renoise", "mean"))):
+        if about.get(name) is not None and about[name] not in known:
+            raise BadInput(f"{path}: its metadata names the {name} {about[name]!r}; known are "
+                           f"{', '.join(known)}")
+    if about.get("sampler"):
+        steps, allowed = about.get("steps"), about.get("allowed_steps")
+        is_count = lambda n: type(n) is int and 1 <= n <= 1000
+        if not (is_count(steps) and isinstance(allowed, list) and all(map(is_count, allowed))
+                and (not allowed or steps in allowed)):
+            raise BadInput(f"{path}: its metadata is malformed (steps {steps!r}, allowed_steps "
+                           f"{allowed!r}); get it again")
+    return about
+
+
+def identity_of(path: Path, about: dict, unet: nn.Module) -> dict:
+    """Checked metadata as arguments of StableDiffusion."""
+    few_step = FEW_STEP_OF_METHOD.get(about.get("method"))
+    if about.get("sampler"):
+        few_step = FewStep(about["sampler"], about["steps"], tuple(about["allowed_steps"]))
+    if few_step and few_step.sampler == "mean" and not unet.config.second_time:
+        raise BadInput(f"{path}: its metadata is malformed (its sampler needs a second time in the "
+                       "U-Net); get it again")
+    return {"kind": about.get("kind") or "diffusion", "family": about.get("family") or "sd",
+            "few_step": few_step}
+
+
+def metadata_of(model) -> dict:
+    """The inverse of `identity_of`."""
+    few_step = model.few_step._asdict() if model.few_step else {}
+    return {"kind": model.kind, "family": model.family} | few_step
+
+
+def empty_networks(where: str, configs, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """U-Net, autoencoder and text encoder on the meta device, in the memory format for `dtype`.
+
+    configs(): reads their three configurations. BadInput: they are not Stable Diffusion's.
+    """
+    try:
+        unet, vae, text = configs()
+        for name, value in itertools.chain(*(vars(config).items() for config in (unet, vae, text))):
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(isinstance(n, (int, float)) and n >= 0 for n in numbers):
+                raise ValueError(f"{name} is {value!r}")
+        if unet.in_channels != vae.latent_channels:
+            what = "an inpainting model" if unet.in_channels == 9 else "another model"
+            raise BadInput(f"{where}: {what} ({unet.in_channels} channels in, not "
+                           f"{vae.latent_channels}); give one that takes a prompt alone")
+        with torch.device("meta"):
+            networks = {"unet": build_unet(unet), "vae": AutoencoderKL(vae),
+                        "text_encoder": TextEncoder(text)}
+    except MALFORMED as problem:
+        raise BadInput(
+            f"{where}: its configuration is not that of an SD 1.x model ({problem!r}); get it again"
+        ) from None
+    set_memory_format(networks["unet"], networks["vae"], dtype)
+    return networks
+
+
+def set_memory_format(unet: UNet | StackedUNet, vae: AutoencoderKL, dtype: torch.dtype) -> None:
+    """Give convolutions the memory format that is fastest in this dtype, in place."""
+    fast = dtype == torch.float32 or unet.config.block_out_channels[0] >= WIDE
+    unet.to(memory_format=torch.channels_last if fast else torch.contiguous_format)
+    # In fp32, channels last makes the norms of the autoencoder round four times as coarsely.
+    if fast and dtype != torch.float32:
+        vae.to(memory_format=torch.channels_last)
+
+
+def load_weights(
+    module: nn.Module, what: str, keys: dict[str, str], files: dict, where: str, device, dtype,
+) -> None:
+    """Fill a module on the meta device. keys: our name -> the file's; files: that name -> file.
+
+    Tensors go one by one through the memory map into their dtype and device. Strict: BadInput names
+    missing tensors and wrong shapes.
+    """
+    wanted = module.state_dict()
+    missing = [keys[name] for name in wanted if keys[name] not in files]
+    if missing:
+        raise BadInput(f"{where}: {len(missing)} tensors are missing, first "
+                       f"{', '.join(missing[:3])}; not a complete SD 1.x {what}")
+    tensors, wrong = {}, []
+    for name, empty in wanted.items():
+        file, expected = files[keys[name]], list(empty.shape)
+        shape = list(file.get_slice(keys[name]).get_shape())
+        # Single files store the linear maps of the autoencoder's attention as 1 x 1 convolutions.
+        if shape != expected and shape != [*expected, 1, 1]:
+            wrong.append(f"{keys[name]} is {shape} and should be {expected}")
+        elif not wrong:
+            new = torch.empty_strided(empty.shape, empty.stride(), dtype=dtype, device=device)
+            tensors[name] = new.copy_(file.get_tensor(keys[name]).reshape(empty.shape))
+    if wrong:
+        raise BadInput(f"{where}: {len(wrong)} tensors have the wrong shape: "
+                       f"{'; '.join(wrong[:3])}; not an SD 1.x {what}")
+    module.load_state_dict(tensors, assign=True)
+
+
+def note_unused_tensors(where: Path, names: set[str]) -> None:
+    """A note that names unknown tensors; CLIP's position_ids are known to be unused."""
+    unknown = sorted(name for name in names if not name.endswith("position_ids"))
+    if unknown:
+        first = ", ".join(unknown[:3])
+        note(f"{where}: {len(unknown)} unknown tensors are not used, first {first}")
