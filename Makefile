@@ -1,12 +1,13 @@
 # make demo        the whole method on the tiny model, from nothing but python, make and a network
 # make test        lint and tests, in an environment of their own
 # make quick       what a commit needs, in a minute;  make test-slow    fifty kills, a quarter of an hour
+# make notebook    minimal.ipynb from minimal.py, executed, in three minutes
 # All build .venv when it is missing or older than the requirements, and may be run again at any time.
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test quick test-slow lint clean
+.PHONY: demo test quick test-slow notebook lint clean
 
 demo: .venv/installed
 	RUN=$(BIN)/python sh recipes/laptop.sh
@@ -20,6 +21,11 @@ quick: .venv/installed-dev lint
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow tests
+
+notebook: .venv/installed-dev
+	TQDM_DISABLE=1 PYTHONWARNINGS=ignore $(BIN)/python -c "import jupytext, nbclient; book = jupytext.read('minimal.py'); \
+		nbclient.NotebookClient(book, timeout=3600, kernel_name='python3').execute(); \
+		jupytext.write(book, 'minimal.ipynb')"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
