@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from command import BadInput, Parser, run
-from formats.diffusers_folder import export, load_folder
-from formats.single_file import load_single_file, save
+from command import BadInput, Parser, check_not_overwriting, run
+from formats.diffusers_folder import export, fingerprint, load_folder
+from formats.single_file import PICKLES, load_single_file, save, unread
 from formats.tokenizers import tokenizer_in
-from formats.weights import fingerprint
 from stable_diffusion import INITS, KINDS, StableDiffusion, initial_student
 from unet import stack
 
@@ -39,13 +38,11 @@ def load(
     elif not path.is_file():
         raise BadInput(f"{path}: no such file or folder; `make demo`, or reflow.py and distill.py, "
                        "make those in runs/; else give an SD 1.x .safetensors or diffusers folder")
-    elif path.suffix != ".safetensors":
-        raise BadInput(f"{path}: only .safetensors is read, since pickles can run code; convert it "
-                       "where you trust it: safetensors.torch.save_file("
-                       "torch.load(file)['state_dict'], 'out.safetensors')")
+    elif path.suffix.lower() != ".safetensors":
+        raise BadInput(f"{path}: {unread(path)}")
     else:
-        model = load_single_file(path, device, dtype, use_ema)
-    model.path, model.kind = str(path), kind or model.kind
+        model = load_single_file(path, device, dtype, kind, use_ema)
+    model.path = str(path)
     if tokenizer is not None:
         model.tokenizer = tokenizer_in(tokenizer)
     expected = model.text_encoder.config.vocab_size
@@ -66,7 +63,7 @@ def load_student(
     teacher_hash, init: as the run's settings have them. BadInput: a file has changed meanwhile.
     """
     for path, known in ((args.teacher, teacher_hash), (args.init, init)):
-        if path not in INITS and fingerprint(path) != known:
+        if path not in INITS and fingerprint(path, known) != known:
             raise BadInput(f"{path}: has changed since this command started; run it again")
     student = load(args.teacher, device, torch.float32, args.kind, args.tokenizer)
     student.get_tokenizer()  # to be saved with the model
@@ -100,9 +97,12 @@ def main():
     parser.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, to store too")
     parser.add_argument("--use-ema", action="store_true", help="of a full training checkpoint")
     args = parser.parse_args()
+    if Path(args.target).suffix.lower() in PICKLES:
+        raise BadInput(f"{args.target}: pickles are not written; name a .safetensors or a folder")
+    check_not_overwriting(args.target, {"the source": args.source})
     model = load(args.source, kind=args.kind, tokenizer=args.tokenizer, use_ema=args.use_ema)
     dtype = None if args.use_ema else torch.float16  # averages are not rounded
-    (save if args.target.endswith(".safetensors") else export)(model, args.target, dtype)
+    (save if args.target.lower().endswith(".safetensors") else export)(model, args.target, dtype)
     print(f"{args.target}: a {model.kind} model")
 
 

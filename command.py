@@ -41,6 +41,12 @@ def note(message: str) -> None:
         print(f"note: {message}", file=sys.stderr)
 
 
+def is_out_of_memory(problem: Exception) -> bool:
+    """On a CPU torch raises RuntimeError."""
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(problem, known) or "DefaultCPUAllocator" in str(problem)
+
+
 def first_line(problem: Exception) -> str:
     return (str(problem).strip() or repr(problem)).splitlines()[0]
 
@@ -113,15 +119,18 @@ def run(main: Callable[[], object]) -> None:
     except BadInput as problem:
         message = str(problem)
     except KeyboardInterrupt:
-        message = "interrupted; run the same command again to continue"
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory; sample fewer at once, or see --help for what needs less"
+        message = "interrupted" + "; run the same command again to continue" * bool(LOCKS)
+    except UnicodeEncodeError as problem:
+        message = f"{problem.object!r}: not Unicode text; set the terminal to UTF-8"
     except OSError as problem:
-        full_or_forbidden = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS
-        if problem.errno not in full_or_forbidden:
+        remedy = "check the path and its permissions"
+        if problem.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            remedy = "finished files are kept, free some space and run again"
+        message = f"{problem.filename or 'output'}: {problem.strerror or problem}; {remedy}"
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
             raise
-        message = (f"{problem.filename or 'output'}: {problem.strerror}; finished files are kept, "
-                   "free some space and run again")
+        message = "out of memory; sample fewer or smaller images at once, see --help"
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -223,7 +232,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object], ev
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # killed runs leave at most one
+    temporary = temporary_of(path)
     try:
         write(str(temporary))
         flush_to_disk(temporary)
@@ -233,6 +242,10 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object], ev
                        "kept, free some space and run again") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_of(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.tmp{path.suffix}")  # killed runs leave at most one
 
 
 def flush_to_disk(path: Path) -> None:
@@ -269,6 +282,8 @@ def differences(before: dict, now: dict) -> str:
     """The values of `now` that differ from `before`, for an error line; "" if none does."""
     found = []
     for key, value in now.items():
+        if key in ("teacher", "prompts"):  # names of files, which hashes beside them identify
+            continue
         old = before.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             found.append(differences(old, value))
@@ -319,16 +334,17 @@ def check_not_overwriting(out: str | os.PathLike, inputs: dict[str, str | None])
     """BadInput if the output is one of the inputs. inputs: flag -> path."""
     for flag, path in inputs.items():
         if path and Path(path).exists() and Path(path).resolve() == Path(out).resolve():
-            raise BadInput(f"--out {out}: would overwrite {flag}; name another file")
+            raise BadInput(f"{out}: would overwrite {flag}; name another file")
 
 
 def check_output(path: str | os.PathLike) -> None:
     """BadInput, before the work, if no file can be written at `path`."""
-    if Path(path).is_dir():
-        raise BadInput(f"{path}: is a folder; name a file to write")
-    probe = Path(path).parent / f".can-write-{os.getpid()}"
     try:
-        write_text(probe, "yes")
+        if Path(path).is_dir():
+            raise BadInput(f"{path}: is a folder; name a file to write")
+        probe = temporary_of(Path(path))
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as problem:
         why = problem.strerror

@@ -71,7 +71,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Iterator[tupl
             model.compile()
         if args.guidance:
             check_no_guidance(model)
-        for guidance in args.guidance or [model.guidance]:
+        for guidance in map(model.guidance_for, args.guidance or [None]):
             yield model, guidance
 
 
@@ -179,15 +179,11 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=list_of(solver_steps), default="25,8,4,2,1", help="one-step models take 1")
     add("--guidance", type=list_of(non_negative), help="e.g. 1,1.5,2.5; default: each model's own")
     add("--num-samples", type=positive, help="images a row; default: 1000 with a judge, else 8")
-    add("--repeats", type=positive, default=1,
-        help="sets of --num-samples captions and noises, for confidence intervals")
-    add("--judge", help="Python file that makes captions and grades images; default: the tiny "
-                        "model's own, toy/shapes.py or toy/emoji.py")
+    add("--repeats", type=positive, default=1, help="sets of captions and noises, for intervals")
+    add("--judge", help="Python file that makes captions and grades images; default: the model's")
     add("--tokenizer", help="folder with vocab.json and merges.txt, for models without their own")
-    add("--kind", choices=["auto", *KINDS], nargs="+",
-        help="what the U-Net of each --model predicts, in order; auto: as its file says")
-    add("--compile", action="store_true",
-        help="torch.compile: minutes for each new image size, then faster")
+    add("--kind", choices=["auto", *KINDS], nargs="+", help="of each --model; auto: as it says")
+    add("--compile", action="store_true", help="torch.compile: minutes a new size, then faster")
     add("--out", default="runs/evaluate.json", help="the rows; table and images go beside it")
     add_real_image_options(parser)
     add_machine_options(parser, run_seed)

@@ -47,11 +47,11 @@ GRAMMAR_PAIRS = 50_000  # of the built-in prompts, each eight times
 
 def make_pair_spec(
     teacher: StableDiffusion, prompts: list[str], source: str, count: int, steps: int,
-    guidance: float | None, solver: str, purpose: str, seed: int,
+    guidance: float | None, solver: str, purpose: str, seed: int, known_hash: str | None = None,
 ) -> dict:
     """What decides pairs, as stored in pairs.json. purpose, seed: of the noises (`seed_range`)."""
     return {
-        "teacher": Path(teacher.path).name, "teacher_hash": fingerprint(teacher.path),
+        "teacher": Path(teacher.path).name, "teacher_hash": fingerprint(teacher.path, known_hash),
         "kind": teacher.kind, "steps": steps,
         "guidance": teacher.guidance if guidance is None else guidance,
         "solver": solver if teacher.kind == "diffusion" else "euler",
@@ -91,8 +91,14 @@ def requested_pairs(
         note("too few prompts to hold out a hundredth; validation uses training prompts, with "
              "noises of its own")
     spec = make_pair_spec(teacher, prompts, source, count, args.teacher_steps,
-                          args.teacher_guidance, args.solver, purpose, args.seed)
+                          args.teacher_guidance, args.solver, purpose, args.seed,
+                          read_spec(args.pairs).get("teacher_hash"))
     return prompts, held_out, spec
+
+
+def read_spec(folder: str | Path) -> dict:
+    path = Path(folder, "pairs.json")
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def check_same_pairs(folder: str | Path, spec: dict) -> None:
@@ -185,7 +191,7 @@ class Pairs:
     """A folder of pairs, memory-mapped: pairs[indices], or shuffled with pairs.batch()."""
 
     def __init__(self, folder: str | Path):
-        self.spec = json.loads((Path(folder) / "pairs.json").read_text())
+        self.spec = read_spec(folder)
         self.shards, self.prompts = [], []
         for i in range(-(-self.spec["count"] // PAIRS_PER_SHARD)):
             self.shards.append(load_file(shard_path(folder, i)))

@@ -1,7 +1,6 @@
 """Sampling: prompts and seeds to latents to images, with any checkpoint this project reads.
 
-    python sample.py                                    the one-step model of distill.py, or the
-                                                        shipped one in toy/
+    python sample.py                      the one-step model of distill.py, or the shipped one
     python sample.py --prompt "a red circle above a blue square" --num-images 8
     python sample.py --model sd14.safetensors --prompt "a lighthouse" --steps 25 --guidance 6
 
@@ -18,26 +17,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 from command import (
     TINY_ONE_STEP, BadInput, Parser, add_machine_options, at_least, check_output, non_negative,
-    note, pick_device, pick_dtype, positive, run, solver_steps, write_atomically,
+    note, pick_device, pick_dtype, positive, run, solver_steps,
 )
 from diffusion import NoiseSchedule, as_flow, dpm_solver
+from formats.images import check_image_ending, decode_finite, enlarged, image_grid, save_image
 from formats.prompts import read_prompts
 from rectified_flow import euler, guided, interpolate
 from stable_diffusion import FAMILIES, KINDS
-from vae import to_bytes
 
 MAX_NUMBERS = 2**18  # of the latents of one batch: 16 latents at 512 px
 MAX_LATENTS = 128  # of the tiny models; more are slower on a CPU
 OWN_ONE_STEP = "runs/instaflow.safetensors"  # of distill.py
-GRID_SIDE = 128  # pixels: smaller images are enlarged in the grid
 
 
 # --------------------------------------------------------------------------------------------------
@@ -56,8 +52,7 @@ def sample_latents(
     from. solver: "dpm" or "ddim", for a diffusion. size: (height, width) in pixels. Few-step models
     are sampled without guidance. bar: updated after each batch.
     """
-    steps = steps or model.steps
-    guidance = model.guidance if guidance is None else guidance
+    steps, guidance = steps or model.steps, model.guidance_for(guidance)
     shape, latents = model.latent_shape(size), []
     null_context = model.encode_prompts([negative])  # (1, L, D)
     for part in batch_slices(len(prompts), batch_size or max_batch_size(shape)):
@@ -85,7 +80,7 @@ def sample_images(
     images, batch = [], batch_size or max_batch_size(model.latent_shape(more.get("size")))
     for part in batch_slices(len(prompts), batch):
         latents = sample_latents(model, prompts[part], seeds[part], *how, batch_size=batch, **more)
-        images.append(model.vae.decode(latents).float().cpu())
+        images.append(decode_finite(model, latents, prompts[part]))
         if bar is not None:
             bar.update(len(latents))
     return torch.cat(images)
@@ -181,8 +176,7 @@ def seed_range(purpose: str, seed: int, count: int, start: int = 0) -> range:
 def arguments():
     parser = Parser("Generate images for prompts.")
     add = parser.add_argument
-    add("--model", help=f"an SD 1.x .safetensors, one of ours, or a folder; default: "
-                        f"{OWN_ONE_STEP}, or the shipped tiny model before it exists")
+    add("--model", help=f"a checkpoint; default: {OWN_ONE_STEP}, else the shipped tiny model")
     add("--prompt", action="append", help="may be repeated")
     add("--prompts", help="text file with a prompt a line, or .tsv/.csv")
     add("--prompt-column", default="Prompt", help="column of a .tsv or .csv")
@@ -210,8 +204,7 @@ def check(args, model) -> None:
         raise BadInput(f"--steps {args.steps}: {args.model} is {what}. Take --steps {model.steps}")
     if args.guidance not in (None, 1):
         check_no_guidance(model)
-    guidance = model.guidance if args.guidance is None else args.guidance
-    if args.negative_prompt and guidance == 1:
+    if args.negative_prompt and model.guidance_for(args.guidance) == 1:
         raise BadInput("--negative-prompt: has no effect at guidance 1; give --guidance above 1")
 
 
@@ -221,6 +214,7 @@ def main():
         if pixels is not None and pixels % 8:
             near = max(8, round(pixels / 8) * 8)
             raise BadInput(f"{flag} {pixels}: must be a multiple of 8, such as {near}")
+    check_image_ending(args.out)
     check_output(args.out)
     if args.model is None:
         args.model = OWN_ONE_STEP if Path(OWN_ONE_STEP).exists() else TINY_ONE_STEP
@@ -239,8 +233,7 @@ def main():
         prompts = [FAMILIES[model.family].example]
         note(f"no --prompt given; using {prompts[0]!r}")
 
-    steps = args.steps or model.steps
-    guidance = model.guidance if args.guidance is None else args.guidance
+    steps, guidance = args.steps or model.steps, model.guidance_for(args.guidance)
     own = (side * model.vae.config.downsampling for side in model.latent_shape()[1:])
     size = tuple(given or side for given, side in zip((args.height, args.width), own))
     count, started = len(prompts) * args.num_images, time.perf_counter()
@@ -255,30 +248,9 @@ def main():
     about = {"prompt": "\n".join(prompts), "negative_prompt": args.negative_prompt,
              "seed": args.seed, "steps": steps, "guidance": guidance,
              "model": Path(args.model).name, "kind": model.kind}
-    info = PngInfo()
-    for key, value in about.items():
-        info.add_text(key, str(value))
-    enlarge = -(-GRID_SIDE // images.shape[2])
-    large = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    grid = Image.fromarray(image_grid(large, args.num_images))
-    write_atomically(args.out, lambda path: grid.save(path, pnginfo=info))
+    save_image(args.out, image_grid(enlarged(images), args.num_images), about)
     print(f"{args.out}: {count} images, {steps} step{'s' * (steps > 1)}, seed {args.seed}, "
           f"guidance {guidance:g}, {seconds:.3f} seconds each")
-
-
-def image_grid(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
-    """Images (N, 3, H, W) in [-1, 1] as one (H', W', 3) uint8, white lines between them."""
-    pixels = to_bytes(images).numpy()  # (N, H, W, 3)
-    count, height, width, _ = pixels.shape
-    if count == 1:
-        return pixels[0]
-    columns = min(columns, count)
-    rows, down, right = -(-count // columns), height + gap, width + gap
-    sheet = np.full((rows * down + gap, columns * right + gap, 3), 255, dtype=np.uint8)
-    for k, image in enumerate(pixels):
-        y, x = k // columns * down + gap, k % columns * right + gap
-        sheet[y : y + height, x : x + width] = image
-    return sheet
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from command import HERE
+from command import HERE, note
 from text_encoder import TextEncoder, hub_tokenizer, tokenize
 from unet import StackedUNet, UNet, build_unet
 from vae import AutoencoderKL
@@ -80,6 +80,13 @@ class StableDiffusion:
     def guidance(self) -> float:
         """The default guidance scale."""
         return 1.0 if self.few_step else FAMILIES[self.family].guidance[self.kind]
+
+    def guidance_for(self, scale: float | None) -> float:
+        """The guidance scale to sample with. None: the default; a one-step model takes 0 as off."""
+        if scale == 0 and self.kind == "one-step":
+            note("--guidance 0: off, as 1 is, since a one-step model has no unconditional mode")
+            return 1.0
+        return self.guidance if scale is None else scale
 
     @property
     def steps(self) -> int:

@@ -126,6 +126,7 @@ class TextEncoder(nn.Module):
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str], length: int) -> Tensor:
     """(B, length) int64, padded with the end token. Longer prompts are truncated before it."""
+    "".join(prompts).encode()  # UnicodeEncodeError here, not a TypeError in the tokenizer
     rows = []
     for ids in tokenizer(list(prompts))["input_ids"]:
         if len(ids) > length:

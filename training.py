@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from command import (
     BadInput, DefaultByModel, all_gather, barrier, check_same_settings, dtype_name, fraction,
-    lock_folder, non_negative, non_negative_int, pick_dtype, positive, rank, world_size,
-    write_atomically, write_json, write_text,
+    is_out_of_memory, lock_folder, non_negative, non_negative_int, pick_dtype, positive, rank,
+    world_size, write_atomically, write_json, write_text,
 )
 
 PAPER_WARMUP, PAPER_HALF_LIFE = 1_000, 6_931  # iterations: EMA 0.9999 halves in 6,931
@@ -216,8 +216,10 @@ def errors_name_the_state(options: TrainingOptions, folder: Path):
                                       "rate or in --dtype fp32")
     except KeyboardInterrupt:
         what, remedy = "interrupted", ", run the same command again to continue"
-    except torch.OutOfMemoryError:
-        what, remedy = "out of GPU memory", (
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        what, remedy = "out of memory", (
             f", continue it with more micro-batches than {options.accumulate} (--accumulate, for "
             "LPIPS --lpips-accumulate), --gradient-checkpointing, --ema-device cpu or "
             "--validation-pairs 0")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from command import write_atomically
 from evaluation.figures import GRADES
-from sample import image_grid
+from formats.images import image_grid
 from training import TIME_BINS, read_metrics
 
 # The same in all figures: the teacher, 2-RF, the one-step model. 3-RF is green.

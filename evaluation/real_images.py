@@ -23,16 +23,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from command import (
-    BadInput, barrier, check_same_settings, dtype_name, lock_folder, positive, rank, world_size,
-    write_atomically, write_json,
+    BadInput, barrier, check_same_settings, dtype_name, first_line, lock_folder, positive, rank,
+    world_size, write_atomically, write_json,
 )
+from formats.images import read_square
 from formats.prompts import read_prompts
 from sample import batch_slices, max_batch_size, sample_images
 from vae import to_bytes
@@ -94,7 +94,11 @@ def load_gallery(args: argparse.Namespace, device: torch.device) -> "Gallery":
     fid = feature_distance(args.feature_extractor, device)
     clip = caption_score(args.clip or CLIP, device)
     folder = Path(args.out.removesuffix(".json") + "-pictures")
-    return Gallery(prompts, images, args.image_size or side, folder, fid, clip)
+    if len(prompts) < 2:
+        raise BadInput("one caption: FID compares two images or more; give more of them")
+    gallery = Gallery(prompts, images, args.image_size or side, folder, fid, clip)
+    gallery.measure_real()  # so that what cannot be measured is found before the work
+    return gallery
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,18 +141,6 @@ def read_images(folder: str | Path) -> list[Path]:
         raise BadInput(f"{folder}: holds {len(found)} images ({', '.join(SUFFIXES)}); FID "
                        "needs two or more")
     return found
-
-
-def square_image(path: Path, side: int) -> Tensor:
-    """The middle square of an image file as (3, side, side) uint8."""
-    try:
-        with Image.open(path) as image:
-            pixels = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    except (UnidentifiedImageError, OSError) as problem:
-        raise BadInput(
-            f"{path}: not a readable image ({problem}); delete it, or get it again"
-        ) from None
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def feature_distance(extractor: str | None, device: torch.device):
@@ -213,7 +205,6 @@ class Gallery:
     folder: Path  # holds a folder for each model, number of steps and guidance scale
     fid: object  # of feature_distance
     clip: Callable  # of caption_score
-    knows_real: bool = False  # has the FID seen the real images?
 
     def generate(self, model, weights_hash: str, steps: int, guidance: float, seeds: range) -> Path:
         """The folder of a model's images, image k from seeds[k]; missing images are generated.
@@ -253,14 +244,21 @@ class Gallery:
         return folder
 
     @torch.no_grad()
+    def measure_real(self) -> None:
+        """Show the FID all real images, and CLIP one. BadInput: one of them cannot be measured."""
+        try:
+            for paths in batches(self.images, "real images"):
+                self.fid.update(self.load_images(paths), real=True)
+            self.clip(self.load_images(self.images[:1]), self.prompts[:1])
+        except (RuntimeError, ValueError, TypeError, IndexError) as problem:
+            raise BadInput("--feature-extractor or --clip: does not take these images and captions "
+                           f"({first_line(problem)})") from None
+
+    @torch.no_grad()
     def score(self, folder: Path) -> dict:
         """{"fid", "clip_score"} of the images in a folder of `generate`."""
         self.fid.reset()
         scores = []
-        if not self.knows_real:
-            for paths in batches(self.images, "real images"):
-                self.fid.update(self.load_images(paths), real=True)
-            self.knows_real = True
         for numbers in batches(range(len(self.prompts)), "FID and CLIP score"):
             images = self.load_images([image_path(folder, k) for k in numbers])
             self.fid.update(images, real=False)
@@ -273,7 +271,7 @@ class Gallery:
         return self.load_images(paths).float().cpu() / 127.5 - 1
 
     def load_images(self, paths: list[Path]) -> Tensor:
-        return torch.stack([square_image(path, self.side) for path in paths]).to(self.fid.device)
+        return torch.stack([read_square(path, self.side) for path in paths]).to(self.fid.device)
 
 
 def image_path(folder: Path, number: int) -> Path:

@@ -9,8 +9,10 @@ in diffusers' StableDiffusionPipeline (a diffusion) and in InstaFlow's Rectified
 or a one-step model).
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,16 +22,40 @@ import torch
 from safetensors.torch import save_file
 
 from command import BadInput, first_line, flush_to_disk, note
-from formats.tokenizers import merges_text, tokenizer_in, tokenizer_parts
+from formats.tokenizers import added_tokens, merges_text, tokenizer_in, tokenizer_parts
 from formats.weights import (
-    MALFORMED, check_metadata, empty_networks, identity_of, load_weights, note_unused_tensors,
-    open_safetensors,
+    MALFORMED, check_metadata, check_unused_tensors, empty_networks, identity_of, in_dtype,
+    kind_by_name, load_weights, open_safetensors,
 )
 from stable_diffusion import StableDiffusion
 from text_encoder import TextEncoderConfig
 from unet import UNetConfig
 from vae import VAEConfig
 
+# What decides the noise or a network, with the value that is implemented (of several, the first is
+# the default).
+PIPELINE = {"_class_name": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
+                            "StableDiffusionPipelineSafe", "RectifiedFlowPipeline")}
+SCHEDULER = {
+    "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_start": 0.00085,
+    "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None,
+    "rescale_betas_zero_snr": (False, None), "original_inference_steps": None,
+}
+NETWORKS = {
+    "unet": {
+        "act_fn": "silu", "addition_embed_type": None, "center_input_sample": False,
+        "class_embed_type": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
+        "dual_cross_attention": False, "encoder_hid_dim": None, "flip_sin_to_cos": True,
+        "freq_shift": 0, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": 1e-5, "num_attention_heads": None, "num_class_embeds": None,
+        "only_cross_attention": False, "resnet_time_scale_shift": "default",
+        "reverse_transformer_layers_per_block": None, "time_cond_proj_dim": None,
+        "time_embedding_type": "positional", "transformer_layers_per_block": 1,
+    },
+    "vae": {"act_fn": "silu", "mid_block_add_attention": True, "shift_factor": None,
+            "use_post_quant_conv": True, "use_quant_conv": True},
+    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+}
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
@@ -39,20 +65,22 @@ OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "p
 
 def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDiffusion:
     """The model in a folder. kind overrides what it says. BadInput: whatever is wrong with it."""
+    ours = "this project reads SD 1.4, 1.5 and fine-tunes of them"
     if (path / "text_encoder_2").exists():
-        raise BadInput(f"{path}: a Stable Diffusion XL folder; this project reads SD 1.4, 1.5 and "
-                       "fine-tunes of them")
+        raise BadInput(f"{path}: a Stable Diffusion XL folder; {ours}")
     config = {part: read_config(path, part) for part in ("unet", "vae", "text_encoder")}
     unet = config["unet"]
     if unet.get("use_linear_projection") or unet.get("cross_attention_dim") == 1024:
-        raise BadInput(f"{path}: a Stable Diffusion 2.x folder; this project reads SD 1.4, 1.5 and "
-                       "fine-tunes of them")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    predicts = (read_json(scheduler).get("prediction_type", "epsilon") if scheduler.exists()
-                else "epsilon")
-    if predicts != "epsilon":
-        raise BadInput(f"{path}: a {predicts} model (scheduler/); this project reads those that "
-                       "predict the noise, as SD 1.4 does")
+        raise BadInput(f"{path}: a Stable Diffusion 2.x folder; {ours}")
+    about, scheduler = read_index(path), path / "scheduler" / "scheduler_config.json"
+    noise = read_json(scheduler) if scheduler.exists() else {}
+    is_flow = about.get("_class_name") == "RectifiedFlowPipeline"  # has no noise schedule
+    for where, found, known in ((path, about, PIPELINE), (scheduler, noise, SCHEDULER),
+                                *((path / part, config[part], NETWORKS[part]) for part in config)):
+        check_values(where, {} if found is noise and is_flow else found, known)
+    if not kind and re.match("LCM|TCD|FlowMatch", str(noise.get("_class_name"))):
+        raise BadInput(f"{scheduler}: a {noise['_class_name']}, so no plain diffusion; --kind "
+                       "overrides it")
     networks = empty_networks(str(path), lambda: (
         unet_from_diffusers(config["unet"]),
         vae_from_diffusers(config["vae"]),
@@ -68,12 +96,28 @@ def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDif
         if part == "text_encoder" and not any(key.startswith("text_model.") for key in files):
             keys = {name: name.removeprefix("text_model.") for name in keys}  # transformers 5's
         load_weights(network, part, keys, files, str(path / part), device, dtype)
-        note_unused_tensors(path / part, set(files) - set(keys.values()))
-    about = read_index(path)
-    kind = kind or about.get("kind") or guessed_kind(path, about, config["unet"])
+        check_unused_tensors(path / part, set(files) - set(keys.values()), ("",))
     tokenizer = tokenizer_in(path / "tokenizer") if (path / "tokenizer").is_dir() else None
-    identity = identity_of(path, about, networks["unet"]) | {"kind": kind}
-    return StableDiffusion(**networks, tokenizer=tokenizer, **identity)
+    return StableDiffusion(
+        **networks, tokenizer=tokenizer,
+        kind=kind or about.get("kind") or guessed_kind(path, about, config["unet"]),
+        **identity_of(path, about, networks["unet"]),
+    )
+
+
+def check_values(where: Path, found: dict, known: dict) -> None:
+    """BadInput where a configuration has a value that this project does not implement."""
+    for name, values in known.items():
+        values = values if isinstance(values, tuple) else (values,)
+        value = same_value(found.get(name, values[0]))
+        if value not in values:
+            raise BadInput(f"{where}: its {name} is {value!r}, and this project implements "
+                           f"{' or '.join(map(repr, values))} (SD 1.4, 1.5, fine-tunes of them)")
+
+
+def same_value(value):
+    """A list of equal values is that value."""
+    return value[0] if isinstance(value, list) and value == value[:1] * len(value) else value
 
 
 def read_index(path: Path) -> dict:
@@ -92,9 +136,7 @@ def guessed_kind(path: Path, pipeline: dict, unet: dict) -> str:
     if folder.parent.name == "snapshots":  # of the hub's cache, where the folder above has the name
         folder = folder.parent.parent
     names = (folder.name, str(pipeline.get("_name_or_path")), str(unet.get("_name_or_path")))
-    kind = "one-step" if any("instaflow" in name.lower() for name in names) else "flow"
-    note(f"{path}: a RectifiedFlowPipeline, by its name of kind {kind}; --kind overrides it")
-    return kind
+    return kind_by_name(path, names, flow=True)
 
 
 def read_json(path: Path) -> dict:
@@ -119,18 +161,47 @@ def read_config(path: Path, part: str) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of one network: whole, fp16 variant, or the parts that an index names."""
+    """The safetensors of one network: plain, fp16, or the only variant; whole or in shards."""
+    names = {path.name for path in folder.glob("*.safetensors*")}
     for stem in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".fp16"):
-            whole = folder / f"{stem}{variant}.safetensors"
-            if whole.is_file():
-                return [whole]
-            for name in (f"{stem}.safetensors.index{variant}.json",
-                         f"{stem}{variant}.safetensors.index.json"):
-                if (folder / name).is_file():
-                    return files_named_in(folder / name)
+        variants = sorted({match[1] for name in names if (match := re.match(
+            rf"{stem}((?:\.\w+)?)(?:-\d+-of-\d+)?\.safetensors", name))})
+        if not variants:
+            continue
+        variant = next((v for v in ("", ".fp16") if v in variants), variants[0])
+        if len(variants) > 1 and variant not in ("", ".fp16"):
+            raise BadInput(f"{folder}: holds the variants {', '.join(v[1:] for v in variants)}; "
+                           "leave one of them there")
+        for index in (f"{stem}.safetensors.index{variant}.json",
+                      f"{stem}{variant}.safetensors.index.json"):
+            if (folder / index).is_file():
+                return files_named_in(folder / index)
+        if f"{stem}{variant}.safetensors" in names:
+            return [folder / f"{stem}{variant}.safetensors"]
     raise BadInput(f"{folder}: holds no .safetensors weights; pickles (.bin) are not read, save "
                    "them as safetensors first")
+
+
+def fingerprint(path: str | Path, known: str | None = None) -> str:
+    """SHA-256 of a single file, or of the files that are read of a folder.
+
+    known: a hash by an earlier version, of all weights in the folder, is taken if it fits.
+    """
+    def digest(files: list[Path]) -> str:
+        total = hashlib.sha256()
+        for file in files:
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 24):
+                    total.update(block)
+        return total.hexdigest()
+
+    path = Path(path)
+    if not path.is_dir():
+        return digest([path])
+    now = digest([file for part in sorted(NETWORKS) for file in weight_files(path / part)])
+    if known in (None, now) or digest(sorted(path.glob("*/*.safetensors"))) != known:
+        return now
+    return known
 
 
 def files_named_in(index: Path) -> list[Path]:
@@ -156,6 +227,11 @@ def files_named_in(index: Path) -> list[Path]:
 def unet_from_diffusers(config: dict) -> UNetConfig:
     same = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim",
             "norm_num_groups", "sample_size")
+    config = config | {name: same_value(config[name]) for name in (*same, "attention_head_dim")}
+    version = re.match(r"0\.(\d+)", str(config.get("_diffusers_version")))
+    if config["sample_size"] == 32 and version and int(version[1]) < 9:
+        note("unet/config.json: sample_size 32 was the default before diffusers 0.9; read as 64")
+        config["sample_size"] = 64
     return UNetConfig(
         **{name: config[name] for name in same},
         block_out_channels=tuple(config["block_out_channels"]),
@@ -253,10 +329,8 @@ def write_folder(model: StableDiffusion, folder: Path, dtype) -> None:
     for part, (library, name, config, stem) in parts.items():
         index[part] = [library, name]
         write_json(folder / part / "config.json", config)
-        tensors = {
-            key: tensor.detach().to("cpu", dtype, memory_format=torch.contiguous_format)
-            for key, tensor in getattr(model, part).state_dict().items()
-        }
+        tensors = {key: in_dtype(f"{part}: {key}", tensor, dtype)
+                   for key, tensor in getattr(model, part).state_dict().items()}
         save_file(tensors, folder / part / f"{stem}.safetensors", {"format": "pt"})
     # The steps of `sampling_timesteps`; an offset of 1 is what pipelines made for SD 1.x ask for,
     # and has no effect on these.
@@ -278,8 +352,9 @@ def write_tokenizer(model: StableDiffusion, folder: Path) -> None:
     write_json(folder / "vocab.json", vocabulary)
     (folder / "merges.txt").write_text(merges_text(merges), encoding="utf-8")
     write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json",
-               special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": length})
+    write_json(folder / "tokenizer_config.json", special | {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": length,
+        "added_tokens_decoder": added_tokens(model.tokenizer)})
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -2,11 +2,13 @@
 
 import csv
 import io
+import json
+import re
 from pathlib import Path
 
 import torch
 
-from command import BadInput, note
+from command import BadInput, first_line, note
 
 
 def read_prompts(path: str | Path, column: str = "Prompt") -> list[str]:
@@ -14,20 +16,30 @@ def read_prompts(path: str | Path, column: str = "Prompt") -> list[str]:
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        if "\n" not in text:  # old Macs'
+            text = text.replace("\r", "\n")
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not UTF-8 text; save it as UTF-8, a prompt a line") from None
     except OSError as problem:
         raise BadInput(
             f"{path}: cannot be read ({problem.strerror}); give a text file with a prompt a line"
         ) from None
-    if path.suffix in (".tsv", ".csv"):
+    ending = path.suffix.lower()
+    if ending in (".tsv", ".csv"):
         lines = read_column(path, text, column)
+    elif ending in (".json", ".jsonl"):
+        lines = read_json_prompts(path, text, column)
     else:  # splitlines() would also split at other characters, which captions contain
         lines = text.split("\n")[: -1 if text.endswith("\n") else None]
     breaks = str.maketrans("\n\r", "  ")
     prompts = [line.translate(breaks).strip() for line in lines if line.strip()]
     if not prompts:
         raise BadInput(f"{path}: holds no prompt; write one a line")
+    name = r"(\w+[,;\t])*(prompt|caption|text)([,;\t]\w+)*$"
+    if ending not in (".tsv", ".csv", ".json", ".jsonl") and (
+            prompts[0][0] in "{[" or len(prompts) > 1 and re.match(name, prompts[0].lower())):
+        note(f"{path}: its first line looks like a table or JSON, and each line is taken for a "
+             "prompt; name it .csv, .tsv or .jsonl if it is one")
     if len(prompts) < len(lines):
         note(f"{path}: {len(lines) - len(prompts)} blank lines are skipped")
     return prompts
@@ -35,7 +47,7 @@ def read_prompts(path: str | Path, column: str = "Prompt") -> list[str]:
 
 def read_column(path: Path, text: str, column: str) -> list[str]:
     """The fields of one column of a table with a header."""
-    if path.suffix == ".tsv":  # captions may begin with a quote that never closes
+    if path.suffix.lower() == ".tsv":  # captions may begin with a quote that never closes
         rows = [[unquote(field) for field in line.split("\t")]
                 for line in text.split("\n") if line]
     else:
@@ -52,6 +64,27 @@ def read_column(path: Path, text: str, column: str) -> list[str]:
         )
     number = header.index(column)
     return [row[number] if number < len(row) else "" for row in rows[1:]]
+
+
+def read_json_prompts(path: Path, text: str, column: str) -> list[str]:
+    """The prompts of JSON lines, or of a list: strings, or objects with a key for the prompt."""
+    try:
+        rows = json.loads(text) if path.suffix.lower() == ".json" else [
+            json.loads(line) for line in text.split("\n") if line.strip()]
+        rows, found = list(rows.values()) if isinstance(rows, dict) else rows, []
+        if not isinstance(rows, list):
+            raise ValueError("neither a list nor an object")
+        for row in rows:
+            if isinstance(row, dict):
+                row = next(row[key] for key in (column, "text", "caption", "prompt") if key in row)
+            found.append(row)
+        if not all(isinstance(prompt, str) for prompt in found):
+            raise ValueError("a prompt that is no text")
+    except (ValueError, StopIteration) as problem:
+        why = first_line(problem) if str(problem) else "an entry without a prompt"
+        raise BadInput(f"{path}: not a list of prompts ({why}); give strings, or objects with a "
+                       "key text, caption or prompt, or name it with --prompt-column") from None
+    return found
 
 
 def unquote(field: str) -> str:

@@ -6,6 +6,7 @@ metadata is data: it is checked, and never names a file to open.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from command import BadInput, first_line, write_atomically
-from formats.tokenizers import tokenizer_from, tokenizer_parts
+from formats.tokenizers import added_tokens, tokenizer_from, tokenizer_parts
 from formats.weights import (
-    check_metadata, empty_networks, identity_of, load_weights, metadata_of, note_unused_tensors,
-    open_safetensors,
+    check_metadata, check_unused_tensors, empty_networks, identity_of, in_dtype, kind_by_name,
+    load_weights, metadata_of, open_safetensors,
 )
 from stable_diffusion import StableDiffusion
 from text_encoder import TextEncoderConfig
@@ -33,23 +34,29 @@ VAE_PREFIX, TEXT_PREFIX = "first_stage_model.", "cond_stage_model.transformer."
 # In
 
 
-def load_single_file(path: Path, device, dtype, use_ema: bool = False) -> StableDiffusion:
+def load_single_file(
+    path: Path, device, dtype, kind: str | None = None, use_ema: bool = False,
+) -> StableDiffusion:
+    """The model in a file. kind overrides what it says. BadInput: whatever is wrong with it."""
     files = open_safetensors([path])
     about = read_metadata(path, files)
-    check_architecture(path, files)
+    if use_ema and not any(key.startswith(EMA_PREFIX + "diffusion_model") for key in files):
+        raise BadInput(f"{path}: holds no averaged weights ({EMA_PREFIX}*); leave --use-ema away")
+    check_architecture(path, files, EMA_PREFIX if use_ema else UNET_PREFIX)
     networks = empty_networks(str(path), lambda: configs_in(about), dtype)
     table = original_names(networks["unet"].config, networks["vae"].config)
     used = set()
     for part, network in networks.items():
         keys = single_file_names(part, network.state_dict(), table[part])
         if part == "unet" and use_ema:
-            if not any(key.startswith(EMA_PREFIX + "diffusion_model") for key in files):
-                raise BadInput(
-                    f"{path}: holds no averaged weights ({EMA_PREFIX}*); leave --use-ema away"
-                )
             used |= set(keys.values())
             dotless = lambda key: key.removeprefix("model.").replace(".", "")
             keys = {name: EMA_PREFIX + dotless(key) for name, key in keys.items()}
+        if part == "vae" and any(".attn_1.to_q." in key for key in files):  # diffusers 0.17's names
+            for old, new in ((".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."),
+                             (".proj_out.", ".to_out.0.")):
+                keys = {name: key.replace(f".attn_1{old}", f".attn_1{new}")
+                        for name, key in keys.items()}
         if part == "text_encoder" and not any(
             k.startswith(TEXT_PREFIX + "text_model.") for k in files
         ):
@@ -57,9 +64,12 @@ def load_single_file(path: Path, device, dtype, use_ema: bool = False) -> Stable
         load_weights(network, part, keys, files, str(path), device, dtype)
         used |= set(keys.values())
     unused = {key for key in set(files) - used if not key.startswith(KNOWN_EXTRAS)}
-    note_unused_tensors(path, unused)
-    return StableDiffusion(**networks, tokenizer=stored_tokenizer(path, about),
-                           **identity_of(path, about, networks["unet"]))
+    check_unused_tensors(path, unused, (UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX))
+    return StableDiffusion(
+        **networks, tokenizer=stored_tokenizer(path, about),
+        kind=kind or about.get("kind") or kind_by_name(path, (path.stem,)),
+        **identity_of(path, about, networks["unet"]),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,7 +142,15 @@ def single_file_names(part: str, names: Iterable[str], table: list) -> dict[str,
 
 def read_metadata(path: Path, files: dict) -> dict:
     """The metadata of a file of ours; empty for those that others wrote."""
-    text = (next(iter(files.values())).metadata() or {}).get(METADATA) if files else None
+    metadata = (next(iter(files.values())).metadata() or {}) if files else {}
+    text, predicts = metadata.get(METADATA), metadata.get("modelspec.prediction_type", "epsilon")
+    architecture = metadata.get("modelspec.architecture", "stable-diffusion-v1")
+    if predicts.lower() not in ("epsilon", "eps"):
+        raise BadInput(f"{path}: predicts {predicts!r} (modelspec.prediction_type); this project "
+                       "reads models that predict the noise, as SD 1.4 and 1.5 do")
+    if not re.fullmatch("stable-diffusion-v1[^/]*", architecture):
+        raise BadInput(f"{path}: its architecture is {architecture!r} (modelspec.architecture); "
+                       "this project reads SD 1.4, 1.5 and fine-tunes of them")
     try:
         return check_metadata(path, {} if text is None else json.loads(text))
     except ValueError as problem:
@@ -162,14 +180,14 @@ def stored_tokenizer(path: Path, about: dict):
                        f"({first_line(problem)}); get it again") from None
 
 
-def check_architecture(path: Path, files: dict) -> None:
+def check_architecture(path: Path, files: dict, unet_prefix: str = UNET_PREFIX) -> None:
     """BadInput that names what the file is, where it is not Stable Diffusion 1.x."""
     ours = "this project reads SD 1.4, 1.5 and fine-tunes of them"
     if any(key.startswith("conditioner.") for key in files):
         raise BadInput(f"{path}: a Stable Diffusion XL file; {ours}")
     if any(key.startswith("cond_stage_model.model.") for key in files):
         raise BadInput(f"{path}: a Stable Diffusion 2.x file; {ours}")
-    for what, prefix in (("U-Net", UNET_PREFIX), ("autoencoder", VAE_PREFIX),
+    for what, prefix in (("U-Net", unet_prefix), ("autoencoder", VAE_PREFIX),
                          ("text encoder", TEXT_PREFIX)):
         if not any(key.startswith(prefix) for key in files):
             raise BadInput(f"{path}: holds no {what} ({prefix}*); give a whole SD 1.x checkpoint")
@@ -187,7 +205,7 @@ def check_architecture(path: Path, files: dict) -> None:
 KNOWN_EXTRAS = (
     EMA_PREFIX, "betas", "alphas_cumprod", "sqrt_", "posterior_", "log_one_minus", "logvar",
     "lvlb_weights", "model_ema_decay", "scale_factor", "cond_stage_model.logit_scale",
-    "cond_stage_model.text_projection",
+    "cond_stage_model.text_projection", "first_stage_model.loss.",
 )
 
 
@@ -208,7 +226,9 @@ def save(
     about["config"] = {part: asdict(getattr(model, part).config) for part in parts}
     if model.tokenizer is not None:
         vocabulary, merges = tokenizer_parts(model.tokenizer)
-        about["tokenizer"] = {"vocabulary": vocabulary, "merges": merges}
+        about["tokenizer"] = {"vocabulary": vocabulary, "merges": merges,
+                              "added": list(added_tokens(model.tokenizer).values()),
+                              "pad_token": model.tokenizer.pad_token}
     table = original_names(model.unet.config, model.vae.config)
     tensors = {}
     for part in parts:
@@ -218,8 +238,29 @@ def save(
             if part == "vae" and ".to_" in name and tensor.ndim == 2:
                 # The original's attention is made of 1 x 1 convolutions.
                 tensor = tensor[:, :, None, None]
-            tensors[keys[name]] = tensor.detach().to(
-                "cpu", dtype or tensor.dtype, memory_format=torch.contiguous_format
-            )
+            tensors[keys[name]] = in_dtype(keys[name], tensor, dtype or tensor.dtype)
     metadata = {METADATA: json.dumps(about)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+# Classes of other packages (pytorch_lightning's) become empty ones: they need not be installed.
+ADVICE = (
+    "only .safetensors is read, since a pickle can run code when it is opened. Where you trust the "
+    "file, this converts it, and may run its code: import torch, safetensors.torch; file = 'NAME'; "
+    "safetensors.torch.save_file((lambda w: {k: v.clone().contiguous() for k, v in "
+    "w.get('state_dict', w).items() if hasattr(v, 'clone')})(torch.load(file, 'cpu', "
+    "weights_only=False, pickle_module=(lambda p: type('M', (), {'load': p.load, 'Unpickler': "
+    "type('U', (p.Unpickler,), {'find_class': lambda s, m, n: p.Unpickler.find_class(s, m, n) if "
+    "m.split('.')[0] in ('torch', 'collections', 'numpy', '_codecs') else type(n, (dict,), "
+    "{'__init__': lambda *a, **k: None})})}))(__import__('pickle')))), 'out.safetensors')"
+)
+
+
+def unread(path: Path) -> str:
+    """Why a file of this ending is not read, and what to do."""
+    if path.suffix.lower() in PICKLES:
+        return ADVICE
+    if path.suffix.lower() == ".gguf":
+        return "GGUF holds quantized weights; get the model as .safetensors in fp16, bf16 or fp32"
+    return "not a .safetensors file; give one, or a diffusers folder"

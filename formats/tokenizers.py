@@ -5,17 +5,35 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import CLIPTokenizer
+from transformers import AddedToken, CLIPTokenizer
 
 from command import BadInput, first_line
 
 
-def tokenizer_from(vocabulary: dict[str, int], merges: Iterable[str]) -> CLIPTokenizer:
-    """A tokenizer of this vocabulary and these merges, each "left right"."""
+def tokenizer_from(
+    vocabulary: dict[str, int], merges: Iterable[str], added: Iterable[dict] = (),
+    pad_token: str | None = None,
+) -> CLIPTokenizer:
+    """A tokenizer of this vocabulary and these merges, each "left right".
+
+    added: tokens beyond them (textual inversion), as arguments of AddedToken.
+    """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
         Path(folder, "merges.txt").write_text(merges_text(merges), encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(**token) for token in added])
+    if pad_token is not None:
+        tokenizer.pad_token = pad_token
+    return tokenizer
+
+
+def added_tokens(tokenizer: CLIPTokenizer) -> dict[int, dict]:
+    """Tokens that no merge makes, beside the start and the end: id -> arguments of AddedToken."""
+    names = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+    return {number: {name: getattr(token, name) for name in names}
+            for number, token in sorted(tokenizer.added_tokens_decoder.items())
+            if str(token) not in (tokenizer.bos_token, tokenizer.eos_token)}
 
 
 def merges_text(merges: Iterable[str]) -> str:

@@ -1,14 +1,14 @@
 """Tensors of foreign files into our networks, for single_file.py and diffusers_folder.py."""
 
-import hashlib
 import itertools
+import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from command import BadInput, note
+from command import BadInput, dtype_name, note
 from stable_diffusion import FAMILIES, KINDS, FewStep
 from text_encoder import TextEncoder
 from unet import StackedUNet, UNet, build_unet
@@ -20,6 +20,8 @@ MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDi
 # Channels from which bf16 convolutions are faster with channels last: SD's decoder 2.2 times on a
 # CPU. In fp32 all are.
 WIDE = 128
+# Of CLIP and of the autoencoder's training; they do not change what the networks compute.
+KNOWN_UNUSED = ("position_ids", "text_projection.weight", "text_projection", "logit_scale")
 # The few-step models of earlier versions stored the name of their method.
 FEW_STEP_OF_METHOD = {
     "perflow": FewStep("euler", 4, tuple(range(4, 101, 4))),
@@ -35,16 +37,6 @@ FEW_STEP_OF_METHOD = {
     "hipa": FewStep("euler", 1, (1,)),
     "freeflow": FewStep("mean", 1, (1,)),
 }
-
-
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a single file, or of the weights in a folder."""
-    path, digest = Path(path), hashlib.sha256()
-    for file in sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path]:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def open_safetensors(paths: list[Path]) -> dict:
@@ -92,8 +84,18 @@ def identity_of(path: Path, about: dict, unet: nn.Module) -> dict:
     if few_step and few_step.sampler == "mean" and not unet.config.second_time:
         raise BadInput(f"{path}: its metadata is malformed (its sampler needs a second time in the "
                        "U-Net); get it again")
-    return {"kind": about.get("kind") or "diffusion", "family": about.get("family") or "sd",
-            "few_step": few_step}
+    return {"family": about.get("family") or "sd", "few_step": few_step}
+
+
+def in_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight to write, on the CPU; in fp32 where it does not fit fp16, with a note."""
+    other = tensor.detach().to("cpu", dtype, memory_format=torch.contiguous_format)
+    if torch.isfinite(other).all():
+        return other
+    if not torch.isfinite(tensor).all():
+        raise BadInput(f"{name}: is not finite; the model is damaged and is not written")
+    note(f"{name}: does not fit {dtype_name(dtype)}, written in fp32")
+    return tensor.detach().to("cpu", torch.float32, memory_format=torch.contiguous_format)
 
 
 def metadata_of(model) -> dict:
@@ -158,17 +160,42 @@ def load_weights(
         if shape != expected and shape != [*expected, 1, 1]:
             wrong.append(f"{keys[name]} is {shape} and should be {expected}")
         elif not wrong:
+            tensor = file.get_tensor(keys[name])
+            if not tensor.is_floating_point():
+                raise BadInput(f"{where}: {keys[name]} is {tensor.dtype}, quantized; get the model "
+                               "in fp32, fp16 or bf16")
             new = torch.empty_strided(empty.shape, empty.stride(), dtype=dtype, device=device)
-            tensors[name] = new.copy_(file.get_tensor(keys[name]).reshape(empty.shape))
+            tensors[name] = new.copy_(tensor.reshape(empty.shape))
+            if new.device.type != "meta" and not torch.isfinite(new).all():
+                raise BadInput(f"{where}: {keys[name]} is not finite in {dtype_name(dtype)}; try "
+                               "--dtype fp32 or bf16, else the file is damaged")
     if wrong:
         raise BadInput(f"{where}: {len(wrong)} tensors have the wrong shape: "
                        f"{'; '.join(wrong[:3])}; not an SD 1.x {what}")
     module.load_state_dict(tensors, assign=True)
 
 
-def note_unused_tensors(where: Path, names: set[str]) -> None:
-    """A note that names unknown tensors; CLIP's position_ids are known to be unused."""
-    unknown = sorted(name for name in names if not name.endswith("position_ids"))
+def check_unused_tensors(where: Path, names: set[str], prefixes: tuple[str, ...]) -> None:
+    """Tensors that a file holds beyond the model: an error within a network, else a note.
+
+    A tensor that our network does not have changes what the network computes: quantization scales,
+    the guidance embedding of a latent consistency model, adapters.
+    """
+    unknown = sorted(name for name in names if not name.endswith(KNOWN_UNUSED))
+    within = [name for name in unknown if name.startswith(prefixes)]
+    if within:
+        raise BadInput(f"{where}: holds {len(within)} tensors that no SD 1.x network has, first "
+                       f"{', '.join(within[:3])}; not a plain SD 1.x model")
     if unknown:
         first = ", ".join(unknown[:3])
         note(f"{where}: {len(unknown)} unknown tensors are not used, first {first}")
+
+
+def kind_by_name(path: Path, names: tuple[str, ...], flow: bool = False) -> str:
+    """The kind of a model that does not store it, by its names, with a note. flow: it is a flow."""
+    text = " ".join(names).lower()
+    if not flow and not re.search("instaflow|rectified.?flow|(?<![a-z0-9])[23].?rf(?![a-z])", text):
+        return "diffusion"
+    kind = "one-step" if "instaflow" in text else "flow"
+    note(f"{path}: by its name a rectified flow, of kind {kind}; --kind overrides it")
+    return kind

@@ -2,7 +2,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -17,10 +17,12 @@ torch.set_flush_denormal(True)
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Run a command's main in this process, in an empty folder: call(main, "--flag", value, ...)
-    -> (code, out, err).
+    """call(main, "--flag", value, ...) -> (exit code, stdout, messages).
+
+    Runs a command's main in this process, in an empty folder. Messages are the command's own lines
+    on stderr, which start with error: or note:.
     """
-    outside = Path.cwd()
+    start_folder = Path.cwd()
     monkeypatch.chdir(tmp_path)
 
     def run(main, *arguments):
@@ -29,17 +31,16 @@ def call(monkeypatch, capsys, tmp_path):
         code = 0
         try:
             command.run(main)
-        except SystemExit as stop:
-            code = stop.code
+        except SystemExit as system_exit:
+            code = system_exit.code
         out, err = capsys.readouterr()
-        # Progress bars and warnings of libraries are not ours; what a command says starts with
-        # error: or note:.
+        # Leave out progress bars and the warnings of libraries.
         lines = err.replace("\r", "\n").splitlines()
-        said = [line for line in lines if line.startswith(("error:", "note:"))]
-        return code, out, "\n".join(said)
+        messages = [line for line in lines if line.startswith(("error:", "note:"))]
+        return code, out, "\n".join(messages)
 
     yield run
-    assert Path.cwd() != outside  # in whose runs/ it would be, as after monkeypatch.undo()
+    assert Path.cwd() != start_folder  # monkeypatch.undo() leads back to the start folder's runs/
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -1,14 +1,14 @@
-"""Checkpoints with random weights that look like the real ones.
+"""Write checkpoints with random weights in the layouts of published ones.
 
-They are for tests, and for anyone without the weights:
+For tests, and for anyone without the published weights:
 
-    python tests/make_checkpoint.py sd14.safetensors                       full size, fp16: SD 1.4's
-    python tests/make_checkpoint.py sd14/ --layout folder --old-attention  its folder
-    python tests/make_checkpoint.py small.safetensors --size small         in a second
+    python tests/make_checkpoint.py sd14.safetensors                       like SD 1.4's file, fp16
+    python tests/make_checkpoint.py sd14/ --layout folder --old-attention  like SD 1.4's folder
+    python tests/make_checkpoint.py small.safetensors --size small         takes a second
 
-Real files differ in ways that today's libraries no longer write; each difference is an option here.
-The single-file names come from formats/single_file.py, which tests/test_checkpoint.py holds
-against diffusers' own converter.
+Published files differ from what today's libraries write; each difference is an option here. The
+single-file names come from formats/single_file.py. tests/test_checkpoint.py compares these names
+with those of diffusers' own converter.
 """
 
 import argparse
@@ -58,13 +58,13 @@ def letters_tokenizer():
 def make_model(size: str = "small", seed: int = 0, kind: str = "diffusion") -> StableDiffusion:
     """A model with seeded random weights, in fp32.
 
-    size: "small" (with a tokenizer), "full" (Stable Diffusion 1.x) or "half" of its width.
+    size: "small" (with a tokenizer), "full" (Stable Diffusion 1.x) or "half" of its channels.
     """
     torch.manual_seed(seed)
     if size != "small":
-        part = 2 if size == "half" else 1
+        scale = 2 if size == "half" else 1
         unet, vae = (
-            replace(config, block_out_channels=tuple(n // part for n in config.block_out_channels))
+            replace(config, block_out_channels=tuple(n // scale for n in config.block_out_channels))
             for config in (UNetConfig(), VAEConfig())
         )
         return StableDiffusion(
@@ -78,9 +78,9 @@ def single_file_tensors(
     model: StableDiffusion, dtype: torch.dtype, ema: bool = False, text_level: bool = True,
     position_ids: torch.dtype | None = torch.int64, buffers: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """What a single file of the original code holds.
+    """The tensors by name in a single file of the original Stable Diffusion code.
 
-    text_level: are names under text_model., as in most files?
+    text_level: the text encoder's names start with text_model., as in most files.
     """
     tensors, table = {}, single_file.original_names(model.unet.config, model.vae.config)
     for part in ("unet", "vae", "text_encoder"):
@@ -92,7 +92,7 @@ def single_file_tensors(
                 if part == "vae" and ".to_" in name and tensor.ndim == 2 else tensor
             )
             tensors[names[name]] = tensor.to(dtype).contiguous()
-    if ema:  # averaged weights that differ from the others by a known amount
+    if ema:  # averaged weights = trained weights + 1
         for name in [name for name in tensors if name.startswith(UNET_PREFIX)]:
             tensors[EMA_PREFIX + name.removeprefix("model.").replace(".", "")] = tensors[name] + 1
     if position_ids is not None:
@@ -117,9 +117,9 @@ def single_file_tensors(
 def write_single_file(
     model: StableDiffusion, path: str | Path, dtype: torch.dtype = torch.float16, **variants
 ) -> None:
-    """Without our metadata where the sizes are Stable Diffusion's, as published.
+    """Write a single file: at full size without our metadata, as published.
 
-    A small model needs its config.
+    Other sizes have their config in the metadata.
     """
     metadata = {"format": "pt"}
     if model.unet.config != UNetConfig():
@@ -134,9 +134,9 @@ def write_folder(
     old_attention: bool = False, text_level: bool = True, fp16_names: bool = False,
     shards: bool = False, scaling_factor: bool = True,
 ) -> None:
-    """A diffusers folder as published.
+    """Write a diffusers folder as published.
 
-    old_attention: the old names of the autoencoder's attention, as SD 1.4's and 1.5's have them.
+    old_attention: the old names of the autoencoder's attention, as in SD 1.4 and 1.5.
     """
     folder = Path(folder)
     diffusers_folder.export(model, folder, dtype)

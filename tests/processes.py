@@ -1,7 +1,7 @@
-"""Commands in processes of their own, started from a server that has imported them already.
+"""Run commands in subprocesses, forked from a server that has already imported the commands.
 
-Starting Python and importing torch, transformers and our files takes 4 to 6 seconds each time; the
-server does it once, and each process is a fork of it. Tests of torchrun itself start torchrun.
+Starting Python and importing torch, transformers and our files takes 4 to 6 seconds. The server
+does it once, and each process is a fork of the server. Tests of torchrun itself start torchrun.
 """
 
 import multiprocessing
@@ -20,12 +20,12 @@ SERVER.set_forkserver_preload(["reflow", "distill", "evaluate", "sample", "lpips
 
 
 class Process:
-    """What subprocess.Popen would be."""
+    """A command in a forked process, with the interface of subprocess.Popen."""
 
-    def __init__(self, folder: Path, name: str, arguments: list, **more):
-        more.setdefault("log", folder / f"{name}.log")
+    def __init__(self, folder: Path, name: str, arguments: list, **options):
+        options.setdefault("log", folder / f"{name}.log")
         self.process = SERVER.Process(
-            target=command_in, args=(str(folder), name, [*map(str, arguments)]), kwargs=more)
+            target=run_command, args=(str(folder), name, [*map(str, arguments)]), kwargs=options)
         self.process.daemon = True  # ends with the tests
         self.process.start()
         self.pid = self.process.pid
@@ -45,11 +45,14 @@ class Process:
         os.kill(self.pid, number)
 
 
-def command_in(
+def run_command(
     folder: str, name: str, arguments: list[str], log: Path, env: dict | None = None,
     file_limit: int | None = None, threads: int | None = None,
 ) -> None:
-    """In the process: `python NAME.py arguments` in this folder, with small shards."""
+    """Run `python NAME.py arguments` in the folder, with 16 pairs a shard.
+
+    log: file for stdout and stderr. file_limit: bytes per file, in place of a full disk.
+    """
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -57,7 +60,7 @@ def command_in(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does where it starts
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does at startup
     os.environ.update(env or {})
     os.chdir(folder)
     import torch
@@ -72,10 +75,10 @@ def command_in(
     command.run(__import__(name).main)
 
 
-def start_two(folders: list[Path], name: str, arguments: list) -> list[Process]:
-    """The command in two processes that find each other as under torchrun, a thread each.
+def start_two_processes(folders: list[Path], name: str, arguments: list) -> list[Process]:
+    """Start the command in two processes that connect as under torchrun, with one thread each.
 
-    folders: one for both, or one for each. What they print goes to "log" in the first folder.
+    folders: one folder for both processes, or one for each. Both print to "log" in the first.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

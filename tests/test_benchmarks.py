@@ -1,4 +1,4 @@
-"""What the benchmarks compute without timing anything: the bill, and the memory that is counted."""
+"""Benchmarks that need no timing: the cost of the recipe and the counted training memory."""
 
 import json
 
@@ -9,11 +9,11 @@ from benchmarks import cost
 from benchmarks.memory import Kept
 
 
-def test_the_bill_adds_up(call, tmp_path):
+def test_cost_follows_gpus_price_and_measured_speed(call, tmp_path):
     code, out, err = call(cost.main, "--gpus", 4, "--price", 2)
     assert code == 0, err
     total = next(line for line in out.splitlines() if line.startswith("| all"))
-    # The paper's A100-days; a quarter of them, on 4 GPUs; 199.2 x 24 x 2.
+    # The paper's 199.2 A100-days; a quarter of that on 4 GPUs; 199.2 x 24 h x $2.
     assert "| 199.2 | 49.8 |" in total and "| 9562 |" in total
     rows = [{"stage": name, "samples_per_second": 2 * cost.RECIPE[name].rate}
             for name in ("pairs", "reflow", "l2", "lpips")]
@@ -25,18 +25,19 @@ def test_the_bill_adds_up(call, tmp_path):
     assert call(cost.main, "--reflow-share", 1.5)[0] == 2
 
 
-def test_what_is_kept_for_the_backward_pass():
+def test_memory_saved_for_the_backward_pass_is_counted():
     network = nn.Sequential(
         nn.Sequential(nn.Linear(4, 8), nn.SiLU()), nn.Sequential(nn.Linear(8, 2), nn.SiLU())
     )
-    kept = Kept(list(network), {weight.untyped_storage()._cdata for weight in network.parameters()})
+    weights = {weight.untyped_storage()._cdata for weight in network.parameters()}
+    saved = Kept(list(network), weights)
     x = torch.randn(3, 4)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         loss = network(x).square().sum()
     assert loss.requires_grad
-    # The inputs of both linear layers, of both SiLUs and of the square, 4 bytes a number.
-    assert kept.plain() == 4 * (3 * 4 + 3 * 8 + 3 * 8 + 3 * 2 + 3 * 2)
-    # The inputs of both blocks and of the square, and what the first block computes again beyond
-    # its input.
-    assert kept.checkpointed() == 4 * (3 * 4 + 3 * 8 + 3 * 2 + 3 * 8)
-    assert kept.checkpointed() == kept.plain() - 24
+    # The inputs of both linear layers, of both SiLUs and of the square, 4 bytes per element.
+    assert saved.plain() == 4 * (3 * 4 + 3 * 8 + 3 * 8 + 3 * 2 + 3 * 2)
+    # The inputs of both blocks and of the square, and what the first block saves beyond its input
+    # while it is recomputed.
+    assert saved.checkpointed() == 4 * (3 * 4 + 3 * 8 + 3 * 2 + 3 * 8)
+    assert saved.checkpointed() == saved.plain() - 24

@@ -1,4 +1,4 @@
-"""Both layouts in, both out; every variant of real files; every refusal."""
+"""Loading and saving: both layouts, every variant of published files, every refused file."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def full_size_on_meta():
     return StableDiffusion(*networks, None, "diffusion")
 
 
-def test_original_names_are_those_that_diffusers_converts():
+def test_single_file_names_and_shapes_match_diffusers_converter():
     full = full_size_on_meta()
     tensors = single_file_tensors(full, torch.float16)
     count = lambda prefix: sum(name.startswith(prefix) for name in tensors)
@@ -74,7 +74,7 @@ def test_original_names_are_those_that_diffusers_converts():
     }
 
 
-def test_original_names_carry_the_same_tensors_as_diffusers_converter(model):
+def test_single_file_tensors_match_diffusers_converter(model):
     """Shapes can agree while tensors are swapped, so compare the values too."""
     tensors = single_file_tensors(model, torch.float32)
     config = {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": None}
@@ -94,15 +94,15 @@ FILE_VARIANTS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", FILE_VARIANTS.values(), ids=FILE_VARIANTS)
-def test_single_files(model, tmp_path, capsys, variant, dtype):
+def test_every_variant_of_a_single_file_loads(model, tmp_path, capsys, variant, dtype):
     write_single_file(model, tmp_path / "a.safetensors", dtype, **variant)
     loaded = checkpoint.load(tmp_path / "a.safetensors")
     assert_same(loaded, model, dtype)
     assert loaded.kind == "diffusion" and not loaded.unet.training
-    assert capsys.readouterr().err == ""  # everything in these files is known
+    assert capsys.readouterr().err == ""  # no note about unknown tensors
 
 
-def test_ema_weights_are_read_when_asked(model, tmp_path):
+def test_ema_weights_are_loaded_on_request(model, tmp_path):
     write_single_file(model, tmp_path / "a.safetensors", torch.float32, ema=True)
     averaged = checkpoint.load(tmp_path / "a.safetensors", use_ema=True)
     for name, tensor in averaged.unet.state_dict().items():
@@ -120,7 +120,7 @@ FOLDER_VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", FOLDER_VARIANTS.values(), ids=FOLDER_VARIANTS)
-def test_folders(model, tmp_path, capsys, variant):
+def test_every_variant_of_a_folder_loads(model, tmp_path, capsys, variant):
     write_folder(model, tmp_path / "sd", torch.float32, **variant)
     loaded = checkpoint.load(tmp_path / "sd")
     assert_same(loaded, model)
@@ -132,7 +132,7 @@ def test_folders(model, tmp_path, capsys, variant):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_round_trips_are_exact(model, tmp_path, dtype):
+def test_round_trip_through_both_layouts_is_exact(model, tmp_path, dtype):
     model = StableDiffusion(
         model.unet, model.vae, model.text_encoder, model.tokenizer, "one-step", "shapes"
     )
@@ -156,7 +156,7 @@ def test_round_trips_are_exact(model, tmp_path, dtype):
     )
 
 
-def test_exported_folder_loads_in_diffusers_and_transformers(model, tmp_path):
+def test_exported_networks_agree_with_diffusers_and_transformers(model, tmp_path):
     checkpoint.export(model, tmp_path / "sd", torch.float32)
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "sd" / "unet")
     x, context, timestep = (
@@ -171,34 +171,34 @@ def test_exported_folder_loads_in_diffusers_and_transformers(model, tmp_path):
         torch.testing.assert_close(text(token_ids).last_hidden_state, model.text_encoder(token_ids))
 
 
-def drawn(model, prompts, steps, guidance):
-    """Pictures (B, 3, H, W) from the noises of seeds 0, 1, ..."""
+def generate_images(model, prompts, steps, guidance):
+    """Images (B, 3, H, W) from the noise of seeds 0, 1, ..."""
     return sample_images(model, prompts, range(len(prompts)), steps, guidance)
 
 
 PROMPTS = ["a red circle above a blue square", "a shape"]
 
 
-def test_an_exported_diffusion_opens_in_diffusers_as_it_is(tmp_path):
-    """Prompt to pixels, by diffusers' own tokenizer, solver and decoder."""
+def test_exported_diffusion_model_gives_the_same_images_in_diffusers(tmp_path):
+    """From prompt to pixels, with diffusers' own tokenizer, solver and decoder."""
     model = checkpoint.load(TINY_TEACHER)
     checkpoint.export(model, tmp_path / "sd", torch.float32)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
     pipeline.set_progress_bar_config(disable=True)
     noise = noise_from_seeds(range(2), model.latent_shape())
-    pictures = pipeline(
+    images = pipeline(
         PROMPTS, num_inference_steps=8, guidance_scale=2.5, latents=noise, output_type="pt"
     ).images
-    expected = (drawn(model, PROMPTS, 8, 2.5) / 2 + 0.5).clamp(0, 1)
-    assert relative_error(pictures, expected) < 1e-4
+    expected = (generate_images(model, PROMPTS, 8, 2.5) / 2 + 0.5).clamp(0, 1)
+    assert relative_error(images, expected) < 1e-4
     assert pipeline.tokenizer.model_max_length == 16
-    long = " and ".join(["a red circle"] * 20)
-    assert torch.isfinite(pipeline(long, num_inference_steps=1, output_type="pt").images).all()
+    prompt = " and ".join(["a red circle"] * 20)
+    assert torch.isfinite(pipeline(prompt, num_inference_steps=1, output_type="pt").images).all()
 
 
 @pytest.mark.parametrize("kind, steps, guidance", [("flow", 4, 1.5), ("one-step", 1, 1.0)])
 @torch.no_grad()
-def test_an_exported_flow_runs_on_diffusers_networks(tmp_path, kind, steps, guidance):
+def test_exported_flow_gives_the_same_images_on_diffusers_networks(tmp_path, kind, steps, guidance):
     model, folder = checkpoint.load(TINY_TEACHER, kind=kind), tmp_path / "flow"
     checkpoint.export(model, folder, torch.float32)
     index = json.loads((folder / "model_index.json").read_text())
@@ -209,30 +209,29 @@ def test_an_exported_flow_runs_on_diffusers_networks(tmp_path, kind, steps, guid
         CLIPTextModel.from_pretrained(folder / "text_encoder"),
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
     )
-    read = lambda prompts: text(
+    encode = lambda prompts: text(
         tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     )[0]
     x, context, null = (
-        noise_from_seeds(range(2), model.latent_shape()), read(PROMPTS), read(["", ""])
+        noise_from_seeds(range(2), model.latent_shape()), encode(PROMPTS), encode(["", ""])
     )
     for k in range(steps):
         timestep = torch.full((2,), 1000 * (1 - k / steps))
-        without, velocity = unet(x, timestep, null).sample, unet(x, timestep, context).sample
-        x = x + (without + guidance * (velocity - without)) / steps
-    assert relative_error(
-        vae.decode(x / vae.config.scaling_factor).sample, drawn(model, PROMPTS, steps, guidance)
-    ) < 1e-4
+        unconditional, velocity = unet(x, timestep, null).sample, unet(x, timestep, context).sample
+        x = x + (unconditional + guidance * (velocity - unconditional)) / steps
+    expected = generate_images(model, PROMPTS, steps, guidance)
+    assert relative_error(vae.decode(x / vae.config.scaling_factor).sample, expected) < 1e-4
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_written_files_have_the_modes_that_the_user_wants(model, tmp_path, umask):
-    before = os.umask(umask)
+def test_modes_of_written_files_follow_the_umask(model, tmp_path, umask):
+    previous_umask = os.umask(umask)
     try:
         checkpoint.export(model, tmp_path / "sd")
         checkpoint.save(model, tmp_path / "a.safetensors")
         command.write_text(tmp_path / "a.txt", "text")
     finally:
-        os.umask(before)
+        os.umask(previous_umask)
     files = [path for path in (tmp_path / "sd").rglob("*") if path.is_file()] + list(
         tmp_path.glob("a.*")
     )
@@ -242,25 +241,25 @@ def test_written_files_have_the_modes_that_the_user_wants(model, tmp_path, umask
     assert stat.S_IMODE((tmp_path / "sd").stat().st_mode) == 0o777 & ~umask
 
 
-def test_a_folder_is_on_the_disk_before_it_has_its_name(model, tmp_path, monkeypatch):
-    flushed, named = set(), []
+def test_exported_files_are_flushed_before_the_folder_is_renamed(model, tmp_path, monkeypatch):
+    flushed, renamed = set(), []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(
         "os.fsync", lambda number: flushed.add(os.fstat(number).st_ino) or fsync(number)
     )
 
     def rename(source, target):
-        named.append([path.stat().st_ino for path in source.rglob("*") if path.is_file()])
+        renamed.append([path.stat().st_ino for path in source.rglob("*") if path.is_file()])
         replace(source, target)
 
     monkeypatch.setattr("os.replace", rename)
-    (tmp_path / ".sd.tmp" / "unet").mkdir(parents=True)  # what a killed export left
+    (tmp_path / ".sd.tmp" / "unet").mkdir(parents=True)  # left behind by a killed export
     checkpoint.export(model, tmp_path / "sd")
-    assert len(named[0]) > 8 and set(named[0]) <= flushed and not list(tmp_path.glob(".sd*"))
+    assert len(renamed[0]) > 8 and set(renamed[0]) <= flushed and not list(tmp_path.glob(".sd*"))
 
 
 @pytest.mark.parametrize(
-    "folder, said, kind",
+    "folder, source, kind",
     [
         ("instaflow_0_9B_from_sd_1_5", None, "one-step"),
         ("2_rectified_flow_from_sd_1_5", None, "flow"),
@@ -268,30 +267,30 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(model, tmp_path, monkeyp
         ("mine", "XCLiu/instaflow_0_9B_from_sd_1_5", "one-step"),
     ],
 )
-def test_the_published_flows_are_known_by_name(model, tmp_path, capsys, folder, said, kind):
+def test_published_flows_are_recognised_by_name(model, tmp_path, capsys, folder, source, kind):
     command.note.cache_clear()
     path = tmp_path / folder
     write_folder(model, path)
     index = json.loads((path / "model_index.json").read_text()) | {
-        "_class_name": "RectifiedFlowPipeline", "_name_or_path": said,
+        "_class_name": "RectifiedFlowPipeline", "_name_or_path": source,
     }
     del index["kind"]
     (path / "model_index.json").write_text(json.dumps(index))
     assert checkpoint.load(path).kind == kind
-    said = f"by its name of kind {kind}; --kind overrides it"
-    assert said in capsys.readouterr().err
+    note = f"by its name a rectified flow, of kind {kind}; --kind overrides it"
+    assert note in capsys.readouterr().err
     assert (
         checkpoint.load(path, kind="diffusion").kind == "diffusion"
         and not capsys.readouterr().err
     )
 
 
-def test_kind(model, tmp_path):
+def test_kind_comes_from_the_argument_or_the_pipeline_class(model, tmp_path):
     write_single_file(model, tmp_path / "a.safetensors")
     assert checkpoint.load(tmp_path / "a.safetensors", kind="flow").kind == "flow"
     write_folder(model, tmp_path / "sd")
     index = json.loads((tmp_path / "sd" / "model_index.json").read_text())
-    del index["kind"]  # as the published InstaFlow folders
+    del index["kind"]  # as in the published InstaFlow folders
     index["_class_name"] = "RectifiedFlowPipeline"
     (tmp_path / "sd" / "model_index.json").write_text(json.dumps(index))
     assert checkpoint.load(tmp_path / "sd").kind == "flow"
@@ -307,7 +306,7 @@ def test_long_prompts_keep_their_end_token(model, capsys):
     assert capsys.readouterr().err.count("truncated to 16 tokens") == 1
 
 
-def test_the_shell_command_converts_both_ways(model, tmp_path, call):
+def test_command_converts_between_both_layouts(model, tmp_path, call):
     write_single_file(model, tmp_path / "a.safetensors", torch.float32)
     assert call(
         checkpoint.main, tmp_path / "a.safetensors", tmp_path / "b", "--kind", "flow"
@@ -318,7 +317,7 @@ def test_the_shell_command_converts_both_ways(model, tmp_path, call):
     assert_same(loaded, model, torch.float16)
 
 
-def test_the_maker_runs(tmp_path):
+def test_make_checkpoint_writes_the_same_weights_in_both_layouts(tmp_path):
     script = [sys.executable, str(ROOT / "tests" / "make_checkpoint.py")]
     subprocess.run(
         [*script, str(tmp_path / "a.safetensors"), "--size", "small", "--ema"], check=True
@@ -330,10 +329,11 @@ def test_the_maker_runs(tmp_path):
     assert_same(checkpoint.load(tmp_path / "a.safetensors"), checkpoint.load(tmp_path / "b"))
 
 
-# What is refused, each with one line that names the file
+# Refused files: each error is one line that names the file
 
 
-def edited(model, path, edit):
+def write_edited(model, path, edit):
+    """Write a single file whose tensors are changed in place by edit(tensors)."""
     write_single_file(model, path, torch.float32)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -344,6 +344,8 @@ def edited(model, path, edit):
 
 
 def drop(prefix):
+    """An edit that deletes the tensors whose names start with prefix."""
+
     def edit(tensors):
         for name in [name for name in tensors if name.startswith(prefix)]:
             del tensors[name]
@@ -372,18 +374,19 @@ REFUSED = {
 }
 
 
-def with_about(model, path, about):
+def write_with_metadata(model, path, metadata):
+    """Write a single file with this metadata: a JSON string, or an object to convert to JSON."""
     write_single_file(model, path, torch.float32)
     save_file(
         load_file(path), path,
-        {METADATA: about if isinstance(about, str) else json.dumps(about)},
+        {METADATA: metadata if isinstance(metadata, str) else json.dumps(metadata)},
     )
     return path
 
 
 @pytest.mark.parametrize("name", ["../../secret.txt", "/etc/passwd", "c.txt"])
-def test_metadata_names_no_file(model, tmp_path, name):
-    path = with_about(model, tmp_path / "a.safetensors", {"family": name})
+def test_family_in_metadata_cannot_be_a_file(model, tmp_path, name):
+    path = write_with_metadata(model, tmp_path / "a.safetensors", {"family": name})
     with pytest.raises(BadInput, match="its metadata names the family .*; known are sd, shapes"):
         checkpoint.load(path)
     write_folder(model, tmp_path / "sd")
@@ -394,7 +397,7 @@ def test_metadata_names_no_file(model, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "about",
+    "metadata",
     [
         "{", "[]", "3", {"kind": "banana"}, {"kind": ["flow"]}, {"config": 3}, {"config": {}},
         {"config": {"unet": {"layers": 3}}},
@@ -414,15 +417,15 @@ def test_metadata_names_no_file(model, tmp_path, name):
     ],
     ids=str,
 )
-def test_malformed_metadata_is_one_line(model, tmp_path, about):
-    written = about
-    # These are read after weights that fit.
-    if isinstance(about, dict) and {"tokenizer", "sampler", "method"} & set(about):
+def test_malformed_metadata_is_a_one_line_error(model, tmp_path, metadata):
+    written = metadata
+    # These fields are read only after the weights fit.
+    if isinstance(metadata, dict) and {"tokenizer", "sampler", "method"} & set(metadata):
         small = tmp_path / "small.safetensors"
         write_single_file(model, small, torch.float32)
         with safe_open(small, "pt") as file:
-            written = json.loads(file.metadata()[METADATA]) | about
-    path = with_about(model, tmp_path / "a.safetensors", written)
+            written = json.loads(file.metadata()[METADATA]) | metadata
+    path = write_with_metadata(model, tmp_path / "a.safetensors", written)
     with pytest.raises(
         BadInput, match="a.safetensors: its (metadata|configuration)|the tokenizer in its"
     ) as problem:
@@ -430,32 +433,32 @@ def test_malformed_metadata_is_one_line(model, tmp_path, about):
     assert "\n" not in str(problem.value)
 
 
-def test_files_of_an_earlier_version_are_not_taken_for_stable_diffusion(model, tmp_path):
-    path = with_about(model, tmp_path / "a.safetensors", {"captions": "toy/captions.txt"})
+def test_tiny_models_of_an_earlier_version_are_refused(model, tmp_path):
+    path = write_with_metadata(model, tmp_path / "a.safetensors", {"captions": "toy/captions.txt"})
     with pytest.raises(BadInput, match="a.safetensors: a tiny model of an earlier version"):
         checkpoint.load(path)
 
 
-def test_models_that_predict_or_take_something_else_are_refused(model, tmp_path):
-    for predicts in ("v_prediction", "sample"):
-        write_folder(model, tmp_path / predicts)
-        scheduler = tmp_path / predicts / "scheduler" / "scheduler_config.json"
-        config = json.loads(scheduler.read_text()) | {"prediction_type": predicts}
+def test_other_prediction_types_and_inpainting_models_are_refused(model, tmp_path):
+    for prediction_type in ("v_prediction", "sample"):
+        write_folder(model, tmp_path / prediction_type)
+        scheduler = tmp_path / prediction_type / "scheduler" / "scheduler_config.json"
+        config = json.loads(scheduler.read_text()) | {"prediction_type": prediction_type}
         scheduler.write_text(json.dumps(config))
-        with pytest.raises(BadInput, match=f"{predicts}: a {predicts} model"):
-            checkpoint.load(tmp_path / predicts)
+        with pytest.raises(BadInput, match=f"its prediction_type is '{prediction_type}'"):
+            checkpoint.load(tmp_path / prediction_type)
     write_folder(model, tmp_path / "inpainting")
     config = tmp_path / "inpainting" / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
     with pytest.raises(BadInput, match="inpainting: an inpainting model"):
         checkpoint.load(tmp_path / "inpainting")
-    wide = lambda t: t.update(
+    widen_input = lambda t: t.update(
         {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}
     )
     with pytest.raises(BadInput, match="an inpainting model"):
-        checkpoint.load(edited(model, tmp_path / "a.safetensors", wide))
+        checkpoint.load(write_edited(model, tmp_path / "a.safetensors", widen_input))
     with pytest.raises(BadInput, match="a v-prediction model"):
-        checkpoint.load(edited(
+        checkpoint.load(write_edited(
             model, tmp_path / "a.safetensors", lambda t: t.update({"v_pred": torch.zeros(1)})
         ))
 
@@ -465,18 +468,18 @@ def test_models_that_predict_or_take_something_else_are_refused(model, tmp_path)
     "name",
     ["unet/config.json", "vae/config.json", "model_index.json", "scheduler/scheduler_config.json"],
 )
-def test_malformed_folders_are_one_line(model, tmp_path, name, content):
+def test_malformed_folder_is_a_one_line_error(model, tmp_path, name, content):
     write_folder(model, tmp_path / "sd")
     (tmp_path / "sd" / name).write_text(content)
     if "config" in name and name[0] in "uv" or content in ("{", "[]"):
         with pytest.raises(BadInput, match="sd") as problem:
             checkpoint.load(tmp_path / "sd")
         assert "\n" not in str(problem.value)
-    else:  # nothing in these is needed
+    else:  # loading needs nothing from these files
         checkpoint.load(tmp_path / "sd")
 
 
-def test_a_malformed_index_or_tokenizer_is_one_line(model, tmp_path):
+def test_malformed_index_or_tokenizer_is_refused(model, tmp_path):
     write_folder(model, tmp_path / "sd", shards=True)
     index = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     for content in ("{", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../../vae/x"}}'):
@@ -491,22 +494,22 @@ def test_a_malformed_index_or_tokenizer_is_one_line(model, tmp_path):
 
 
 @pytest.mark.parametrize("edit, words", REFUSED.values(), ids=REFUSED)
-def test_refused_files(model, tmp_path, edit, words):
-    path = edited(model, tmp_path / "a.safetensors", edit)
+def test_refused_single_file_is_a_one_line_error(model, tmp_path, edit, words):
+    path = write_edited(model, tmp_path / "a.safetensors", edit)
     with pytest.raises(BadInput, match=words) as problem:
         checkpoint.load(path)
     assert "a.safetensors" in str(problem.value) and "\n" not in str(problem.value)
 
 
-def test_at_most_three_names_are_given(model, tmp_path):
+def test_error_lists_at_most_three_missing_tensors(model, tmp_path):
     with pytest.raises(BadInput, match="248 tensors are missing|tensors are missing") as problem:
-        checkpoint.load(edited(
+        checkpoint.load(write_edited(
             model, tmp_path / "a.safetensors", drop("first_stage_model.decoder")
         ))
     assert str(problem.value).count("first_stage_model.") == 3
 
 
-def test_truncated_missing_and_pickled_files(model, tmp_path):
+def test_truncated_missing_and_pickled_files_are_refused(model, tmp_path):
     path = tmp_path / "a.safetensors"
     write_single_file(model, path)
     path.write_bytes(path.read_bytes()[:-100])
@@ -518,11 +521,11 @@ def test_truncated_missing_and_pickled_files(model, tmp_path):
     with pytest.raises(BadInput, match="no such file"):
         checkpoint.load(tmp_path / "b.safetensors")
     (tmp_path / "sd.ckpt").write_bytes(b"x")
-    with pytest.raises(BadInput, match="convert it"):
+    with pytest.raises(BadInput, match="converts it"):
         checkpoint.load(tmp_path / "sd.ckpt")
 
 
-def test_refused_folders(model, tmp_path):
+def test_sdxl_sd2_and_incomplete_folders_are_refused(model, tmp_path):
     write_folder(model, tmp_path / "sd")
     (tmp_path / "sd" / "text_encoder_2").mkdir()
     with pytest.raises(BadInput, match="XL"):
@@ -540,7 +543,7 @@ def test_refused_folders(model, tmp_path):
         checkpoint.load(tmp_path / "weightless")
 
 
-def test_without_a_tokenizer_offline(model, tmp_path):
+def test_missing_or_mismatched_tokenizer_is_refused(model, tmp_path):
     write_single_file(model, tmp_path / "a.safetensors")
     with pytest.raises(BadInput, match="--tokenizer"):
         checkpoint.load(tmp_path / "a.safetensors").encode_prompts(["a cat"])
@@ -553,8 +556,8 @@ def test_without_a_tokenizer_offline(model, tmp_path):
         checkpoint.load(tmp_path / "a.safetensors", tokenizer=tmp_path)
 
 
-def test_unknown_tensors_are_named(model, tmp_path, capsys):
-    path = edited(
+def test_unknown_tensors_give_a_note(model, tmp_path, capsys):
+    path = write_edited(
         model, tmp_path / "a.safetensors", lambda t: t.update({"some.lora.weight": torch.zeros(1)})
     )
     checkpoint.load(path)

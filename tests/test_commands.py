@@ -1,7 +1,4 @@
-"""The commands as users run them.
-
-The whole method in miniature, killed and continued, and given bad input.
-"""
+"""The commands as users run them: the whole method at toy size, kills and resumes, bad input."""
 
 import json
 import os
@@ -45,12 +42,12 @@ DISTILL = ["--num-pairs", 40, "--teacher-steps", 3, "--validation-pairs", 0,
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(pairs, "PAIRS_PER_SHARD", 16)
-    monkeypatch.setattr(validation, "VALIDATION_PAIRS", 0)  # tests/test_validation.py has those
+    monkeypatch.setattr(validation, "VALIDATION_PAIRS", 0)  # tested in tests/test_validation.py
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder in which reflow and distill ran without arguments but for their size."""
+    """A folder in which reflow and distill ran with default settings, at toy size."""
     folder = tmp_path_factory.mktemp("finished")
     for name, arguments in (("reflow", REFLOW), ("distill", DISTILL)):
         assert Process(folder, name, arguments).wait() == 0
@@ -61,12 +58,12 @@ def finished(tmp_path_factory):
 # The method
 
 
-def test_the_whole_method(finished, call, tmp_path, monkeypatch):
+def test_whole_method_with_default_paths(finished, call):
     flow = checkpoint.load(finished / "runs/2rf.safetensors")
     student = checkpoint.load(finished / "runs/instaflow.safetensors")
     assert (flow.kind, student.kind) == ("flow", "one-step")
     teacher = checkpoint.load(ROOT / "toy/tiny_sd.safetensors")
-    for part in ("vae", "text_encoder"):  # what is not trained is passed on to the bit
+    for part in ("vae", "text_encoder"):  # frozen parts are copied bit for bit
         for name, tensor in getattr(teacher, part).state_dict().items():
             assert torch.equal(tensor, getattr(student, part).state_dict()[name]), name
     weight = lambda model: model.unet.conv_in.weight
@@ -80,18 +77,18 @@ def test_the_whole_method(finished, call, tmp_path, monkeypatch):
     ):
         assert (finished / path / "loss.png").stat().st_size > 5000
 
-    from_here = lambda main, *arguments: in_folder(monkeypatch, finished, call, main, *arguments)
-    code, out, err = from_here(sample.main)
+    call_in_finished = lambda main, *arguments: in_folder(finished, call, main, *arguments)
+    code, out, err = call_in_finished(sample.main)
     assert (
         code == 0 and "seconds each" in out
         and err.startswith("note: no --prompt given; using")
     )
-    picture = Image.open(finished / "out.png")
-    assert picture.text["steps"] == "1" and picture.text["model"] == "instaflow.safetensors"
-    assert picture.text["seed"] == "0"
-    assert picture.size == (4 * 130 + 2, 132)
+    image = Image.open(finished / "out.png")
+    assert image.text["steps"] == "1" and image.text["model"] == "instaflow.safetensors"
+    assert image.text["seed"] == "0"
+    assert image.size == (4 * 130 + 2, 132)
 
-    code, out, err = from_here(evaluate.main, "--num-samples", 32, "--steps", "4,1")
+    code, out, err = call_in_finished(evaluate.main, "--num-samples", 32, "--steps", "4,1")
     assert code == 0 and "comparison image: runs/evaluate.png" in out
     rows = json.loads((finished / "runs/evaluate.json").read_text())
     keys = ["model", "kind", "steps", "guidance", "caption_accuracy", "frechet", "straightness",
@@ -106,39 +103,39 @@ def test_the_whole_method(finished, call, tmp_path, monkeypatch):
     for name in ("evaluate.png", "evaluate-curves.png"):
         assert len(Image.open(finished / "runs" / name).convert("RGB").getcolors(10**7)) > 20
 
-    for main, arguments in ((reflow.main, REFLOW), (distill.main, DISTILL)):  # all is done already
-        code, out, err = from_here(main, *arguments)
+    for main, arguments in ((reflow.main, REFLOW), (distill.main, DISTILL)):  # both are finished
+        code, out, err = call_in_finished(main, *arguments)
         assert code == 0 and "finished already" in out
 
 
-def in_folder(monkeypatch, folder, call, main, *arguments):
-    """`call`, in the given folder and not in a new one."""
-    real = os.getcwd()
+def in_folder(folder, call, main, *arguments):
+    """`call`, but in the given folder instead of an empty one."""
+    previous_folder = os.getcwd()
     os.chdir(folder)
     try:
         return call(main, *arguments)
     finally:
-        os.chdir(real)
+        os.chdir(previous_folder)
 
 
-def test_a_first_picture_before_anything_was_trained(call):
+def test_sample_uses_the_committed_model_before_any_training(call):
     code, out, err = call(sample.main, "--num-images", 1)
     assert code == 0 and "no runs/instaflow.safetensors yet, which `make demo` makes" in err
-    picture = Image.open("out.png")
-    assert picture.size == (128, 128)  # one image has no frame
-    assert picture.text["model"] == "tiny_emoji_instaflow.safetensors"
-    assert picture.text["steps"] == "1"
-    assert np.asarray(picture.convert("L")).std() > 3
+    image = Image.open("out.png")
+    assert image.size == (128, 128)  # one image has no frame
+    assert image.text["model"] == "tiny_emoji_instaflow.safetensors"
+    assert image.text["steps"] == "1"
+    assert np.asarray(image.convert("L")).std() > 3
 
 
-def test_a_third_flow_from_the_second(finished, call):
+def test_reflow_of_a_flow_generates_its_pairs_with_euler(finished, call):
     code, out, err = call(reflow.main, "--teacher", finished / "runs/2rf.safetensors", *REFLOW)
     assert code == 0, err
     assert json.loads(Path("runs/pairs/pairs.json").read_text())["solver"] == "euler"
     assert checkpoint.load("runs/2rf.safetensors").kind == "flow"
 
 
-def test_a_negated_start_predicts_the_opposite():
+def test_negated_init_flips_the_sign_of_a_diffusion_model_only():
     model = make_model()
     x, context, timestep = (
         torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.tensor([10.0, 900.0])
@@ -151,7 +148,7 @@ def test_a_negated_start_predicts_the_opposite():
         torch.testing.assert_close(model.unet(x, timestep, context), -before)
 
 
-def test_a_start_from_a_checkpoint(finished, call):
+def test_init_from_a_checkpoint_starts_from_its_weights(finished, call):
     flow = finished / "runs/2rf.safetensors"
     arguments = [*REFLOW, "--learning-rate", 0, "--out", "runs/on.safetensors"]
     code, _, err = call(reflow.main, *arguments, "--init", flow)
@@ -175,7 +172,7 @@ def test_a_start_from_a_checkpoint(finished, call):
     assert "must be teacher, negated, random or a checkpoint that exists, got 'nowhere'" in err
 
 
-def test_starts_differ(call):
+def test_negated_init_reaches_a_lower_loss_than_teacher_init(call):
     losses = {}
     for init in ("teacher", "negated", "random"):
         code, _, err = call(reflow.main, *REFLOW, "--init", init,
@@ -185,25 +182,25 @@ def test_starts_differ(call):
     assert losses["negated"] < losses["teacher"] and len(set(losses.values())) == 3
 
 
-def test_direct_distillation_of_the_teacher(call):
+def test_distill_accepts_a_diffusion_teacher(call):
     code, out, err = call(distill.main, "--teacher", ROOT / "toy/tiny_sd.safetensors", *DISTILL)
     assert code == 0, err
     assert json.loads(Path("runs/pairs-2rf/pairs.json").read_text())["kind"] == "diffusion"
 
 
-def test_a_stacked_student(finished, call):
+def test_stacked_student_is_trained_and_sampled_but_not_exported(finished, call):
     teacher = finished / "runs/2rf.safetensors"
     code, out, err = call(distill.main, "--teacher", teacher, "--student", "stacked", *DISTILL)
     assert code == 0, err
     student = checkpoint.load("runs/instaflow.safetensors")
     unet = checkpoint.load(teacher).unet
     assert student.kind == "one-step" and student.unet.config.stacked
-    # Both started from the teacher, and both were trained.
+    # Both halves started from the teacher's weights, and both were trained.
     for half in (student.unet.first, student.unet.second):
         for name, weight in half.named_parameters():
-            moved = (weight - unet.state_dict()[name]).abs().max()
-            # The file's fp16 rounds small moves of a norm's weights away, so those may have stayed.
-            assert moved < 0.1 and (moved > 0 or weight.ndim == 1), name
+            change = (weight - unet.state_dict()[name]).abs().max()
+            # The file's fp16 may round away a small change of a norm's weights.
+            assert change < 0.1 and (change > 0 or weight.ndim == 1), name
     code, out, err = call(sample.main, "--model", "runs/instaflow.safetensors",
                           "--prompt", "a red circle")
     assert code == 0 and Path("out.png").exists(), err
@@ -213,13 +210,13 @@ def test_a_stacked_student(finished, call):
     assert code == 2 and "student was 'stacked', now 'unet'" in err
 
 
-def test_a_model_of_stable_diffusions_shape(call, tmp_path):
-    """Published layout, no captions of its own: the built-in prompts, a large model's options."""
+def test_whole_method_on_a_checkpoint_in_the_published_layout(call, tmp_path):
+    """Such a checkpoint has no captions: built-in prompts and a large model's defaults apply."""
     write_single_file(make_model(), tmp_path / "sd.safetensors")
-    folder = tmp_path / "tokens"
+    tokenizer_folder = tmp_path / "tokens"
     write_folder(make_model(), tmp_path / "folder")
-    (tmp_path / "folder" / "tokenizer").rename(folder)
-    common = ["--tokenizer", folder, "--batch-size", 2, "--num-pairs", 4]
+    (tmp_path / "folder" / "tokenizer").rename(tokenizer_folder)
+    common = ["--tokenizer", tokenizer_folder, "--batch-size", 2, "--num-pairs", 4]
     code, _, err = call(reflow.main, "--teacher", tmp_path / "sd.safetensors",
                         "--teacher-steps", 2, "--iterations", 2, *common)
     assert code == 0, err
@@ -237,9 +234,9 @@ def test_a_model_of_stable_diffusions_shape(call, tmp_path):
     assert row["caption_accuracy"] is None and row["relative_straightness"] > 0
 
 
-def test_sampling_options(finished, call):
+def test_every_sampling_option_but_the_batch_size_changes_the_image(call):
     model = ["--model", ROOT / "toy/tiny_sd.safetensors"]
-    pictures = {}
+    images = {}
     for name, options in {
         "plain": [], "again": [], "seed": ["--seed", 9], "ddim": ["--solver", "ddim"],
         "unguided": ["--guidance", 1], "unconditional": ["--guidance", 0],
@@ -249,17 +246,17 @@ def test_sampling_options(finished, call):
         code, _, err = call(sample.main, *model, "--prompt", "a red circle", "--num-images", 2,
                             "--dtype", "fp32", *options)
         assert code == 0, err
-        pictures[name] = torch.frombuffer(
+        images[name] = torch.frombuffer(
             bytearray(Image.open("out.png").tobytes()), dtype=torch.uint8
         ).float()
-    assert torch.equal(pictures["plain"], pictures["again"])
-    # One seed, one picture, whatever the batch.
-    assert (pictures["plain"] - pictures["batch"]).abs().max() <= 1
+    assert torch.equal(images["plain"], images["again"])
+    # One seed gives one image at any batch size.
+    assert (images["plain"] - images["batch"]).abs().max() <= 1
     for name in ("seed", "ddim", "unguided", "unconditional", "negative", "steps"):
-        assert (pictures["plain"] - pictures[name]).abs().mean() > 0.2, name
+        assert (images["plain"] - images[name]).abs().mean() > 0.2, name
 
 
-def test_the_loss_of_reflow_is_part_of_the_run(call):
+def test_reflow_loss_is_one_of_the_runs_settings(call):
     arguments = [*REFLOW, "--warmup-samples", 0, "--loss"]
     assert call(reflow.main, *arguments, "pseudo-huber")[0] == 0
     code, _, err = call(reflow.main, *arguments, "l2")
@@ -270,50 +267,50 @@ def test_the_loss_of_reflow_is_part_of_the_run(call):
     assert not torch.equal(*weights)
 
 
-def test_compiled_networks_do_the_same(finished, call, monkeypatch):
-    # The graphs are captured and differentiated as ever, and run without the C++ compiler that
-    # "inductor" needs.
+def test_compiled_networks_give_the_same_results(finished, call, monkeypatch):
+    # "aot_eager" captures and differentiates the graphs, without the C++ compiler that "inductor"
+    # needs.
     monkeypatch.setattr(StableDiffusion.compile, "__defaults__", ("aot_eager",))
     torch.compiler.reset()
-    pictures, weights = {}, {}
+    images, weights = {}, {}
     for name, options in {"plain": [], "compiled": ["--compile"]}.items():
         arguments = ["--model", finished / "runs/instaflow.safetensors", "--num-images", 2,
                      "--out", f"{name}.png", *options]
         assert call(sample.main, *arguments)[0] == 0
-        pictures[name] = torch.from_numpy(np.asarray(Image.open(f"{name}.png")).astype(int))
+        images[name] = torch.from_numpy(np.asarray(Image.open(f"{name}.png")).astype(int))
         pairs_and_length = [*REFLOW[:6], "--iterations", 2, "--batch-size", 4, "--init", "random",
                             "--out", f"{name}.safetensors"]
         assert call(reflow.main, *pairs_and_length, *options)[0] == 0
         weights[name] = checkpoint.load(f"{name}.safetensors").unet.conv_out.weight
-    assert (pictures["plain"] - pictures["compiled"]).abs().max() <= 1
+    assert (images["plain"] - images["compiled"]).abs().max() <= 1
     assert relative_error(weights["compiled"], weights["plain"]) < 1e-4
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # something was compiled
 
 
 # --------------------------------------------------------------------------------------------------
-# kill -9, then the same command again
+# Defaults, and the checks before the first stage
 
 
 def defaults_of(call, monkeypatch, main, *arguments):
-    """TrainingOptions of every stage, and the number of pairs, that a command would begin with."""
-    found = []
+    """(TrainingOptions of each stage, number of pairs, messages) with which a command starts."""
+    recorded = []
 
     def make_pairs(model, prompts, spec, *rest):
-        found.append(spec["count"])
+        recorded.append(spec["count"])
         raise BadInput("enough")
 
-    def options(*arguments, **more):
-        found.append(training.training_options(*arguments, **more))
-        return found[-1]
+    def options(*arguments, **kwargs):
+        recorded.append(training.training_options(*arguments, **kwargs))
+        return recorded[-1]
 
     module = sys.modules[main.__module__]
     monkeypatch.setattr(module, "make_pairs", make_pairs)
     monkeypatch.setattr(module, "training_options", options)
-    # The default's backbone has to be downloaded.
-    monkeypatch.setattr(distill, "perceptual_distance", lambda *rest, **more: None)
+    # The default LPIPS backbone would be downloaded.
+    monkeypatch.setattr(distill, "perceptual_distance", lambda *rest, **kwargs: None)
     code, out, err = call(main, *arguments)
     assert code == 2 and err.endswith("error: enough")
-    return *found, err
+    return *recorded, err
 
 
 def test_defaults_for_stable_diffusion_are_the_papers(call, tmp_path, monkeypatch):
@@ -339,7 +336,7 @@ def test_defaults_for_stable_diffusion_are_the_papers(call, tmp_path, monkeypatc
     assert (options.accumulate, options.warmup_samples, options.ema_half_life) == (
         16, 1000 * 1024, 6931 * 1024
     )
-    assert options.log_every == 1  # since states are written where a run is logged
+    assert options.log_every == 1  # states between saves are written at log rows
 
     l2, lpips, *_ = defaults_of(call, monkeypatch, distill.main, "--teacher", "2rf.safetensors",
                                 "--prompts", "p.txt")
@@ -350,9 +347,9 @@ def test_defaults_for_stable_diffusion_are_the_papers(call, tmp_path, monkeypatc
         18_000, 1024, 128, 2e-7
     )
     assert (lpips.warmup_samples, lpips.ema_half_life) == (1000 * 1024, 6931 * 1024)
-    own = ["--lpips-batch-size", 32, "--lpips-accumulate", 2, "--lpips-learning-rate", 1e-5]
+    lpips_flags = ["--lpips-batch-size", 32, "--lpips-accumulate", 2, "--lpips-learning-rate", 1e-5]
     l2, lpips, *_ = defaults_of(call, monkeypatch, distill.main, "--teacher", "2rf.safetensors",
-                                "--prompts", "p.txt", *own)
+                                "--prompts", "p.txt", *lpips_flags)
     assert (l2.batch_size, lpips.batch_size, lpips.accumulate, lpips.learning_rate) == (
         1024, 32, 2, 1e-5
     )
@@ -361,7 +358,7 @@ def test_defaults_for_stable_diffusion_are_the_papers(call, tmp_path, monkeypatc
     assert "93% of the averaged weights are still the initial ones" in err
 
 
-def test_bf16_is_the_default_where_the_cpu_multiplies_it(monkeypatch):
+def test_bf16_is_the_default_on_cpus_that_support_it(monkeypatch):
     for amx, avx512 in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", partial(bool, amx))
         monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", partial(bool, avx512))
@@ -370,8 +367,8 @@ def test_bf16_is_the_default_where_the_cpu_multiplies_it(monkeypatch):
         )
 
 
-def test_no_stage_begins_before_all_are_checked(finished, call, monkeypatch, tmp_path):
-    """What the second stage cannot do is said before the first one goes on."""
+def test_all_stages_are_checked_before_the_first_starts(finished, call):
+    """Errors of the second stage are reported before the first stage continues."""
     shutil.copytree(finished / "runs", "runs")
     state = Path("runs/instaflow.safetensors.state/l2/state.safetensors").read_bytes()
     code, _, err = call(distill.main, *DISTILL, "--l2-iterations", 8)
@@ -381,18 +378,18 @@ def test_no_stage_begins_before_all_are_checked(finished, call, monkeypatch, tmp
     assert Path("runs/instaflow.safetensors.state/l2/state.safetensors").read_bytes() == state
 
 
-def test_the_first_stage_is_not_stranded_by_the_second(finished, call, monkeypatch):
-    """LPIPS runs out of memory after L2: L2's model is there; the run goes on in smaller parts."""
+def test_lpips_out_of_memory_keeps_the_l2_model_and_resumes(finished, call, monkeypatch):
+    """The L2 model is saved, and the run continues with smaller micro-batches."""
     Path("runs").mkdir()
     shutil.copy(finished / "runs/2rf.safetensors", "runs/2rf.safetensors")
 
-    def full(*arguments):
+    def out_of_memory(*arguments):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "perceptual", lambda *arguments: full)
+        patch.setattr(distill, "perceptual", lambda *arguments: out_of_memory)
         code, _, err = call(distill.main, *DISTILL)
-    assert code == 2 and "distill, LPIPS: out of GPU memory; no state is saved yet" in err
+    assert code == 2 and "distill, LPIPS: out of memory; no state is saved yet" in err
     assert "--lpips-accumulate" in err
     assert checkpoint.load("runs/instaflow-l2.safetensors").kind == "one-step"
     code, _, err = call(distill.main, *DISTILL, "--accumulate", 2, "--lpips-accumulate", 4,
@@ -401,27 +398,31 @@ def test_the_first_stage_is_not_stranded_by_the_second(finished, call, monkeypat
     assert saved_step("runs/instaflow.safetensors.state/lpips") == 3
 
 
-def test_the_second_stage_goes_on_in_the_order_of_the_first(finished, call, monkeypatch):
-    seen = []
-    get = pairs.Pairs.__getitem__
+def test_second_stage_continues_the_shuffled_order_of_the_first(finished, call, monkeypatch):
+    used = []
+    get_item = pairs.Pairs.__getitem__
     monkeypatch.setattr(
         pairs.Pairs, "__getitem__",
-        lambda self, indices: seen.extend(indices.tolist()) or get(self, indices),
+        lambda self, indices: used.extend(indices.tolist()) or get_item(self, indices),
     )
     few = ["--num-pairs", 40, "--teacher-steps", 1, "--l2-iterations", 6, "--lpips-iterations", 4,
            "--batch-size", 4, "--validation-pairs", 0]
     assert call(distill.main, "--teacher", finished / "runs/2rf.safetensors", *few)[0] == 0
-    assert sorted(seen) == list(range(40))  # 24 in the first stage, the other 16 in the second
+    assert sorted(used) == list(range(40))  # 24 in the first stage, the other 16 in the second
+
+
+# --------------------------------------------------------------------------------------------------
+# Locks, kills and Ctrl-C
 
 
 def wait_for(process: Process, path: Path) -> None:
-    """Until a process has written a file; it fails where the process ends without."""
+    """Wait until the process writes the file; fail if the process ends first."""
     while not path.exists():
         assert process.poll() is None
         time.sleep(0.05)
 
 
-def test_two_runs_at_once(call, tmp_path):
+def test_second_command_in_a_locked_folder_is_refused(call, tmp_path):
     first = Process(
         tmp_path, "reflow", [*REFLOW[:2], "--teacher-steps", 900, "--iterations", 1])
     wait_for(first, tmp_path / "runs/pairs/pairs.json")
@@ -431,8 +432,8 @@ def test_two_runs_at_once(call, tmp_path):
     ):
         code, _, err = call(reflow.main, *REFLOW, "--teacher-steps", 900, "--out", out)
         assert code == 2
-        said = "another run works in this folder; wait for it, or name another"
-        assert err == f"error: {folder}: {said}"
+        message = "another run works in this folder; wait for it, or name another"
+        assert err == f"error: {folder}: {message}"
     assert first.poll() is None
     first.kill()
 
@@ -449,7 +450,7 @@ def test_two_runs_at_once(call, tmp_path):
     ],
     ids=["pairs", "reflow", "L2", "LPIPS"],
 )
-def test_killed_and_continued(finished, tmp_path, name, arguments, reached):
+def test_killed_command_resumes_to_the_same_bytes(finished, tmp_path, name, arguments, reached):
     (tmp_path / "runs").mkdir()
     if name == "distill":
         shutil.copy(finished / "runs/2rf.safetensors", tmp_path / "runs/2rf.safetensors")
@@ -461,10 +462,10 @@ def test_killed_and_continued(finished, tmp_path, name, arguments, reached):
     assert Process(tmp_path, name, arguments).wait() == 0, (tmp_path / f"{name}.log").read_text()
     out = "runs/2rf.safetensors" if name == "reflow" else "runs/instaflow.safetensors"
     same = (tmp_path / out).read_bytes() == (finished / out).read_bytes()
-    assert same  # not compared in the assertion, which would show both files
+    assert same  # comparing in the assertion would print both files
 
 
-def test_ctrl_c_while_pairs_are_made(tmp_path):
+def test_ctrl_c_during_pair_generation_says_how_to_continue(tmp_path):
     process = Process(tmp_path, "reflow", [*REFLOW[:2], "--teacher-steps", 200])
     wait_for(process, tmp_path / "runs/pairs/pairs.json")
     time.sleep(1)
@@ -573,7 +574,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("module, arguments, words", BAD.values(), ids=BAD)
-def test_bad_input(call, tmp_path, monkeypatch, module, arguments, words):
+def test_bad_input_is_a_one_line_error(call, tmp_path, monkeypatch, module, arguments, words):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no-cache"))
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     if "sd.safetensors" in arguments:
@@ -592,14 +593,14 @@ def offline(*arguments, **options):
     raise OSError("no network")
 
 
-def test_no_command_shows_a_traceback(tmp_path):
+def test_script_shows_one_error_line_and_no_traceback(tmp_path):
     line = [sys.executable, str(ROOT / "reflow.py"), "--teacher", "none.safetensors"]
     result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: none.safetensors")
 
 
-def test_a_one_step_model_is_refused_where_it_makes_no_sense(finished, call):
+def test_one_step_model_is_refused_as_teacher_and_for_more_steps(finished, call):
     student = finished / "runs/instaflow.safetensors"
     for main, arguments, words in (
         (sample.main, ["--model", student, "--steps", 4],
@@ -611,30 +612,27 @@ def test_a_one_step_model_is_refused_where_it_makes_no_sense(finished, call):
         assert code == 2 and words in err
 
 
-def test_other_settings_in_the_same_place(finished, call, monkeypatch):
-    from_here = lambda *arguments: in_folder(
-        monkeypatch, finished, call, reflow.main, *REFLOW, *arguments
+def test_changed_settings_are_refused_by_name(finished, call):
+    call_in_finished = lambda *arguments: in_folder(
+        finished, call, reflow.main, *REFLOW, *arguments
     )
-    code, _, err = from_here("--teacher-guidance", 3)
+    code, _, err = call_in_finished("--teacher-guidance", 3)
     assert code == 2 and "guidance was 2.5, now 3.0" in err and "--pairs" in err
-    code, _, err = from_here("--learning-rate", 1)
+    code, _, err = call_in_finished("--learning-rate", 1)
     assert code == 2 and "learning_rate was 0.0005, now 1.0" in err
 
 
-def test_an_unwritable_place(call, monkeypatch):
+def test_unwritable_output_is_refused(call, monkeypatch):
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("command.write_text", refuse)
+    monkeypatch.setattr("pathlib.Path.touch", refuse)
     code, _, err = call(reflow.main, "--out", "x/y.safetensors")
     assert code == 2 and "x/y.safetensors: cannot be written (Permission denied)" in err
 
 
-def test_the_disk_fills_up_during_the_work(tmp_path):
-    """What is whole stays whole, and no half file is left.
-
-    A limit on file sizes stands in for a full disk.
-    """
+def test_full_disk_leaves_no_partial_file(tmp_path):
+    """Complete files survive. A limit on file sizes stands in for a full disk."""
     assert Process(tmp_path, "reflow", REFLOW, file_limit=1_000_000).wait() == 2
     log = (tmp_path / "reflow.log").read_text()
     assert "Traceback" not in log and "state.safetensors: could not be written" in log
@@ -642,7 +640,7 @@ def test_the_disk_fills_up_during_the_work(tmp_path):
     assert not list((tmp_path / "runs/2rf.safetensors.state").glob("*state.*"))
 
 
-def test_blank_lines_in_prompts_are_told_once(call, tmp_path):
+def test_blank_prompt_lines_give_one_note(call, tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n\n\na blue square\n")
     code, _, err = call(reflow.main, *REFLOW, "--prompts", "p.txt")
     assert code == 0 and err == "note: p.txt: 2 blank lines are skipped"

@@ -1,4 +1,4 @@
-"""The plane: its scripts, what the table must say, and the pipeline's own functions in it."""
+"""The method in the plane: scripts, results in the table, and the pipeline's own functions."""
 
 import argparse
 import copy
@@ -44,15 +44,15 @@ def test_the_demo_writes_table_and_figures(call, tmp_path, dataset):
     )
     assert (folder / "table.md").read_text() in out
     for name in ("paths.png", "straight.png", "one-step.png", "flow.gif"):
-        picture = Image.open(folder / name)
-        assert np.asarray(picture.convert("L")).std() > 3, f"{name} is blank"
-    assert picture.n_frames > 30
-    picture.seek(25)
+        image = Image.open(folder / name)
+        assert np.asarray(image.convert("L")).std() > 3, f"{name} is blank"
+    assert image.n_frames > 30
+    image.seek(25)
     first = Image.open(folder / "flow.gif")
-    assert (np.asarray(picture.convert("L")) != np.asarray(first.convert("L"))).any()
+    assert (np.asarray(image.convert("L")) != np.asarray(first.convert("L"))).any()
 
 
-def test_a_second_run_is_the_same(call, tmp_path):
+def test_second_run_gives_the_same_table(call, tmp_path):
     tables = []
     for out in "ab":
         assert call(demo.main, *SMALL, "--out", out)[0] == 0
@@ -60,24 +60,24 @@ def test_a_second_run_is_the_same(call, tmp_path):
     assert tables[0] == tables[1]
 
 
-def test_students_in_the_plane(call, tmp_path):
-    small = [*SMALL, "--num-seeds", 2, "--widths", 4, "--updates", 3, 6, "--out", "a"]
-    code, out, err = call(plane_students.main, *small)
+def test_plane_students_writes_all_rows_and_resumes(call, tmp_path):
+    arguments = [*SMALL, "--num-seeds", 2, "--widths", 4, "--updates", 3, 6, "--out", "a"]
+    code, out, err = call(plane_students.main, *arguments)
     assert (code, err) == (0, "")
     rows = json.loads((tmp_path / "a/students.json").read_text())
-    # Two seeds, two teachers, two students at two numbers of updates, and two of the teacher's at
-    # one more.
+    # Per seed: two teachers, two students each at two numbers of iterations, and one student of the
+    # teacher at a third number.
     assert len(rows) == 2 * (2 * 2 * 2 + 1)
     assert np.asarray(Image.open(tmp_path / "a/students.png").convert("L")).std() > 3
     assert (tmp_path / "a/students.md").read_text() in out
 
-    kept = [row for row in rows if row["seed"] == 0]  # as if killed in the second seed
-    (tmp_path / "a/students.json").write_text(json.dumps(kept))
-    assert call(plane_students.main, *small)[0] == 0
+    first_seed_rows = [row for row in rows if row["seed"] == 0]  # as if killed in the second
+    (tmp_path / "a/students.json").write_text(json.dumps(first_seed_rows))
+    assert call(plane_students.main, *arguments)[0] == 0
     assert json.loads((tmp_path / "a/students.json").read_text()) == rows
 
 
-def test_bad_input_is_one_line(call):
+def test_bad_input_is_a_one_line_error(call):
     for arguments, words in (
         (["--width", 0], "at least 1"), (["--out", __file__], "cannot be written")
     ):
@@ -85,7 +85,7 @@ def test_bad_input_is_one_line(call):
         assert code == 2 and err.count("\n") == 0 and words in err
 
 
-def test_the_first_script_says_what_its_docstring_says(tmp_path):
+def test_first_script_prints_its_known_answers(tmp_path):
     result = subprocess.run([sys.executable, ROOT / "toy/first.py"], cwd=tmp_path,
                             capture_output=True, text=True, check=True)
     lines = [line.split(":")[1].split() for line in result.stdout.splitlines()[1:5]]
@@ -102,8 +102,9 @@ def test_the_first_script_says_what_its_docstring_says(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# What the table must say. With seeds 0 to 2 paths get straighter 66-fold or more, then 2.7-fold or
-# more, and the transport cost falls to 0.96 or less: each margin leaves room.
+# Results in the table. With seeds 0 to 2, the first reflow makes paths at least 66 times
+# straighter, the second at least 2.7 times. The transport cost falls to at most 0.96 of the
+# teacher's. All thresholds below are looser.
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def table(tmp_path_factory):
     return rows_by_name(json.loads((folder / "table.json").read_text()))
 
 
-def test_reflow_straightens(table):
+def test_reflow_straightens_paths(table):
     first, second, third = (
         table[name, "euler", 25]["relative_straightness"] for name in ("teacher", "2-RF", "3-RF")
     )
@@ -144,7 +145,7 @@ def test_few_steps_suffice_after_reflow(table):
         assert errors == sorted(errors, reverse=True)
 
 
-def test_distillation_brings_one_step_closer(table):
+def test_distillation_lowers_the_one_step_error(table):
     assert (
         table["2-RF + distill", "euler", 1]["endpoint_error"]
         < table["2-RF", "euler", 1]["endpoint_error"]
@@ -156,25 +157,25 @@ def test_distillation_brings_one_step_closer(table):
 
 
 # --------------------------------------------------------------------------------------------------
-# Measures and data
+# Metrics and data
 
 
 def test_wasserstein_has_known_answers():
     probe = demo.Probe(demo.rings(), 200, seed=0)
     assert probe.distance(probe.fresh) == 0
     assert probe.distance(probe.fresh + torch.tensor([3.0, 4.0])) == pytest.approx(5)
-    # The order within a label and a group does not matter, but a label's points cannot stand in for
-    # another's.
-    turned = probe.fresh.clone()
-    turned[:100:2] = probe.fresh[:100:2].flip(0)
-    assert probe.distance(turned) == 0
+    # The order of points within a label and a group does not matter. Points of one label cannot
+    # replace points of another.
+    reordered = probe.fresh.clone()
+    reordered[:100:2] = probe.fresh[:100:2].flip(0)
+    assert probe.distance(reordered) == 0
     assert probe.distance(probe.fresh.roll(1, 0)) > 0.5
-    again = demo.sample_data(demo.rings(), probe.labels, torch.Generator().manual_seed(1))
-    assert 0.5 * probe.floor < probe.distance(again) < 2 * probe.floor
+    resampled = demo.sample_data(demo.rings(), probe.labels, torch.Generator().manual_seed(1))
+    assert 0.5 * probe.floor < probe.distance(resampled) < 2 * probe.floor
 
 
 @pytest.mark.parametrize("name", list(demo.DATASETS))
-def test_data_lie_on_their_own_modes(name):
+def test_data_lie_on_the_modes_of_their_label(name):
     data = demo.DATASETS[name]()
     probe = demo.Probe(data, 2000, 0)
     points = demo.sample_data(data, probe.labels, torch.Generator().manual_seed(0))
@@ -182,15 +183,15 @@ def test_data_lie_on_their_own_modes(name):
     assert probe.on_mode(
         demo.sample_data(data, 1 - probe.labels, torch.Generator().manual_seed(0))
     ) < 0.1
-    assert 0.5 < points.std() < 2  # of the size of the noise
+    assert 0.5 < points.std() < 2  # on the scale of the noise
 
 
 # --------------------------------------------------------------------------------------------------
-# The pipeline's own functions
+# The pipeline's functions
 
 
-class InThePlane:
-    """What batches and losses of reflow.py and distill.py ask of a model and of pairs."""
+class PlaneModel:
+    """A model and its pairs, as the batches and losses of reflow.py and distill.py use them."""
 
     def __init__(self, model, pairs):
         self.unet, self.kind, self.pairs = copy.deepcopy(model.network), model.kind, pairs
@@ -203,24 +204,24 @@ class InThePlane:
         return x0, x1, [str(label) for label in labels.tolist()]
 
 
-def test_the_pipelines_own_functions_do_the_same(tmp_path):
+def test_pipeline_functions_give_the_demos_results(tmp_path):
     args = argparse.Namespace(width=64, iterations=500, batch_size=256, num_pairs=5000,
                               teacher_guidance=1.5, seed=0)
     teacher = demo.make_teacher(demo.rings(), args)
     pairs = demo.make_pairs(teacher, args.num_pairs, generator_for(0, 1))
-    ours = demo.reflow(teacher, pairs, args, "2-RF")
-    model = InThePlane(teacher, pairs)
+    by_demo = demo.reflow(teacher, pairs, args, "2-RF")
+    model = PlaneModel(teacher, pairs)
     options = TrainingOptions(500, 256, 4e-3, cooldown=0.5, ema_half_life=20 * 256, ema_ramp=0.05)
     train(model.unet, ema_copy(model.unet), partial(reflow.batch, model, 0),
           partial(reflow.loss, model.encode_prompts, squared), options, tmp_path / "2rf", {})
-    theirs, probe = demo.Model("2-RF", model.unet, "flow"), demo.Probe(demo.rings(), 400, 0)
-    rows = [demo.rows_of(each, probe)[0] for each in (teacher, ours, theirs)]
-    first, *others = (row["relative_straightness"] for row in rows)
-    assert max(others) < first / 5 and 0.4 < others[0] / others[1] < 2.5
+    by_pipeline, probe = demo.Model("2-RF", model.unet, "flow"), demo.Probe(demo.rings(), 400, 0)
+    rows = [demo.rows_of(each, probe)[0] for each in (teacher, by_demo, by_pipeline)]
+    first, *reflowed = (row["relative_straightness"] for row in rows)
+    assert max(reflowed) < first / 5 and 0.4 < reflowed[0] / reflowed[1] < 2.5
 
-    exact = demo.exact_ends(theirs, probe.noise, probe.labels)
-    model.pairs = demo.make_pairs(theirs, args.num_pairs, generator_for(0, 2))
-    before = demo.student_row(theirs, theirs, probe)["endpoint_error"]
+    exact = demo.exact_ends(by_pipeline, probe.noise, probe.labels)
+    model.pairs = demo.make_pairs(by_pipeline, args.num_pairs, generator_for(0, 2))
+    before = demo.student_row(by_pipeline, by_pipeline, probe)["endpoint_error"]
     options = TrainingOptions(200, 256, 4e-3, ema_half_life=20 * 256, ema_ramp=0.05)
     train(model.unet, ema_copy(model.unet), partial(distill.batch, model, 0, 0),
           partial(distill.loss, model.encode_prompts, squared), options, tmp_path / "one", {})

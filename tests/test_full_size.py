@@ -1,6 +1,6 @@
-"""At Stable Diffusion 1.4's own size: agreement with diffusers, and the memory that loading takes.
+"""At Stable Diffusion 1.4's size: agreement with diffusers, and the memory that loading needs.
 
-Needs 10 GB.
+The tests need 10 GB of memory.
 """
 
 import json
@@ -29,7 +29,7 @@ def path(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_agreement_in_fp32(path):
+def test_networks_agree_with_diffusers_in_fp32(path):
     model = checkpoint.load(path)
 
     def reference(make, state):
@@ -55,7 +55,7 @@ def test_agreement_in_fp32(path):
     latent = vae.encode(images).latent_dist.mean
     assert relative_error(model.vae.encode(images).mean, latent) <= 1e-5
     scaled = latent * model.vae.config.scaling_factor
-    # Rounded as ours is: random weights magnify it.
+    # Divide as our decoder does: random weights magnify the rounding.
     decoded = vae.decode(scaled / model.vae.config.scaling_factor).sample
     assert relative_error(model.vae.decode(scaled), decoded) <= 1e-5
 
@@ -75,29 +75,29 @@ LOADING = """
 import json, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import torch, checkpoint
-# Memory of the process's own. Pages mapped from the file count too in the peak that Linux keeps,
-# but the system takes those back whenever it needs them.
-def own():
+# Private memory. Linux's own peak also counts pages mapped from the file, which the system can
+# reclaim at any time.
+def private_memory():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
-before, peak, done = own(), [0], []
-def watch():
+before, peak, done = private_memory(), [0], []
+def track_peak():
     while not done:
-        peak[0] = max(peak[0], own())
+        peak[0] = max(peak[0], private_memory())
         time.sleep(0.002)
-watcher = threading.Thread(target=watch)
-watcher.start()
+tracker = threading.Thread(target=track_peak)
+tracker.start()
 model = checkpoint.load(sys.argv[2], dtype=torch.bfloat16)
 done.append(True)
-watcher.join()
+tracker.join()
 parts = (model.unet, model.vae, model.text_encoder)
 size = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-print(json.dumps({"peak": max(peak[0], own()) - before, "size": size}))
+print(json.dumps({"peak": max(peak[0], private_memory()) - before, "size": size}))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
-def test_loading_takes_little_more_memory_than_the_model(path):
+def test_loading_needs_little_more_memory_than_the_model(path):
     result = subprocess.run([sys.executable, "-c", LOADING, str(ROOT), str(path)],
                             capture_output=True, text=True, check=True)
     measured = json.loads(result.stdout)

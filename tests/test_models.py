@@ -12,8 +12,9 @@ from text_encoder import TextEncoder, TextEncoderConfig
 from unet import StackedUNet, UNet, UNetConfig, stack
 from vae import AutoencoderKL, VAEConfig
 
-# Between them every kind of block: with and without attention on the way down and up, changing and
-# equal widths, one and two layers, and a first level without attention, as the tiny model has.
+# Together they have every kind of block: with and without attention on the way down and up,
+# changing and equal widths, one to three layers, and a first level without attention, as in the
+# tiny model.
 UNETS = {
     "like SD": UNetConfig(4, 4, (32, 64, 64), (True, True, False), 2, 4, 48, 8, 16),
     "attention below": UNetConfig(4, 4, (32, 64), (False, True), 1, 2, 24, 16, 16),
@@ -50,12 +51,12 @@ def test_unet_agrees_with_diffusers(config, size):
     unet.load_state_dict(reference.state_dict())
     x, context = torch.randn(3, 4, *size), torch.randn(3, 7, config.cross_attention_dim)
     timestep = torch.tensor([0.0, 333.25, 999.0])
-    expected, answer = reference(x, timestep, context).sample, unet(x, timestep, context)
-    assert relative_error(answer, expected) < 1e-5
+    expected, output = reference(x, timestep, context).sample, unet(x, timestep, context)
+    assert relative_error(output, expected) < 1e-5
 
     target = torch.randn_like(x)
     (expected - target).square().mean().backward()
-    (answer - target).square().mean().backward()
+    (output - target).square().mean().backward()
     ours, theirs = dict(unet.named_parameters()), dict(reference.named_parameters())
     a = torch.cat([ours[name].grad.flatten() for name in theirs])
     b = torch.cat([theirs[name].grad.flatten() for name in theirs])
@@ -68,18 +69,18 @@ def test_vae_agrees_with_diffusers(config):
     reference, vae = reference_vae(config).eval(), AutoencoderKL(config).eval()
     vae.load_state_dict(reference.state_dict())
     images = torch.randn(2, 3, 24, 32)
-    expected, answer = reference.encode(images).latent_dist, vae.encode(images)
-    assert relative_error(answer.mean, expected.mean) < 1e-5
-    assert relative_error(answer.logvar, expected.logvar) < 1e-5
-    a = answer.sample(torch.Generator().manual_seed(3))
+    expected, output = reference.encode(images).latent_dist, vae.encode(images)
+    assert relative_error(output.mean, expected.mean) < 1e-5
+    assert relative_error(output.logvar, expected.logvar) < 1e-5
+    a = output.sample(torch.Generator().manual_seed(3))
     b = expected.sample(torch.Generator().manual_seed(3))
     assert relative_error(a, b) < 1e-5
-    decoded = reference.decode(expected.mean).sample
-    again = vae.decode(answer.mean * config.scaling_factor)
-    assert relative_error(again, decoded) < 1e-5
+    expected_decoded = reference.decode(expected.mean).sample
+    decoded = vae.decode(output.mean * config.scaling_factor)
+    assert relative_error(decoded, expected_decoded) < 1e-5
 
-    (decoded.square().mean() + expected.kl().mean() / 1000).backward()
-    (again.square().mean() + answer.kl().mean() / 1000).backward()
+    (expected_decoded.square().mean() + expected.kl().mean() / 1000).backward()
+    (decoded.square().mean() + output.kl().mean() / 1000).backward()
     ours, theirs = dict(vae.named_parameters()), dict(reference.named_parameters())
     a = torch.cat([ours[name].grad.flatten() for name in theirs])
     b = torch.cat([theirs[name].grad.flatten() for name in theirs])
@@ -93,17 +94,17 @@ def test_text_encoder_agrees_with_transformers():
         {k.removeprefix("text_model."): v for k, v in reference.state_dict().items()}
     )
     token_ids = torch.randint(0, 98, (3, 12))
-    expected, answer = reference(token_ids).last_hidden_state, text(token_ids)
-    assert answer.shape == (3, 12, 32)
-    assert relative_error(answer, expected) < 1e-5
+    expected, output = reference(token_ids).last_hidden_state, text(token_ids)
+    assert output.shape == (3, 12, 32)
+    assert relative_error(output, expected) < 1e-5
     expected.square().sum().backward()
-    answer.square().sum().backward()
+    output.square().sum().backward()
     ours = {name.removeprefix("text_model."): p for name, p in text.named_parameters()}
     theirs = {name.removeprefix("text_model."): p for name, p in reference.named_parameters()}
     a = torch.cat([ours[name].grad.flatten() for name in theirs])
     b = torch.cat([theirs[name].grad.flatten() for name in theirs])
-    # A layer norm's output has a constant square sum, so gradients are small; they agree to
-    # rounding of the forward.
+    # A layer norm's output has a constant sum of squares, so gradients are small. They agree up to
+    # the rounding of the forward pass.
     assert relative_error(a, b) < 1e-4
 
 
@@ -120,7 +121,7 @@ def test_full_size_names_and_shapes_are_those_of_diffusers():
     assert len(ours) == 196
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_changes_no_gradient():
     torch.manual_seed(0)
     unet, vae = UNet(UNETS["like SD"]), AutoencoderKL(VAES["like SD"])
     x, context, timestep = (
@@ -136,7 +137,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_and_channels_last(dtype):
+def test_half_precision_in_channels_last_is_close_to_fp32(dtype):
     torch.manual_seed(0)
     config = UNETS["like SD"]
     unet, vae, text = UNet(config), AutoencoderKL(VAES["like SD"]), TextEncoder(TEXT)
@@ -149,13 +150,13 @@ def test_half_precision_and_channels_last(dtype):
         for network in (unet, vae, text):
             network.to(dtype)
         unet.to(memory_format=torch.channels_last)
-        rough = unet(x, timestep, context), vae.decode(x), vae.encode(images).mean, text(tokens)
-    for a, b in zip(rough, exact):
+        half = unet(x, timestep, context), vae.decode(x), vae.encode(images).mean, text(tokens)
+    for a, b in zip(half, exact):
         assert a.dtype == dtype
         assert relative_error(a.float(), b) < 0.05
 
 
-def test_one_timestep_a_sample():
+def test_each_sample_has_its_own_timestep():
     torch.manual_seed(0)
     unet = UNet(UNETS["like SD"]).eval()
     x, context, timestep = (
@@ -172,7 +173,7 @@ def test_one_timestep_a_sample():
 # The stacked U-Net
 
 
-def test_stacked_unet_is_two_in_series():
+def test_stacked_unet_is_two_in_series_without_shared_weights():
     torch.manual_seed(0)
     unet = UNet(UNETS["like SD"]).eval()
     stacked = stack(unet)
@@ -182,7 +183,7 @@ def test_stacked_unet_is_two_in_series():
     features = unet.body(unet.body(unet.read_in(x), timestep, context), timestep, context)
     assert torch.equal(stacked(x, timestep, context), unet.read_out(features))
 
-    # No weight is shared, with the other half or with the U-Net it was made from.
+    # The halves share no weight with each other or with the original U-Net.
     with torch.no_grad():
         for weight in stacked.first.parameters():
             weight.zero_()
@@ -191,7 +192,7 @@ def test_stacked_unet_is_two_in_series():
                for name, weight in stacked.second.state_dict().items())
 
 
-def test_gradients_of_the_stacked_unet():
+def test_gradients_of_the_stacked_unet_are_its_slopes():
     torch.manual_seed(0)
     stacked = stack(UNet(UNETS["attention below"])).double()
     x, timestep, context = (
@@ -217,7 +218,7 @@ def test_gradients_of_the_stacked_unet():
         assert abs((values[0] - values[1]) / 2e-5 - slope) < 1e-4 * abs(slope)
 
 
-def test_size_of_the_stacked_unet():
+def test_docstring_states_the_size_of_the_stacked_unet():
     with torch.device("meta"):
         count = sum(weight.numel() for weight in StackedUNet(UNetConfig(stacked=True)).parameters())
     assert f"{count:,}" in StackedUNet.__doc__

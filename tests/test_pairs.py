@@ -1,4 +1,4 @@
-"""Pairs: what a seed makes, what is kept, what is refused."""
+"""Pairs: what a seed gives, which shards are reused, what is refused; and prompt files."""
 
 import json
 
@@ -32,20 +32,21 @@ def small_shards(monkeypatch):
 
 
 def make(model, folder, count=10, **changes):
+    """make_pairs with small settings; changes: other settings, batch_size or repair."""
     settings = dict(prompts=PROMPTS, source="test", steps=2, guidance=2.0, solver="dpm",
                     purpose="reflow", seed=5, batch_size=3) | changes
-    drawn = {name: settings.pop(name) for name in ("batch_size", "repair") if name in settings}
+    options = {name: settings.pop(name) for name in ("batch_size", "repair") if name in settings}
     return make_pairs(model, settings["prompts"], make_pair_spec(model, count=count, **settings),
-                      folder, **drawn)
+                      folder, **options)
 
 
-def test_pairs_are_what_the_teacher_draws(model, tmp_path):
-    made = make(model, tmp_path)
-    assert len(made) == 10
-    x0, x1, prompts = made[torch.tensor([7, 0])]
+def test_pairs_are_the_teachers_samples(model, tmp_path):
+    dataset = make(model, tmp_path)
+    assert len(dataset) == 10
+    x0, x1, prompts = dataset[torch.tensor([7, 0])]
     assert prompts == [PROMPTS[7 % 3], PROMPTS[0]]
-    first = seed_range("reflow", 5, 10)[0]
-    assert torch.equal(x0, noise_from_seeds([first + 7, first], (4, 8, 8)))
+    first_seed = seed_range("reflow", 5, 10)[0]
+    assert torch.equal(x0, noise_from_seeds([first_seed + 7, first_seed], (4, 8, 8)))
     context, null = model.encode_prompts(prompts), model.encode_prompts([""])
     with torch.no_grad():
         predict_noise = guided(model.unet, null, 2.0)
@@ -57,20 +58,20 @@ def test_pairs_are_what_the_teacher_draws(model, tmp_path):
     assert len(list(tmp_path.glob("shard-*.safetensors"))) == 3
 
 
-def test_only_missing_shards_are_made(model, tmp_path, monkeypatch):
+def test_only_missing_shards_are_generated(model, tmp_path, monkeypatch):
     make(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("shard-*")}
     (tmp_path / "shard-00001.safetensors").unlink()
-    stamps = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
+    mtimes = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
     make(model, tmp_path)
     for path in tmp_path.glob("shard-*"):
         assert path.read_bytes() == before[path.name]
-        assert stamps.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+        assert mtimes.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
     monkeypatch.setattr(pairs, "sample_latents", None)  # nothing more to generate
     make(model, tmp_path)
 
 
-def test_more_pairs_keep_the_first(model, tmp_path):
+def test_more_pairs_keep_the_existing_ones(model, tmp_path):
     few = make(model, tmp_path, count=6)[torch.arange(6)]
     many = make(model, tmp_path, count=10)
     assert len(many) == 10
@@ -79,7 +80,7 @@ def test_more_pairs_keep_the_first(model, tmp_path):
     assert len(make(model, tmp_path, count=5)) == 5
 
 
-def test_batch_size_changes_rounding_alone(model, tmp_path):
+def test_batch_size_changes_only_rounding(model, tmp_path):
     a = make(model, tmp_path / "a", batch_size=1)[torch.arange(10)][1]
     b = make(model, tmp_path / "b", batch_size=4)[torch.arange(10)][1]
     torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
@@ -95,22 +96,22 @@ def test_batch_size_changes_rounding_alone(model, tmp_path):
         ({"prompts": ["else"]}, "prompts_hash was"),
     ],
 )
-def test_other_settings_are_refused_by_name(model, tmp_path, change, words):
+def test_changed_settings_are_refused_by_name(model, tmp_path, change, words):
     make(model, tmp_path)
     with pytest.raises(BadInput, match=words):
         make(model, tmp_path, **change)
 
 
-def test_others_may_read_pairs_that_are_made(model, tmp_path):
+def test_finished_pairs_are_not_locked(model, tmp_path):
     make(model, tmp_path)
     assert tmp_path.resolve() not in command.LOCKS
 
 
 def test_pairs_of_another_dtype_are_refused(model, tmp_path):
     make(model, tmp_path)
-    rough = checkpoint.load(model.path, dtype=torch.bfloat16)
+    bf16_model = checkpoint.load(model.path, dtype=torch.bfloat16)
     with pytest.raises(BadInput, match="dtype was 'fp32', now 'bf16'"):
-        make(rough, tmp_path)
+        make(bf16_model, tmp_path)
 
 
 def test_another_teacher_is_refused(model, tmp_path):
@@ -131,7 +132,7 @@ def test_a_damaged_shard_is_named_and_repaired(model, tmp_path):
     assert torch.equal(make(model, tmp_path, repair=True)[torch.arange(10)][1], expected)
 
 
-def test_a_teacher_that_diverges_is_named(model, tmp_path, monkeypatch):
+def test_latents_that_are_not_finite_are_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         pairs, "sample_latents", lambda *a, **k: torch.full((3, 4, 8, 8), float("nan"))
     )
@@ -143,7 +144,7 @@ def test_a_teacher_that_diverges_is_named(model, tmp_path, monkeypatch):
 # Prompts
 
 
-def test_prompt_files(tmp_path, capsys):
+def test_prompts_are_read_from_txt_tsv_and_csv(tmp_path, capsys):
     command.note.cache_clear()
     text = tmp_path / "p.txt"
     text.write_text("a cat\n\n  a dog \n\n")
@@ -159,17 +160,17 @@ def test_prompt_files(tmp_path, capsys):
         read_prompts(table)
 
 
-def test_quotes_and_strange_line_ends_in_prompts(tmp_path):
-    """LAION's captions have both: quotes that are never closed, U+2028 and U+0085 in the middle."""
+def test_unclosed_quotes_and_strange_line_ends_in_prompts_are_read(tmp_path):
+    """LAION's captions have unclosed quotes, and U+2028 and U+0085 within a line."""
     table = tmp_path / "p.tsv"
     strange = "a line\u2028break and\x85another"
-    wars = '"Star Wars" vs "Star Trek"'
+    two_quotes = '"Star Wars" vs "Star Trek"'
     table.write_text(
         f'Prompt\tNote\n"a sign that says\tx\na dog\ty\n"a ""quoted"" cat"\tz\n'
-        f'{strange}\tz\n{wars}\tx\na\rb\n', newline=""
+        f'{strange}\tz\n{two_quotes}\tx\na\rb\n', newline=""
     )
     assert read_prompts(table) == [
-        '"a sign that says', "a dog", 'a "quoted" cat', strange, wars, "a b"
+        '"a sign that says', "a dog", 'a "quoted" cat', strange, two_quotes, "a b"
     ]
     text = tmp_path / "p.txt"
     text.write_text(f"{strange}\r\na cat", newline="")
@@ -186,7 +187,7 @@ def test_quotes_and_strange_line_ends_in_prompts(tmp_path):
     "content, words",
     [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"\xff\xfea", "not UTF-8")],
 )
-def test_refused_prompt_files(tmp_path, content, words):
+def test_empty_and_unreadable_prompt_files_are_refused(tmp_path, content, words):
     path = tmp_path / "p.txt"
     path.write_bytes(content)
     with pytest.raises(BadInput, match=words):
@@ -195,7 +196,7 @@ def test_refused_prompt_files(tmp_path, content, words):
         read_prompts(tmp_path / "none.txt")
 
 
-def test_built_in_prompts_are_many_and_different():
+def test_built_in_prompts_are_all_different():
     prompts = built_in_prompts()
     assert len(set(prompts)) == len(prompts) == 6 * 8 * 16 * 8
     assert prompts == built_in_prompts()

@@ -1,4 +1,4 @@
-"""FID and CLIP score on a small folder of images, offline.
+"""FID and CLIP score of a small folder of images, offline.
 
 Small networks stand in for Inception and CLIP.
 """
@@ -17,6 +17,7 @@ import evaluate
 from checkpoint import load
 from command import TINY_TEACHER, BadInput
 from evaluation import real_images
+from formats import images
 
 CAPTIONS = [f"picture {k} of a cat" for k in range(6)]
 
@@ -73,7 +74,7 @@ def arguments(networks, *more):
             "--clip", networks / "clip", "--image-size", 32, *more]
 
 
-def test_the_whole_protocol(call, networks, coco_folder):
+def test_fid_and_clip_score_of_a_coco_folder(call, networks, coco_folder):
     code, out, err = call(
         evaluate.main, *arguments(networks, "--coco", coco_folder, "--steps", "2,1")
     )
@@ -86,23 +87,23 @@ def test_the_whole_protocol(call, networks, coco_folder):
                for row in rows)
     assert rows[0]["relative_straightness"] > 0
     folder = Path("runs/evaluate-pictures/tiny_sd-2-2.5")
-    drawn = sorted(folder.glob("*.png"))
-    assert len(drawn) == 6 and Path("runs/evaluate.png").exists()
+    paths = sorted(folder.glob("*.png"))
+    assert len(paths) == 6 and Path("runs/evaluate.png").exists()
 
-    # What is missing is drawn again, to the byte, and nothing else is.
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in drawn}
-    drawn[3].unlink()
+    # A missing image is generated again, to the byte, and no other image.
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+    paths[3].unlink()
     code, out, err = call(
         evaluate.main, *arguments(networks, "--coco", coco_folder, "--steps", "2,1")
     )
     assert code == 0, err
-    for path in drawn:
+    for path in paths:
         assert path.read_bytes() == before[path][0]
-        assert (path.stat().st_mtime_ns == before[path][1]) == (path != drawn[3])
-    again = json.loads(Path("runs/evaluate.json").read_text())
-    assert [row["fid"] for row in again] == [row["fid"] for row in rows]
+        assert (path.stat().st_mtime_ns == before[path][1]) == (path != paths[3])
+    resumed_rows = json.loads(Path("runs/evaluate.json").read_text())
+    assert [row["fid"] for row in resumed_rows] == [row["fid"] for row in rows]
 
-    # A set against itself.
+    # The FID of a set with itself is 0.
     Path("captions.txt").write_text("\n".join(CAPTIONS))
     shutil.copytree(folder, "same", ignore=shutil.ignore_patterns("*.json"))
     code, out, err = call(
@@ -114,7 +115,7 @@ def test_the_whole_protocol(call, networks, coco_folder):
     )
 
 
-def test_captions_of_the_protocols(coco_folder):
+def test_captions_of_coco_2017_and_2014(coco_folder):
     captions, images, side = real_images.read_coco(coco_folder, None)
     assert (captions, side) == (CAPTIONS, 512) and [
         path.name[-5] for path in images
@@ -125,14 +126,11 @@ def test_captions_of_the_protocols(coco_folder):
     (annotations / "captions_val2017.json").rename(annotations / "captions_val2014.json")
     captions, _, side = real_images.read_coco(coco_folder, None)
     assert side == 256 and sorted(captions) == sorted(CAPTIONS + ["another"] * 6)
-    assert real_images.read_coco(coco_folder, None)[0] == captions  # the same draw every time
+    assert real_images.read_coco(coco_folder, None)[0] == captions  # the same selection every time
 
 
-def test_distance_of_known_gaussians(networks, tmp_path):
-    """Images of one colour, so that the features are the colours.
-
-    FID is ‖m1 - m2‖² where the covariances are equal.
-    """
+def test_fid_of_known_gaussians(networks, tmp_path):
+    """Each image has one colour, which is its feature. Equal covariances: FID = ‖m1 - m2‖²."""
     fid = real_images.feature_distance(str(networks / "mean.pt"), torch.device("cpu"))
     colours = torch.from_numpy(np.random.default_rng(0).integers(20, 200, (400, 3), dtype=np.uint8))
     as_images = lambda c: c[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
@@ -141,37 +139,37 @@ def test_distance_of_known_gaussians(networks, tmp_path):
     assert fid.compute().item() == pytest.approx(25, rel=1e-4)
 
 
-def test_images_become_squares(tmp_path):
+def test_images_are_cropped_to_their_middle_square(tmp_path):
     pixels = np.zeros((10, 30, 3), dtype=np.uint8)
     pixels[:, 10:20] = 200  # the middle square
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert (real_images.square_image(tmp_path / "a.png", 10) == 200).all()
+    assert (images.read_square(tmp_path / "a.png", 10) == 200).all()
     (tmp_path / "b.png").write_text("no image")
     with pytest.raises(BadInput, match="b.png: not a readable image"):
-        real_images.square_image(tmp_path / "b.png", 10)
+        images.read_square(tmp_path / "b.png", 10)
 
 
-def test_bad_input(call, networks, coco_folder, tmp_path):
-    def complaint(*more):
+def test_bad_input_is_a_one_line_error(call, networks, coco_folder, tmp_path):
+    def error_of(*more):
         code, _, err = call(evaluate.main, *arguments(networks, *more))
         assert code == 2 and err.count("\n") == 0
         return err
 
-    assert "needs --prompts" in complaint("--images", coco_folder / "val2017")
-    assert "give one of them" in complaint(
+    assert "needs --prompts" in error_of("--images", coco_folder / "val2017")
+    assert "give one of them" in error_of(
         "--images", coco_folder / "val2017", "--coco", coco_folder
     )
-    assert "COCO's folder" in complaint("--coco", tmp_path)
-    assert "--repeats" in complaint("--coco", coco_folder, "--repeats", 2)
-    assert "--feature-extractor" in complaint(
+    assert "COCO's folder" in error_of("--coco", tmp_path)
+    assert "--repeats" in error_of("--coco", coco_folder, "--repeats", 2)
+    assert "--feature-extractor" in error_of(
         "--coco", coco_folder, "--feature-extractor", TINY_TEACHER
     )
-    assert "--clip" in complaint("--coco", coco_folder, "--clip", tmp_path / "none")
+    assert "--clip" in error_of("--coco", coco_folder, "--clip", tmp_path / "none")
     (coco_folder / "annotations" / "captions_val2017.json").write_text("{}")
-    assert "not a COCO caption file" in complaint("--coco", coco_folder)
+    assert "not a COCO caption file" in error_of("--coco", coco_folder)
 
 
-def test_a_network_that_cannot_be_downloaded_is_one_line(call, networks, coco_folder, monkeypatch):
+def test_failed_download_of_a_network_is_named(call, networks, coco_folder, monkeypatch):
     import torchmetrics.image.fid
 
     def offline(*args, **kwargs):

@@ -24,20 +24,22 @@ HUBER = 0.00054  # of the iCT paper
 
 
 def dummy_network(x, s, context):
-    """A smooth function of everything, in place of a noise-predicting U-Net."""
+    """A smooth function of x and s, in place of a noise-predicting U-Net."""
     return 0.9 * torch.sin(1.3 * x + s[:, None] / 400)
 
 
-def a_model(kind, network=dummy_network, device="cpu"):
-    """What sampling asks of a StableDiffusion, with contexts of seven zeros."""
+def toy_model(kind, network=dummy_network, device="cpu"):
+    """What sampling uses of a StableDiffusion, with contexts of seven zeros."""
     return SimpleNamespace(
-        unet=network, kind=kind, steps=4, guidance=2.0, device=device, few_step=None,
+        unet=network, kind=kind, steps=4, device=device, few_step=None,
+        guidance_for=lambda scale: scale,
         latent_shape=lambda size=None: (7,),
         encode_prompts=lambda prompts: torch.zeros(len(prompts), 7, device=device),
     )
 
 
 def ddim(network, x, steps, schedule, context=None):
+    """All states of DDIM, as Euler's method on the diffusion's flow."""
     velocity, start, times = as_flow(network, "diffusion", x, steps, None)
     return euler(velocity, start, steps, context, times)
 
@@ -71,12 +73,12 @@ def test_straight_flow_is_exact_in_one_step():
     torch.testing.assert_close(cost, (x1 - x0).square().sum(1))
 
 
-def test_euler_keeps_every_state():
+def test_euler_yields_every_state():
     states = list(euler(lambda x, t, context: torch.ones_like(x), torch.zeros(2, 3), 4))
     assert [state[0, 0].item() for state in states] == [0, 0.25, 0.5, 0.75, 1]
 
 
-def test_gaussian_flow_in_closed_form():
+def test_gaussian_flow_agrees_with_its_closed_form():
     mean, std, dim = 3.0, 0.4, 50
     x0 = points(400, dim)
     velocity = gaussian_velocity(mean, std)
@@ -89,16 +91,16 @@ def test_gaussian_flow_in_closed_form():
     assert straightness(velocity, x0, 1000) == pytest.approx(expected, rel=0.05)
 
 
-def test_intervals_of_straightness_are_the_spread_of_repeats():
-    model = a_model(
+def test_straightness_intervals_agree_with_the_spread_of_repeats():
+    model = toy_model(
         "flow", lambda x, s, context: gaussian_velocity(1.0, 0.2)(x, 1 - s / 1000, context)
     )
     repeats = [straightness_figures(model, [""] * 64, range(64 * k, 64 * k + 64), 1.0)
                for k in range(200)]
     for name in ("straightness", "relative_straightness"):
-        spread = torch.tensor([figures[name] for figures in repeats]).std().item()
-        claimed = torch.tensor([figures[f"{name}_interval"] for figures in repeats]).mean().item()
-        assert 0.8 < 1.96 * spread / claimed < 1.25
+        spread = torch.tensor([result[name] for result in repeats]).std().item()
+        reported = torch.tensor([result[f"{name}_interval"] for result in repeats]).mean().item()
+        assert 0.8 < 1.96 * spread / reported < 1.25
 
 
 def test_straightness_needs_two_steps():
@@ -106,23 +108,23 @@ def test_straightness_needs_two_steps():
         straightness(gaussian_velocity(0.0, 1.0), points(), 1)
 
 
-def test_losses():
+def test_losses_have_known_values():
     x0, x1, t = (
         points(seed=1).float(), points(seed=2).float(), torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
     )
     torch.testing.assert_close(interpolate(x0, x1, t)[0], x0[0])
     torch.testing.assert_close(interpolate(x0, x1, t)[4], x1[4])
-    seen = []
+    calls = []
 
     def velocity(x, time, context):
-        seen.append((x, time, context))
+        calls.append((x, time, context))
         return x1 - x0 + 0.5
 
     torch.testing.assert_close(reflow_loss(velocity, x0, x1, t, "text"), torch.full((5,), 0.25))
-    torch.testing.assert_close(seen[0][0], interpolate(x0, x1, t))
-    assert seen[0][1] is t and seen[0][2] == "text"
+    torch.testing.assert_close(calls[0][0], interpolate(x0, x1, t))
+    assert calls[0][1] is t and calls[0][2] == "text"
     torch.testing.assert_close(distill_loss(velocity, x0, x1), torch.full((5,), 0.25))
-    assert torch.equal(seen[1][0], x0) and torch.equal(seen[1][1], torch.zeros(5))
+    assert torch.equal(calls[1][0], x0) and torch.equal(calls[1][1], torch.zeros(5))
     # (√(‖e‖² + c²) - c) / d, ‖e‖² = d / 4, c = HUBER d, d = 7
     expected = (7 / 4 + (7 * HUBER) ** 2) ** 0.5 / 7 - HUBER
     torch.testing.assert_close(
@@ -138,7 +140,7 @@ def test_pseudo_huber_is_quadratic_near_zero_and_linear_far_away():
     assert twice / small == pytest.approx(4, rel=0.01) and large == pytest.approx(99 * c, rel=0.01)
 
 
-def test_guidance():
+def test_guidance_scales_the_difference_to_the_unconditional_output():
     network = lambda x, t, context: x * t[:, None] + context
     x, t, context, null = (
         points(4), torch.rand(4).double(), torch.full((4, 7), 2.0).double(),
@@ -151,45 +153,42 @@ def test_guidance():
 
 
 def test_guidance_is_combined_in_fp32():
-    """A difference of bf16 outputs is exact in fp32.
-
-    Times 15, bf16 would round the sum to eighths.
-    """
-    # Without text, with it.
+    """In fp32 the difference of bf16 outputs is exact; bf16 would round the sum to eighths."""
+    # Without text, with text.
     outputs = torch.tensor([[1.0, -3.0], [1.0078125, -2.984375]], dtype=torch.bfloat16)
-    answer = guided(lambda x, t, context: outputs, torch.zeros(1, 2), 15.0)(
+    velocity = guided(lambda x, t, context: outputs, torch.zeros(1, 2), 15.0)(
         torch.zeros(1, 2), torch.zeros(1), torch.ones(1, 2)
     )
-    assert answer.dtype == torch.float32 and answer.tolist() == [
+    assert velocity.dtype == torch.float32 and velocity.tolist() == [
         [1 + 15 * 0.0078125, -3 + 15 * 0.015625]
     ]
 
 
-def test_large_seeds_have_noises_of_their_own():
-    """torch's generator alone gives one noise for all seeds that agree in their last 32 bits."""
+def test_large_seeds_give_distinct_noise():
+    """torch's generator alone gives the same noise to seeds that agree in their last 32 bits."""
     seeds = [5, 5 + 2**32, 5 + 2**48, 5 + 2 * 2**48, 5 + 2**48 + 2**24]
     noises = noise_from_seeds(seeds, (4, 8, 8))
-    # Independent: 256 numbers each.
+    # Uncorrelated, over 256 elements each.
     assert (torch.corrcoef(noises.flatten(1)) - torch.eye(5)).abs().max() < 0.25
     assert noises.dtype == torch.float32 and noises[1:].std().item() == pytest.approx(1, abs=0.1)
-    # As diffusers has it.
+    # As in diffusers.
     assert torch.equal(noises[0], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5)))
     assert torch.equal(noises[2], noise_from_seeds(torch.tensor(seeds), (4, 8, 8))[2])
 
 
-def test_noise_depends_on_its_seed_alone():
+def test_noise_depends_only_on_its_seed():
     together = noise_from_seeds([3, 4, 5], (4, 8, 8))
     assert torch.equal(together[1], noise_from_seeds([4], (4, 8, 8))[0])
     assert not torch.equal(together[0], together[1])
     assert abs(noise_from_seeds(range(200), (4, 8, 8)).std().item() - 1) < 0.01
 
 
-def test_flow_velocity_gives_the_published_timestep():
-    seen = []
-    flow_velocity(lambda x, s, context: seen.append(s) or x)(
+def test_flow_velocity_passes_the_published_timestep():
+    timesteps = []
+    flow_velocity(lambda x, s, context: timesteps.append(s) or x)(
         torch.zeros(4, 2), torch.tensor([0.0, 0.25, 0.5, 0.75]), None
     )
-    assert seen[0].tolist() == [1000, 750, 500, 250]
+    assert timesteps[0].tolist() == [1000, 750, 500, 250]
 
 
 # Diffusion
@@ -216,7 +215,7 @@ def test_timestep_and_time_are_inverse():
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 25])
 def test_ddim_is_euler_in_straight_coordinates(steps):
-    """Against DDIM as its paper writes it, equation 12 with η = 0."""
+    """Compared with DDIM as in its paper, equation 12 with η = 0."""
     x = expected = points()
     timesteps = SCHEDULE.sampling_timesteps(steps)
     alphas, sigmas = SCHEDULE.alpha_sigma(timesteps)
@@ -229,7 +228,7 @@ def test_ddim_is_euler_in_straight_coordinates(steps):
     assert relative_error(end, expected) < 1e-6
 
 
-def test_diffusion_velocity_of_a_gaussian_is_the_exact_one():
+def test_diffusion_velocity_of_a_gaussian_is_exact():
     """The best noise prediction for data N(m, std² I) must give the closed-form velocity."""
     mean, std = 0.7, 0.4
 
@@ -238,8 +237,8 @@ def test_diffusion_velocity_of_a_gaussian_is_the_exact_one():
         return sigma * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
 
     x, t = points(), torch.tensor([0.07, 0.2, 0.5, 0.8, 0.97], dtype=torch.float64)
-    answer = diffusion_velocity(best_noise, SCHEDULE)(x, t, None)
-    torch.testing.assert_close(answer, gaussian_velocity(mean, std)(x, t, None))
+    velocity = diffusion_velocity(best_noise, SCHEDULE)(x, t, None)
+    torch.testing.assert_close(velocity, gaussian_velocity(mean, std)(x, t, None))
 
 
 # Divisors of 1000: otherwise diffusers' DDIM rounds unevenly.
@@ -264,7 +263,7 @@ def test_samplers_agree_with_diffusers(steps, ours, reference):
     assert relative_error(states[-1], expected) < 1e-4
 
 
-def test_noise_loss():
+def test_noise_loss_is_the_squared_error_of_the_noise():
     x1, noise, s = (
         points(seed=1), points(seed=2), torch.tensor([0.0, 10.0, 500.0, 900.0, 999.0]).double()
     )
@@ -279,10 +278,12 @@ def test_noise_loss():
     )
 
 
-def test_the_solver_of_each_kind():
+def test_each_kind_is_sampled_with_its_solver():
     seeds = range(3)
     x, prompts = noise_from_seeds(seeds, (7,)), [""] * 3
-    sampled = lambda kind, *how, **more: sample_latents(a_model(kind), prompts, seeds, *how, **more)
+    sampled = lambda kind, *args, **kwargs: sample_latents(
+        toy_model(kind), prompts, seeds, *args, **kwargs
+    )
     *_, expected = dpm_solver(dummy_network, x, 5, SCHEDULE)
     torch.testing.assert_close(sampled("diffusion", 5, 1.0), expected)
     *_, expected = ddim(dummy_network, x, 5, SCHEDULE)
@@ -294,11 +295,11 @@ def test_the_solver_of_each_kind():
 
 
 # --------------------------------------------------------------------------------------------------
-# A device without float64, as Apple's is
+# A device without float64, like Apple's
 
 
 class OnMps(torch.Tensor):
-    """A tensor that says it lies on such a device."""
+    """A tensor that reports mps as its device."""
 
 
 def is_mps(value):
@@ -309,10 +310,7 @@ def is_mps(value):
 
 
 class WithoutFloat64(TorchFunctionMode):
-    """Lets calls that name the device run on the CPU, and marks what they return.
-
-    At float64 it raises as mps does.
-    """
+    """Run calls for mps on the CPU and return their results as OnMps; float64 raises, as on mps."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -341,27 +339,27 @@ class WithoutFloat64(TorchFunctionMode):
         return value.as_subclass(OnMps)
 
 
-def test_the_device_without_float64_is_one():
+def test_simulated_mps_refuses_float64():
     with WithoutFloat64():
         x = torch.zeros(2, device="mps")
         assert (
             isinstance(x + 1, OnMps) and not isinstance(x.cpu(), OnMps)
             and x.cpu().double().dtype == torch.float64
         )
-        for use in (
+        for make_float64 in (
             lambda: x.double(), lambda: torch.zeros(2).double().to(x.device),
             lambda: x.to(torch.float64),
         ):
             with pytest.raises(TypeError, match="float64"):
-                use()
+                make_float64()
 
 
-def test_everything_runs_on_a_device_without_float64():
+def test_losses_and_samplers_run_without_float64():
     x1, noise, t = (
         points(seed=1).float(), points(seed=2).float(), torch.tensor([0.07, 0.1, 0.5, 0.9, 0.97])
     )
 
-    def figures(device):
+    def results(device):
         x, y, times = x1.to(device), noise.to(device), t.to(device)
         context, null = torch.zeros(5, 7, device=device), torch.zeros(1, 7, device=device)
         velocity = diffusion_velocity(dummy_network, SCHEDULE)
@@ -371,16 +369,16 @@ def test_everything_runs_on_a_device_without_float64():
         yield noise_loss(dummy_network, SCHEDULE, x, y, 999 * times, None)
         yield noise_loss(dummy_network, SCHEDULE, x, y, (999 * t).round(), None)
         for kind, solver in (("diffusion", "dpm"), ("diffusion", "ddim"), ("flow", "dpm")):
-            model = a_model(kind, device=device)
+            model = toy_model(kind, device=device)
             yield sample_latents(model, [""] * 5, range(5), 4, 2.0, solver=solver)
         for kind in ("diffusion", "flow"):
             velocity, start, grid = as_flow(dummy_network, kind, y, 4, null, 2.0)
             yield from squared_deviations(velocity, start, 4, context, grid)
 
-    expected = list(figures("cpu"))
+    expected = list(results("cpu"))
     for device, mode in (("cpu", nullcontext()), ("mps", WithoutFloat64())):
         with mode:
-            found = [figure.cpu() for figure in figures(device)]
-        assert len(found) == len(expected) == 12
-        for a, b in zip(found, expected):
+            actual = [result.cpu() for result in results(device)]
+        assert len(actual) == len(expected) == 12
+        for a, b in zip(actual, expected):
             torch.testing.assert_close(a, b)

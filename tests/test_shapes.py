@@ -1,4 +1,4 @@
-"""The tiny world, its judge, and the committed tiny model."""
+"""The shapes dataset, its judge, and the committed tiny model."""
 
 import json
 import random
@@ -19,7 +19,7 @@ FIGURES = json.loads((ROOT / "toy" / "tiny_sd.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def reader():
+def classifier():
     return shapes.load_reader()
 
 
@@ -32,7 +32,7 @@ def is_full(caption):
     return caption.relation in shapes.RELATIONS and not caption.omitted
 
 
-def test_captions_and_scenes():
+def test_captions_parse_and_their_scenes_obey_them():
     for caption in (
         shapes.random_captions(2000, 1) + shapes.full_captions(200, 1)
         + shapes.open_captions(200, 1)
@@ -42,26 +42,26 @@ def test_captions_and_scenes():
     assert all(is_full(caption) for caption in shapes.full_captions(100, 2))
     assert not any(is_full(caption) for caption in shapes.open_captions(100, 2))
     assert all(caption.second is None for caption in shapes.single_captions(100, 2))
-    for wrong in ("a pink circle", "circle", "a red", ""):
+    for text in ("a pink circle", "circle", "a red", ""):
         with pytest.raises(ValueError):
-            parse(wrong)
+            parse(text)
 
 
 @pytest.mark.parametrize(
     "make",
     [shapes.random_captions, shapes.open_captions, shapes.full_captions, shapes.single_captions],
 )
-def test_a_fifth_of_the_captions_is_for_measuring(make):
-    training, measuring = (
+def test_a_fifth_of_the_captions_is_for_evaluation(make):
+    training, evaluation = (
         shapes.training_captions(500, 3, make), shapes.measuring_captions(500, 3, make)
     )
-    assert len(training) == len(measuring) == 500 and not set(training) & set(measuring)
+    assert len(training) == len(evaluation) == 500 and not set(training) & set(evaluation)
     assert training[:100] == shapes.training_captions(100, 3, make)
-    every = make(4000, 5)
-    assert sum(map(shapes.is_for_measuring, every)) / 4000 == pytest.approx(0.2, abs=0.09)
+    captions = make(4000, 5)
+    assert sum(map(shapes.is_for_measuring, captions)) / 4000 == pytest.approx(0.2, abs=0.09)
 
 
-def test_obeying():
+def test_scene_obeys_true_captions_and_no_false_ones():
     red, blue = Phrase("red", "circle"), Phrase("blue", "square")
     scene = Scene("vertical", (("red", "circle"), ("blue", "square")))
     true = [Caption(red, "above", blue), Caption(blue, "below", red), Caption(blue, "and", red),
@@ -74,28 +74,28 @@ def test_obeying():
     assert not any(obeys(scene, caption) for caption in false)
 
 
-def test_pictures_are_what_the_scene_says():
+def test_images_show_their_scene():
     scene = Scene("horizontal", (("red", "square"), ("blue", "circle")))
-    pictures = shapes.draw([scene] * 4, seed=3)
-    assert pictures.shape == (4, 3, 32, 32) and pictures.min() >= -1 and pictures.max() <= 1
-    assert torch.equal(pictures, shapes.draw([scene] * 4, seed=3))
-    assert not torch.equal(pictures[0], pictures[1])
-    red, _, blue = pictures[0]
+    images = shapes.draw([scene] * 4, seed=3)
+    assert images.shape == (4, 3, 32, 32) and images.min() >= -1 and images.max() <= 1
+    assert torch.equal(images, shapes.draw([scene] * 4, seed=3))
+    assert not torch.equal(images[0], images[1])
+    red, _, blue = images[0]
     columns = torch.arange(32.0)
     bright = lambda channel: (channel - shapes.GRAY).clamp(min=0)
     centre = lambda channel: (bright(channel).sum(0) * columns).sum() / bright(channel).sum()
     assert centre(red) < centre(blue)
 
 
-def test_the_reader_reads_drawn_pictures(reader):
+def test_classifier_reads_real_images(classifier):
     captions = shapes.random_captions(4000, 99)
-    features = shapes.real_features(reader, captions, 98)
-    assert sum(shapes.right(reader, features, captions)) / 4000 >= 0.995
-    wrong = captions[1:] + captions[:1]
-    assert sum(shapes.right(reader, features, wrong)) / 4000 < 0.3
+    features = shapes.real_features(classifier, captions, 98)
+    assert sum(shapes.right(classifier, features, captions)) / 4000 >= 0.995
+    wrong_captions = captions[1:] + captions[:1]
+    assert sum(shapes.right(classifier, features, wrong_captions)) / 4000 < 0.3
 
 
-def test_the_tiny_checkpoint(model):
+def test_committed_model_is_small_and_has_the_training_captions(model):
     path = ROOT / "toy" / "tiny_sd.safetensors"
     assert path.stat().st_size <= 15e6
     assert model.kind == "diffusion" and model.family == "shapes"
@@ -114,32 +114,31 @@ def test_each_word_of_the_captions_is_one_token(model):
     assert len(model.tokenizer("Ünïcode")["input_ids"]) > 3
 
 
-def test_the_committed_figures_are_the_models(model, reader):
+def test_committed_model_reaches_its_committed_accuracy(model, classifier):
     captions = shapes.full_captions(200, 7)
-    pictures = sample_images(model, [str(c) for c in captions], range(200), 25, FIGURES["guidance"])
+    images = sample_images(model, [str(c) for c in captions], range(200), 25, FIGURES["guidance"])
     with torch.no_grad():
-        share = sum(shapes.right(reader, reader.features(pictures), captions)) / 200
-    # Three standard errors of a share measured on 200 pictures.
-    assert (
-        abs(share - FIGURES["full"]["teacher"]) < 3 * (max(share * (1 - share), 0.02) / 200) ** 0.5
-    )
+        accuracy = sum(shapes.right(classifier, classifier.features(images), captions)) / 200
+    # The standard error of a fraction of 200 images.
+    standard_error = (max(accuracy * (1 - accuracy), 0.02) / 200) ** 0.5
+    assert abs(accuracy - FIGURES["full"]["teacher"]) < 3 * standard_error
 
 
-def test_the_teachers_training_runs(tmp_path, call):
-    """Every stage, for a few steps, from nothing; then again, which finds all done."""
+def test_teacher_training_runs_and_a_second_run_changes_nothing(tmp_path, call):
+    """Every stage from scratch, for three iterations. A second run finds them all done."""
     few = [f"--{stage}-iterations=3" for stage in ("reader", "autoencoder", "text", "unet")]
     arguments = [*few, "--data", "64", "--out", tmp_path / "t.safetensors",
                  "--work", tmp_path / "work"]
-    train_teacher.MEASURED, before = 8, train_teacher.MEASURED
+    train_teacher.MEASURED, measured = 8, train_teacher.MEASURED
     try:
         assert call(train_teacher.main, *arguments)[0] == 0
         first = (tmp_path / "t.safetensors").read_bytes()
         assert call(train_teacher.main, *arguments)[0] == 0
     finally:
-        train_teacher.MEASURED = before
+        train_teacher.MEASURED = measured
     assert (tmp_path / "t.safetensors").read_bytes() == first
-    made = checkpoint.load(tmp_path / "t.safetensors")
-    assert made.encode_prompts(["a red circle"]).shape == (1, 16, 128)
+    teacher = checkpoint.load(tmp_path / "t.safetensors")
+    assert teacher.encode_prompts(["a red circle"]).shape == (1, 16, 128)
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -153,7 +152,7 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(a, b) == pytest.approx(1.0 + 0.25, rel=0.02)
 
 
-def test_the_readmes_image(call):
+def test_readme_image_needs_two_models_of_one_dataset(call):
     code, out, err = call(
         picture.main, "--flow", ROOT / "toy/tiny_sd.safetensors", "--one-step",
         ROOT / "toy/tiny_instaflow.safetensors", "--prompts", "a red circle", "a blue square",

@@ -1,4 +1,4 @@
-"""The loop: resuming equals not having stopped, and it stops where it must."""
+"""The training loop: resumed runs equal uninterrupted ones; errors keep the saved state."""
 
 import json
 import shutil
@@ -30,16 +30,16 @@ def train(network, batch, loss, options, folder, settings=None, ema_device=None)
 
 
 def run(
-    folder, network=None, iterations=20, settings=None, spoil=None, ema_device=None, **changes
+    folder, network=None, iterations=20, settings=None, factor=None, ema_device=None, **changes
 ):
-    """Learn to rotate points; returns the network. spoil(step) may break the loss."""
+    """Train a network to swap two numbers, and return it. factor(step) scales the error."""
     network = network or make_network()
     options = TrainingOptions(**{
         "iterations": iterations, "batch_size": 8, "learning_rate": 1e-2, "warmup_samples": 40,
         "ema_half_life": 100, "save_every": 5, "log_every": 2, "name": "test",
     } | changes)
 
-    def draw(samples, share, generator):
+    def make_batch(samples, share, generator):
         x, t = (
             torch.randn(len(samples), 2, generator=generator),
             torch.rand(len(samples), generator=generator),
@@ -48,11 +48,11 @@ def run(
 
     def loss(network, x, t, steps):
         error = network(x) - x.flip(1)
-        if spoil:
-            error = error * spoil(steps[0].item())
+        if factor:
+            error = error * factor(steps[0].item())
         return error.square().mean(1), t
 
-    train(network, draw, loss, options, folder, settings, ema_device)
+    train(network, make_batch, loss, options, folder, settings, ema_device)
     return network
 
 
@@ -68,7 +68,7 @@ def without_seconds(folder):
     return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in rows(folder)]
 
 
-def test_what_is_practical_does_not_change_the_run(tmp_path):
+def test_ema_device_and_intervals_change_no_weight(tmp_path):
     plain = run(tmp_path / "plain")
     assert torch.equal(
         weights(plain), weights(run(tmp_path / "practical", ema_device="cpu", log_every=3))
@@ -79,7 +79,7 @@ def test_what_is_practical_does_not_change_the_run(tmp_path):
     )
 
 
-def test_it_learns_and_reports(tmp_path):
+def test_training_lowers_the_loss_and_logs_it(tmp_path):
     run(tmp_path, iterations=300)
     losses = [row["loss"] for row in rows(tmp_path)]
     assert losses[-1] < 0.05 * losses[0]
@@ -90,7 +90,7 @@ def test_it_learns_and_reports(tmp_path):
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
-    whole = run(tmp_path / "a")
+    uninterrupted = run(tmp_path / "a")
 
     def killed(step):
         if step == 12:
@@ -98,14 +98,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
         return 1.0
 
     with pytest.raises(RuntimeError, match="gone"):
-        run(tmp_path / "b", spoil=killed)
+        run(tmp_path / "b", factor=killed)
     assert saved_step(tmp_path / "b") == 10
     resumed = run(tmp_path / "b")
-    assert torch.equal(weights(whole), weights(resumed))
+    assert torch.equal(weights(uninterrupted), weights(resumed))
     assert without_seconds(tmp_path / "a") == without_seconds(tmp_path / "b")
 
 
-def test_continued_equals_longer_run(tmp_path):
+def test_extended_run_equals_a_longer_one(tmp_path):
     run(tmp_path / "a", iterations=10)
     assert torch.equal(
         weights(run(tmp_path / "a", iterations=20)), weights(run(tmp_path / "b", iterations=20))
@@ -113,15 +113,16 @@ def test_continued_equals_longer_run(tmp_path):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_convolutions_resume_in_either_order_in_memory(tmp_path, memory_format):
+def test_convolutions_resume_in_either_memory_format(tmp_path, memory_format):
     def convolve(folder, iterations):
         torch.manual_seed(0)
         network = nn.Conv2d(3, 3, 3, padding=1).to(memory_format=memory_format)
-        draw = lambda samples, share, generator: (
+        make_batch = lambda samples, share, generator: (
             torch.randn(len(samples), 3, 5, 5, generator=generator),
         )
         loss = lambda network, x: ((network(x) - x).square().flatten(1).mean(1), None)
-        train(network, draw, loss, TrainingOptions(iterations, 4, learning_rate=0.1), folder, {})
+        options = TrainingOptions(iterations, 4, learning_rate=0.1)
+        train(network, make_batch, loss, options, folder, {})
         return network.weight.detach()
 
     convolve(tmp_path / "a", 5)
@@ -130,17 +131,14 @@ def test_convolutions_resume_in_either_order_in_memory(tmp_path, memory_format):
     assert resumed.is_contiguous(memory_format=memory_format)
 
 
-def test_accumulation_is_the_same_batch(tmp_path):
+def test_accumulation_gives_the_same_weights(tmp_path):
     torch.testing.assert_close(
         weights(run(tmp_path / "a", accumulate=3)), weights(run(tmp_path / "b"))
     )
 
 
-def test_an_interruption_names_the_state_that_is_kept(tmp_path):
-    """No handler of ours: SIGTERM ends the process at once, as torchrun expects.
-
-    Ctrl-C is Python's own.
-    """
+def test_interruption_names_the_saved_state_and_the_run_resumes(tmp_path):
+    """There is no handler of ours: SIGTERM ends the process at once, as torchrun expects."""
     handlers = []
 
     def interrupt(step):
@@ -155,13 +153,13 @@ def test_an_interruption_names_the_state_that_is_kept(tmp_path):
         match="interrupted; the state of step 5 is kept in .*, run the same command again to "
         "continue",
     ):
-        run(tmp_path / "a", spoil=interrupt)
+        run(tmp_path / "a", factor=interrupt)
     assert handlers[0] == before
     assert torch.equal(weights(run(tmp_path / "a")), weights(run(tmp_path / "b")))
 
 
-def test_a_state_is_never_older_than_fifteen_minutes(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0)  # then at every row of the log
+def test_state_is_saved_at_a_log_row_after_save_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)  # saves at every row of the log
 
     def stop(step):
         if step == 3:
@@ -169,13 +167,13 @@ def test_a_state_is_never_older_than_fifteen_minutes(tmp_path, monkeypatch):
         return 1.0
 
     with pytest.raises(RuntimeError):
-        run(tmp_path / "a", spoil=stop, save_every=1000)
+        run(tmp_path / "a", factor=stop, save_every=1000)
     assert saved_step(tmp_path / "a") == 2
     assert torch.equal(weights(run(tmp_path / "a", save_every=1000)), weights(run(tmp_path / "b")))
 
 
-def test_no_memory_left_names_what_does_not_lose_the_run(tmp_path):
-    def full(step):
+def test_out_of_memory_names_flags_with_which_the_run_resumes(tmp_path):
+    def out_of_memory(step):
         if step == 7:
             raise torch.OutOfMemoryError
         return 1.0
@@ -184,24 +182,24 @@ def test_no_memory_left_names_what_does_not_lose_the_run(tmp_path):
         BadInput,
         match="state of step 5 is kept.*--accumulate.*--gradient-checkpointing.*--ema-device cpu",
     ):
-        run(tmp_path / "a", spoil=full)
-    resumed = run(tmp_path / "a", accumulate=3)  # as it says
+        run(tmp_path / "a", factor=out_of_memory)
+    resumed = run(tmp_path / "a", accumulate=3)  # as the error advises
     torch.testing.assert_close(weights(resumed), weights(run(tmp_path / "b")))
 
 
-def test_no_memory_left_while_a_run_is_opened(tmp_path, monkeypatch):
+def test_out_of_memory_while_loading_a_state_names_the_state(tmp_path, monkeypatch):
     run(tmp_path, iterations=10)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "load_state", lambda *run: raised(torch.OutOfMemoryError))
+        patch.setattr(training, "load_state", lambda *run: raise_error(torch.OutOfMemoryError))
         with pytest.raises(BadInput, match="the state of step 10 is kept.*--ema-device cpu"):
             run(tmp_path)
 
 
-def raised(error):
+def raise_error(error):
     raise error
 
 
-def test_a_run_beyond_the_iterations_asked_for_is_said(tmp_path):
+def test_fewer_iterations_than_the_state_has_are_refused(tmp_path):
     run(tmp_path, iterations=10)
     with pytest.raises(BadInput, match="its run is at iteration 10, beyond the 4 asked for"):
         run(tmp_path, iterations=4)
@@ -209,14 +207,14 @@ def test_a_run_beyond_the_iterations_asked_for_is_said(tmp_path):
 
 def test_settings_are_written_with_the_first_state(tmp_path):
     with pytest.raises(BadInput, match="not finite at step 2"):
-        run(tmp_path, spoil=lambda step: float("nan") if step == 2 else 1.0, learning_rate=1.0)
+        run(tmp_path, factor=lambda step: float("nan") if step == 2 else 1.0, learning_rate=1.0)
     assert not (tmp_path / "settings.json").exists()
-    run(tmp_path)  # so that another learning rate may be tried: nothing is lost by it
+    run(tmp_path)  # without a state, another learning rate may be tried
     (tmp_path / "state.safetensors").unlink()
     run(tmp_path, learning_rate=0.1)  # as if killed between the two files
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+def test_second_run_in_the_same_folder_is_refused(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import command\n"
     code += f"command.lock_folder({str(tmp_path / 'state')!r})\n"
     code += "print('locked', flush=True); sys.stdin.read()"
@@ -228,24 +226,24 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
         BadInput, match="state: another run works in this folder; wait for it, or name another"
     ):
         run(tmp_path / "state")
-    other.kill()  # which is as hard as kill -9, and lets the next one in
+    other.kill()  # SIGKILL releases the lock
     other.wait()
     run(tmp_path / "state")
     assert saved_step(tmp_path / "state") == 20
     command.unlock_folder()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(
         BadInput, match="not finite at step 7, samples 56 to 63; the state of step 5 is kept"
     ):
-        run(tmp_path, spoil=lambda step: float("nan") if step == 7 else 1.0)
+        run(tmp_path, factor=lambda step: float("nan") if step == 7 else 1.0)
     assert saved_step(tmp_path) == 5
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+def test_gradient_that_is_not_finite_stops_the_run(tmp_path):
     class Steep(torch.autograd.Function):
-        """Finite, with an infinite slope, as √x has at 0."""
+        """x, but with an infinite gradient, as that of √x at 0."""
 
         @staticmethod
         def forward(ctx, x):
@@ -261,17 +259,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
         error = network(x) - x.flip(1)
         return (Steep.apply(error) if steps[0] == 7 else error).square().mean(1), None
 
-    def draw(samples, share, generator):
+    def make_batch(samples, share, generator):
         return torch.randn(len(samples), 2, generator=generator), samples // 8
 
-    said = "the gradient is not finite, though the loss is, at step 7, samples 56 to 63; the state "
-    said += "of step 5 is kept"
-    with pytest.raises(BadInput, match=said):
-        train(network, draw, loss, TrainingOptions(20, 8, save_every=5), tmp_path)
+    text = "the gradient is not finite, though the loss is, at step 7, samples 56 to 63; the state "
+    text += "of step 5 is kept"
+    with pytest.raises(BadInput, match=text):
+        train(network, make_batch, loss, TrainingOptions(20, 8, save_every=5), tmp_path)
     assert saved_step(tmp_path) == 5 and torch.isfinite(weights(network)).all()
 
 
-def test_other_settings_are_refused_by_name(tmp_path):
+def test_changed_settings_are_refused_by_name(tmp_path):
     run(tmp_path, settings={"pairs": "one", "about": {"a": 1, "b": 2}})
     with pytest.raises(BadInput, match="pairs was 'one', now 'two'"):
         run(tmp_path, settings={"pairs": "two"})
@@ -281,7 +279,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
         run(tmp_path, settings={"pairs": "one"}, learning_rate=0.1)
 
 
-def test_a_damaged_state_is_named(tmp_path):
+def test_damaged_state_is_named(tmp_path):
     run(tmp_path, iterations=5)
     path = tmp_path / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-50])
@@ -289,7 +287,7 @@ def test_a_damaged_state_is_named(tmp_path):
         run(tmp_path)
 
 
-def test_only_what_is_trainable_is_trained_and_saved(tmp_path):
+def test_frozen_weights_are_neither_trained_nor_saved(tmp_path):
     network = make_network()
     network[0].requires_grad_(False)
     before = network[0].weight.clone()
@@ -299,8 +297,8 @@ def test_only_what_is_trainable_is_trained_and_saved(tmp_path):
         assert not any("weights.0." in name for name in file.keys())
 
 
-def test_average_and_warm_up_are_counted_in_samples(tmp_path):
-    """The average of a network that moves evenly lags by half-life / ln 2, at any batch size."""
+def test_ema_half_life_and_warmup_are_counted_in_samples(tmp_path):
+    """The average of a weight that moves evenly lags by half-life / ln 2, at any batch size."""
     lags = []
     for batch_size in (4, 16):
         network = nn.Linear(1, 1, bias=False)
@@ -309,31 +307,33 @@ def test_average_and_warm_up_are_counted_in_samples(tmp_path):
             8000 // batch_size, batch_size, learning_rate=1e-3 * batch_size, ema_half_life=200,
             save_every=10**6, seed=0,
         )
-        # A constant gradient: Adam moves by the learning rate every step, that is 1e-3 a sample.
-        draw = lambda samples, share, generator: (torch.ones(len(samples), 1),)
-        train(network, draw, lambda network, x: (-network(x)[:, 0], None), options,
+        # A constant gradient: Adam moves by the learning rate, that is by 1e-3 per sample.
+        make_batch = lambda samples, share, generator: (torch.ones(len(samples), 1),)
+        train(network, make_batch, lambda network, x: (-network(x)[:, 0], None), options,
               tmp_path / str(batch_size), {})
         lags.append(8.0 - network.weight.item())
     expected = 1e-3 * 200 / 0.6931
     assert lags == pytest.approx([expected, expected], rel=0.1)
     run(tmp_path / "warm", iterations=10, warmup_samples=40, log_every=1)
-    rates = [row["learning_rate"] for row in rows(tmp_path / "warm")]
-    assert rates[:5] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2]) and rates[9] == 1e-2
+    learning_rates = [row["learning_rate"] for row in rows(tmp_path / "warm")]
+    assert learning_rates[:5] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2])
+    assert learning_rates[9] == 1e-2
 
 
-def test_the_length_of_a_run_whose_rate_falls_is_part_of_it(tmp_path):
+def test_iterations_of_a_run_with_cooldown_cannot_change(tmp_path):
     run(tmp_path, iterations=10, cooldown=0.5)
     with pytest.raises(BadInput, match="iterations was 10, now 20"):
         run(tmp_path, iterations=20, cooldown=0.5)
 
 
-def test_cooldown_ends_at_zero(tmp_path):
+def test_cooldown_lowers_the_learning_rate_in_the_second_half(tmp_path):
     run(tmp_path, iterations=20, warmup_samples=0, cooldown=0.5, log_every=1)
-    rates = [row["learning_rate"] for row in rows(tmp_path)]
-    assert rates[:11] == pytest.approx([1e-2] * 11) and rates[-1] == pytest.approx(1e-3)
+    learning_rates = [row["learning_rate"] for row in rows(tmp_path)]
+    assert learning_rates[:11] == pytest.approx([1e-2] * 11)
+    assert learning_rates[-1] == pytest.approx(1e-3)
 
 
-def test_shuffled_sees_everything_once_an_epoch():
+def test_shuffled_gives_each_index_once_per_epoch():
     first = shuffled(torch.arange(0, 100), 50, seed=3)
     assert sorted(first[:50].tolist()) == list(range(50))
     assert sorted(first[50:].tolist()) == list(range(50))
@@ -344,60 +344,64 @@ def test_shuffled_sees_everything_once_an_epoch():
     assert not torch.equal(a, b)
 
 
-def test_half_precision_training_stays_finite(tmp_path):
+def test_training_in_bf16_stays_finite_with_fp32_weights(tmp_path):
     network = make_network()
     options = TrainingOptions(30, 8, learning_rate=1e-2, dtype=torch.bfloat16)
-    draw = lambda samples, share, generator: (torch.randn(len(samples), 2, generator=generator),)
+    make_batch = lambda samples, share, generator: (
+        torch.randn(len(samples), 2, generator=generator),
+    )
     loss = lambda network, x: ((network(x) - x).float().square().mean(1), None)
-    train(network, draw, loss, options, tmp_path)
+    train(network, make_batch, loss, options, tmp_path)
     assert torch.isfinite(weights(network)).all() and network[0].weight.dtype == torch.float32
 
 
-def test_fp16_is_for_sampling_alone():
+def test_training_in_fp16_is_refused():
     for device in ("cpu", "cuda"):
         with pytest.raises(BadInput, match="--dtype fp16: .*; train in bf16 or fp32"):
             training.autocast_dtype("fp16", torch.device(device), make_network())
 
 
-def test_what_makes_a_run_is_compared_with_its_dtype(tmp_path):
+def test_changed_dtype_is_refused(tmp_path):
     run(tmp_path, dtype=torch.bfloat16)
     with pytest.raises(BadInput, match="dtype was 'bf16', now 'fp32'"):
         run(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
-# The averaged network
+# The EMA network
 
 
-def test_the_average_shares_what_does_not_train(tmp_path):
+def test_ema_shares_frozen_weights_and_follows_trained_ones(tmp_path):
     network = make_network()
     network[0].requires_grad_(False)
     ema = ema_copy(network)
     assert ema[0].weight is network[0].weight and ema[2].weight is not network[2].weight
-    moved = []
+    distances = []
 
     def loss(network, x):
-        moved.append((network[2].weight - ema[2].weight).abs().max().item())
+        distances.append((network[2].weight - ema[2].weight).abs().max().item())
         return (network(x) - x.flip(1)).square().mean(1), None
 
-    draw = lambda samples, share, generator: (torch.randn(len(samples), 2, generator=generator),)
+    make_batch = lambda samples, share, generator: (
+        torch.randn(len(samples), 2, generator=generator),
+    )
     options = TrainingOptions(5, 8, learning_rate=1e-2, ema_half_life=100)
-    training.train(network, ema, draw, loss, options, tmp_path, {})
-    assert moved[0] == 0 < moved[1] < moved[4]  # the average is at hand in every iteration
-    assert torch.equal(weights(network), weights(ema))  # both end as the average
+    training.train(network, ema, make_batch, loss, options, tmp_path, {})
+    assert distances[0] == 0 < distances[1] < distances[4]  # up to date in every iteration
+    assert torch.equal(weights(network), weights(ema))  # both end with the averaged weights
 
 
 # --------------------------------------------------------------------------------------------------
 # Runs of earlier versions
 
 
-def test_a_state_of_an_earlier_version_continues(tmp_path):
-    """tests/earlier/run: 10 of 20 iterations by the code before train() took its EMA network."""
+def test_state_of_an_earlier_version_resumes(tmp_path):
+    """tests/earlier/run: 10 of 20 iterations by code whose train() did not take the EMA network."""
     shutil.copytree(ROOT / "tests/earlier/run", tmp_path / "a")
     assert saved_step(tmp_path / "a") == 10
-    continued, whole = run(tmp_path / "a"), run(tmp_path / "b")
-    # fp32 on another processor rounds otherwise
-    torch.testing.assert_close(weights(continued), weights(whole), rtol=1e-4, atol=1e-5)
+    resumed, uninterrupted = run(tmp_path / "a"), run(tmp_path / "b")
+    # fp32 rounds differently on another processor.
+    torch.testing.assert_close(weights(resumed), weights(uninterrupted), rtol=1e-4, atol=1e-5)
     steps = [row["step"] for row in rows(tmp_path / "a")]
     assert steps == [row["step"] for row in rows(tmp_path / "b")]
     names = []

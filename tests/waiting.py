@@ -1,4 +1,4 @@
-"""A command of test_distributed.py: its second process is late, more than torch waits elsewhere."""
+"""A command for test_distributed.py: the second process arrives later than torch's timeout."""
 
 import time
 from datetime import timedelta
@@ -9,8 +9,8 @@ import command
 
 
 def main():
-    join = dist.init_process_group
-    dist.init_process_group = lambda backend: join(backend, timeout=timedelta(seconds=1))
+    init = dist.init_process_group
+    dist.init_process_group = lambda backend: init(backend, timeout=timedelta(seconds=1))
     command.pick_device("cpu")
     time.sleep(3 * command.rank())
     command.barrier()

@@ -100,11 +100,7 @@ NULL = context_of(torch.tensor([-1]))
 
 
 class MLP(nn.Module):
-    """(points (B, 2), timesteps (B,) in [0, 1000], context (B, 2)) -> (B, 2).
-
-    Timesteps are divided by 100: the U-Net's highest frequency has a period of 6 timesteps, and
-    paths jitter with it.
-    """
+    """(points (B, 2), timesteps (B,) in [0, 1000], context (B, 2)) -> (B, 2)."""
 
     def __init__(self, width: int, time_channels: int = 16):
         super().__init__()
@@ -114,20 +110,19 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*hidden, nn.Linear(width, 2))
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        # Without / 100, the highest frequency has a period of 6 timesteps: paths jitter with it.
         time = timestep_embedding(timestep / 100, self.time_channels)
         return self.layers(torch.cat([x, time, context], dim=1))
 
 
 def train(network: MLP, loss_of, iterations: int, seed: int, name: str, cooldown=0.5) -> MLP:
-    """A trained copy with averaged weights. loss_of(network, generator): losses of a batch (B,).
-
-    cooldown: the last fraction of the run, in which the learning rate falls to 0.
-    """
+    """A trained copy with averaged weights. loss_of(network, generator): losses (B,) of a batch."""
     network, ema = copy.deepcopy(network), copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0)
     generator = generator_for(seed, TRAINING)
     bar = tqdm(range(iterations), desc=name, unit="it", leave=False)
     for step in bar:
+        # The learning rate falls to 0 in the last fraction `cooldown` of the run.
         left = (1 - step / iterations) / cooldown if cooldown else 1.0
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, left)
         loss = loss_of(network, generator).mean()
@@ -247,11 +242,9 @@ class Probe:
         self.floor = sum(self.distance(points) for points in others) / len(others)
 
     def distance(self, points: Tensor) -> float:
-        """Wasserstein-2 to fresh data: the RMS distance of points under the best assignment.
-
-        Points are assigned within each label, as prompts are, and in two halves, to save time.
-        """
+        """Wasserstein-2 to fresh data: the RMS distance of points under the best assignment."""
         squares = []
+        # Points are assigned within each label, as prompts are, and in two halves, to save time.
         for half in torch.arange(len(points)).chunk(2):
             for label in (0, 1):
                 mine = half[self.labels[half] == label]
@@ -267,13 +260,12 @@ class Probe:
 
     def row(self, model: str, points: Tensor, **figures) -> dict:
         """A row of the table; None where a figure does not apply."""
-        row = {
+        return {
             "model": model, "solver": None, "steps": None,
             "times_floor": self.distance(points) / self.floor, "on_mode": self.on_mode(points),
             "endpoint_error": None, "relative_straightness": None,
             "transport_cost": squared_distance(points, self.noise), "samples": len(points),
-        }
-        return row | figures
+        } | figures
 
 
 def squared_distance(a: Tensor, b: Tensor) -> float:
@@ -368,8 +360,7 @@ def main():
     parser.add_argument("--distill-iterations", type=positive, default=250, help="of each student")
     parser.add_argument("--out", help="folder; default: runs/toy, or runs/toy-DATASET")
     args, started = parser.parse_args(), time.perf_counter()
-    suffix = "" if args.dataset == "rings" else f"-{args.dataset}"
-    folder = Path(args.out or f"runs/toy{suffix}")
+    folder = Path(args.out or "runs/toy" + ("" if args.dataset == "rings" else f"-{args.dataset}"))
     check_output(folder / "table.json")
     data = DATASETS[args.dataset]()
 

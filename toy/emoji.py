@@ -149,9 +149,8 @@ def is_held_out(row: int) -> bool:
     """Is the image held out from all training? At most one style of a concept is."""
     concept, style = rows()[row]
     chosen = concept.styles[hashlib.sha256(concept.name.encode()).digest()[1] % len(concept.styles)]
-    return len(concept.styles) > 1 and style == chosen and one_in(
-        HELD_OUT_ONE_IN // len(STYLES), f"picture {concept.name}"
-    )
+    has_held_out = one_in(HELD_OUT_ONE_IN // len(STYLES), f"picture {concept.name}")
+    return len(concept.styles) > 1 and style == chosen and has_held_out
 
 
 @cache
@@ -249,16 +248,13 @@ KINDS = {
 
 
 class Judge(nn.Module):
-    """EfficientNet's features, projected to the principal components of real images.
-
-    real (N, 64): the features of all real images.
-    """
+    """EfficientNet's features, projected to the principal components of real images."""
 
     def __init__(self, mean: Tensor, directions: Tensor, features: Tensor):
         super().__init__()
         self.network = load_efficientnet("the judge of emoji")
         self.mean, self.directions = mean.float(), directions.float()
-        self.real = features.float()
+        self.real = features.float()  # of all real images, (N, 64)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -292,11 +288,9 @@ def real_features(judge: Judge, captions: list[str], seed: int) -> Tensor:
 
 
 def right(judge: Judge, features: Tensor, captions: list[str]) -> list[bool]:
-    """For each image: does the nearest real image show a concept that the caption allows?
-
-    A real image, at distance 0 from itself, takes the nearest other one.
-    """
-    # Through matrix products, the default for many rows, the distance to itself is rounded.
+    """For each image: does the nearest real image show a concept that the caption allows?"""
+    # A real image, at distance 0 from itself, takes the nearest other one. Matrix products, the
+    # default for many rows, would round that distance.
     distances = torch.cdist(features, judge.real, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.masked_fill(distances == 0, torch.inf).argmin(1).tolist()
     return [rows()[row][0] in parse(caption)[0] for row, caption in zip(nearest, captions)]
@@ -379,10 +373,7 @@ def read_images(archive: Path, folder: str, wanted: set[str]) -> dict[str, Tenso
 
 
 def make_concepts(words: dict, images: dict[str, dict[str, Tensor]]) -> tuple[list, Tensor]:
-    """The concepts with an image in at least one style, and all images in the order of `rows`.
-
-    words: of read_words. images: style -> code point -> image.
-    """
+    """Concepts with an image, all images as in `rows`. images: style -> code point -> image."""
     counts = Counter(tag for name, tags, group in words.values() for tag in {*tags} - {name, group})
     made, ordered = [], []
     for code, (name, tags, group) in words.items():

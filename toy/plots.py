@@ -66,18 +66,14 @@ def save_paths(path: Path, tracks: list[Track], labels: Tensor, data: Tensor) ->
         inside = [k for k in range(len(labels)) if start[k].abs().max() < 0.8 * LIMIT]
         for k in inside[:ARROWS]:
             axis.annotate("", ends[k].tolist(), start[k].tolist(), arrowprops=arrow, zorder=4)
-    figure.supxlabel(
-        "coloured by label: the model's paths, dots at their ends; grey: data; "
-        "black: one Euler step from the noise", fontsize=9
-    )
+    figure.supxlabel("coloured by label: the model's paths, dots at their ends; grey: data; "
+                     "black: one Euler step from the noise", fontsize=9)
     save(figure, path)
 
 
 def save_ddim(path: Path, ddim: Tensor, scales: Tensor, euler: Tensor, labels: Tensor) -> None:
-    """DDIM's states x_s; and x_s / (α + σ) with the states of Euler's method on top.
-
-    ddim, euler (steps + 1, N, 2); scales (steps + 1,): α + σ of each step.
-    """
+    """DDIM's states x_s; and x_s / (α + σ) with the states of Euler's method on top."""
+    # ddim, euler (steps + 1, N, 2); scales (steps + 1,): α + σ of each step.
     figure, axes = panels(2, 3.4, 3.6)
     titles = (r"DDIM, in its own $x_s$", r"$x_s / (\alpha + \sigma)$, and Euler's method")
     for axis, title, points in zip(axes, titles, (ddim, ddim / scales.reshape(-1, 1, 1))):

@@ -1,7 +1,6 @@
 """Trained before a tiny teacher: its text transformer, and the classifier that judges shapes.
 
-    classifier   predicts count, arrangement, shapes and colours of shapes' images; it trains no
-                 other network
+    classifier   predicts count, arrangement, shapes and colours of shapes' images
     text         a causal transformer whose end token predicts what the caption says: for shapes,
                  what is where; for emoji, which of all images it belongs to, in EfficientNet's
                  features (as CLIP does, Radford et al. 2021, arXiv 2103.00020)
@@ -27,10 +26,6 @@ EMA_RAMP = 0.05  # limit the EMA's half-life to this fraction of the samples see
 UNKNOWN = "unknown"  # class of an attribute that the caption leaves out
 
 
-def blur(images: Tensor) -> Tensor:
-    return F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-
-
 def classifier_options(iterations: int, seed: int, name: str) -> TrainingOptions:
     """Of both stages, which are both classifications."""
     return TrainingOptions(
@@ -47,8 +42,9 @@ def train_classifier(iterations: int, folder: Path, seed: int) -> shapes.Classif
         _, scenes = shapes.random_scenes(len(samples), generator)
         images = shapes.draw(scenes, int(torch.randint(2**62, (1,), generator=generator)))
         # Blurred and noisy images too, so that it judges the content and not the quality.
-        blurred = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.3
-        images = torch.where(blurred, blur(images), images)
+        blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        is_blurred = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.3
+        images = torch.where(is_blurred, blurred, images)
         noise = torch.randn(images.shape, generator=generator)
         images = images + 0.3 * torch.rand(len(images), 1, 1, 1, generator=generator) * noise
         return images, shapes.labels_of(scenes)
@@ -130,9 +126,8 @@ def train_text(
         after_end = (token_ids == end_token).float()
         total = 0
         for logits, label in zip(model(token_ids), labels.T):
-            each = F.cross_entropy(
-                logits.transpose(1, 2), label[:, None].expand_as(token_ids), reduction="none"
-            )
+            target = label[:, None].expand_as(token_ids)
+            each = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
             total = total + (each * after_end).sum(1) / after_end.sum(1)
         return total, None
 

@@ -112,20 +112,14 @@ def parse_phrase(text: str) -> Phrase:
 
 
 def random_caption(rng: random.Random) -> Caption:
-    def keep(word: str) -> str | None:
-        return None if rng.random() < OMIT else word
-
-    def phrase() -> Phrase:
-        return Phrase(keep(rng.choice(COLORS)), keep(rng.choice(SHAPES)))
-
+    keep = lambda word: None if rng.random() < OMIT else word
+    phrase = lambda: Phrase(keep(rng.choice(COLORS)), keep(rng.choice(SHAPES)))
     if rng.random() < ONE_OBJECT:
         return Caption(phrase())
     return Caption(phrase(), keep(rng.choice(RELATIONS)) or "and", phrase())
 
 
-def random_captions(
-    count: int, seed: int, wanted: Callable[[Caption], bool] | None = None,
-) -> list[Caption]:
+def random_captions(count: int, seed: int, wanted: Callable | None = None) -> list[Caption]:
     """Captions from the training distribution; only those for which wanted(caption) is true."""
     rng = random.Random(seed)
     captions = (random_caption(rng) for _ in itertools.count())
@@ -204,8 +198,7 @@ def obeys(scene: Scene, caption: Caption) -> bool:
                    for phrase, (color, shape) in zip(phrases, objects))
 
     if caption.relation == "and":
-        either = fits(scene.objects) or fits(scene.objects[::-1])
-        return scene.arrangement != "one" and either
+        return scene.arrangement != "one" and (fits(scene.objects) or fits(scene.objects[::-1]))
     return scene.arrangement == caption.arrangement and fits(scene.objects)
 
 
@@ -220,11 +213,7 @@ def labels_of(scenes: list[Scene]) -> Tensor:
 
 
 def draw(scenes: list[Scene], seed: int) -> Tensor:
-    """Images of the scenes, (B, 3, 32, 32) in [-1, 1]; the seed decides places and sizes.
-
-    Edges are anti-aliased: a pixel's coverage falls from 1 to 0 over one pixel around the signed
-    distance 0.
-    """
+    """Images of the scenes, (B, 3, 32, 32) in [-1, 1]; the seed decides places and sizes."""
     rng = torch.Generator().manual_seed(seed)
     labels, count = labels_of(scenes), len(scenes)
     uniform = lambda *shape: 2 * torch.rand(*shape, generator=rng) - 1
@@ -248,11 +237,10 @@ def draw(scenes: list[Scene], seed: int) -> Tensor:
         r = radius[:, k, None, None]
         circle = (dx**2 + dy**2).sqrt() - r  # (B, 32, 32)
         square = torch.maximum(dx.abs(), dy.abs()) - 0.9 * r
-        # Upright, of height 1.9 r: the base, and both slanted sides at once.
-        triangle = torch.maximum(
-            dy - 0.85 * r, (dx.abs() * 1.9 - (dy + 1.05 * r)) / (1 + 1.9**2) ** 0.5
-        )
+        slanted = (dx.abs() * 1.9 - (dy + 1.05 * r)) / (1 + 1.9**2) ** 0.5  # both sides at once
+        triangle = torch.maximum(dy - 0.85 * r, slanted)  # upright, of height 1.9 r
         distance = torch.where(shape == 0, circle, torch.where(shape == 1, square, triangle))
+        # Anti-aliased: coverage falls from 1 to 0 over one pixel around the signed distance 0.
         coverage = ((0.5 - distance).clamp(0, 1) * (shape >= 0))[:, None]  # (B, 1, 32, 32)
         images = coverage * color + (1 - coverage) * images
     return images
@@ -306,10 +294,8 @@ class Classifier(nn.Module):
 
     def __init__(self):
         super().__init__()
-        widths = [3, 24, 48, 96]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:])
-        )
+        channels = [(3, 24), (24, 48), (48, 96)]
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in channels)
         self.hidden = nn.Linear(96 * 4 * 4, 64)
         self.heads = nn.Linear(64, sum(map(len, ATTRIBUTES.values())))
 
@@ -339,17 +325,12 @@ def real_features(classifier: Classifier, captions: list[Caption], seed: int) ->
 
 
 @torch.no_grad()
-def predict_scenes(classifier: Classifier, features: Tensor) -> list[Scene]:
-    """What the classifier sees in each image, from its features (B, 64)."""
-    best = torch.stack([logits.argmax(1) for logits in classifier.logits(features)], dim=1)
-    scenes = []
-    for arrangement, *things in best.tolist():
-        objects = tuple((COLORS[c], SHAPES[s]) for c, s in (things[:2], things[2:]))
-        scenes.append(Scene(ARRANGEMENTS[arrangement], objects[: 1 if arrangement == 0 else 2]))
-    return scenes
-
-
 def right(classifier: Classifier, features: Tensor, captions: list[Caption]) -> list[bool]:
-    """For each image: does it show everything that its caption says?"""
-    scenes = predict_scenes(classifier, features)
-    return [obeys(scene, caption) for scene, caption in zip(scenes, captions)]
+    """For each image, from its features (B, 64): does it show everything that its caption says?"""
+    best = torch.stack([logits.argmax(1) for logits in classifier.logits(features)], dim=1)
+    answers = []
+    for (arrangement, *things), caption in zip(best.tolist(), captions):
+        objects = tuple((COLORS[c], SHAPES[s]) for c, s in (things[:2], things[2:]))
+        scene = Scene(ARRANGEMENTS[arrangement], objects[: 1 if arrangement == 0 else 2])
+        answers.append(obeys(scene, caption))
+    return answers

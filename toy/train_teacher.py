@@ -69,15 +69,11 @@ DATASETS = {
     "emoji": Dataset(emoji, "tiny_emoji.safetensors", (48, 96, 96), (80, 160), 1000, 5000),
 }
 # Configs of all; vocab_size and widths are the dataset's.
-TEXT = TextEncoderConfig(
-    max_position_embeddings=16, hidden_size=128, intermediate_size=512, num_hidden_layers=3,
-    num_attention_heads=4,
-)
+TEXT = TextEncoderConfig(max_position_embeddings=16, hidden_size=128, intermediate_size=512,
+                         num_hidden_layers=3, num_attention_heads=4)
 VAE = VAEConfig(layers_per_block=1, norm_num_groups=16)
-UNET = UNetConfig(
-    attention_levels=(False, True), layers_per_block=1, attention_heads=4,
-    cross_attention_dim=TEXT.hidden_size, norm_num_groups=16, sample_size=8,
-)
+UNET = UNetConfig(attention_levels=(False, True), layers_per_block=1, attention_heads=4,
+                  cross_attention_dim=TEXT.hidden_size, norm_num_groups=16, sample_size=8)
 
 CAPTION_DROPOUT = 0.1  # as in classifier-free guidance (Ho & Salimans 2022)
 KL_WEIGHT = 1e-4  # small, as in Rombach et al. 2022: it only keeps the latents near unit size
@@ -103,10 +99,7 @@ def byte_pairs(word: str, ranks: dict[str, int]) -> list[str]:
 
 
 def make_vocabulary(words: set[str]) -> tuple[dict[str, int], list[str]]:
-    """(token -> id, merges) for transformers' CLIPTokenizer, with a token for each word.
-
-    Any other text can be encoded too, down to single bytes.
-    """
+    """(token -> id, merges) for CLIPTokenizer: a token a word; other text splits, down to bytes."""
     alphabet = sorted(ByteLevel.alphabet())  # the characters that stand for bytes, in CLIP's order
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     ranks = {}  # merge -> its rank
@@ -167,7 +160,7 @@ def train_unet(
     network: WithText, iterations: int, folder: Path, seed: int, latents: Tensor, caption_of,
     ids_of, settings: dict,
 ) -> None:
-    """On scaled latents (N, 4, 8, 8) and a caption for each. settings: of the stages before."""
+    """On scaled latents (N, 4, 8, 8) and a caption for each. settings: as in training.train."""
     schedule = NoiseSchedule()
 
     def batch(samples, share, generator):
@@ -187,7 +180,6 @@ def train_unet(
         ema_half_life=50_000, ema_ramp=EMA_RAMP, save_every=500, log_every=50, seed=seed,
         name="3 U-Net",
     )
-    settings = {"data": len(latents)} | settings
     train(network, ema_copy(network), batch, loss, options, folder / "unet", settings)
 
 
@@ -204,9 +196,8 @@ def evaluate(model: StableDiffusion, module: ModuleType, judge, seed: int) -> di
         # new too; the same ones would flatter the autoencoder.
         others = module.drawn(captions, seed + 1)
         with torch.inference_mode():
-            rebuilt = torch.cat([
-                model.vae.decode(model.vae.encode_latents(part)) for part in others.split(250)
-            ])
+            latents = [model.vae.encode_latents(part) for part in others.split(250)]
+            rebuilt = torch.cat([model.vae.decode(part) for part in latents])
             real = module.real_features(judge, captions, seed)
             sets = {"drawn": module.real_features(judge, captions, seed + 1),
                     "reconstructed": judge.features(rebuilt), "teacher": judge.features(images)}
@@ -270,7 +261,7 @@ def main():
     train_unet(
         WithText(unet, text_encoder), args.unet_iterations or dataset.unet_iterations, folder, seed,
         scaled, caption_of, ids_of,
-        {"text": text_iterations, "autoencoder": args.autoencoder_iterations},
+        {"data": len(latents), "text": text_iterations, "autoencoder": args.autoencoder_iterations},
     )
 
     model = StableDiffusion(unet, vae, text_encoder, tokenizer, "diffusion", family=args.world)
