@@ -33,8 +33,7 @@ def load(
     if path.is_dir():
         model = load_folder(path, device, dtype, kind)
         if use_ema:
-            raise BadInput(f"{path}: --use-ema reads full single-file checkpoints; a diffusers "
-                           "folder holds one U-Net")
+            raise BadInput(f"{path}: a diffusers folder holds one U-Net; leave out --use-ema")
     elif not path.is_file():
         raise BadInput(f"{path}: no such file or folder; `make demo`, or reflow.py and distill.py, "
                        "make those in runs/; else give an SD 1.x .safetensors or diffusers folder")
@@ -99,7 +98,8 @@ def main():
     args = parser.parse_args()
     if Path(args.target).suffix.lower() in PICKLES:
         raise BadInput(f"{args.target}: pickles are not written; name a .safetensors or a folder")
-    check_not_overwriting(args.target, {"the source": args.source})
+    inside = Path(args.source).resolve() in Path(args.target).resolve().parents
+    check_not_overwriting(args.source if inside else args.target, {"the source": args.source})
     model = load(args.source, kind=args.kind, tokenizer=args.tokenizer, use_ema=args.use_ema)
     dtype = None if args.use_ema else torch.float16  # averages are not rounded
     (save if args.target.lower().endswith(".safetensors") else export)(model, args.target, dtype)

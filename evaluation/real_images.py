@@ -39,7 +39,7 @@ from vae import to_bytes
 
 # Of each COCO split: number of captions, size in pixels.
 PROTOCOLS = {"val2017": (5_000, 512), "val2014": (30_000, 256)}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 BATCH_SIZE = 32  # images that Inception and CLIP see at once
 CLIP = "openai/clip-vit-large-patch14"
 

@@ -41,6 +41,7 @@ SCHEDULER = {
     "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None,
     "rescale_betas_zero_snr": (False, None), "original_inference_steps": None,
 }
+DIFFUSERS_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 NETWORKS = {
     "unet": {
         "act_fn": "silu", "addition_embed_type": None, "center_input_sample": False,
@@ -74,6 +75,7 @@ def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDif
         raise BadInput(f"{path}: a Stable Diffusion 2.x folder; {ours}")
     about, scheduler = read_index(path), path / "scheduler" / "scheduler_config.json"
     noise = read_json(scheduler) if scheduler.exists() else {}
+    noise = DIFFUSERS_DEFAULTS | noise if "_class_name" in noise else noise
     is_flow = about.get("_class_name") == "RectifiedFlowPipeline"  # has no noise schedule
     for where, found, known in ((path, about, PIPELINE), (scheduler, noise, SCHEDULER),
                                 *((path / part, config[part], NETWORKS[part]) for part in config)):
@@ -161,25 +163,22 @@ def read_config(path: Path, part: str) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of one network: plain, fp16, or the only variant; whole or in shards."""
-    names = {path.name for path in folder.glob("*.safetensors*")}
-    for stem in ("diffusion_pytorch_model", "model"):
-        variants = sorted({match[1] for name in names if (match := re.match(
-            rf"{stem}((?:\.\w+)?)(?:-\d+-of-\d+)?\.safetensors", name))})
-        if not variants:
-            continue
-        variant = next((v for v in ("", ".fp16") if v in variants), variants[0])
-        if len(variants) > 1 and variant not in ("", ".fp16"):
-            raise BadInput(f"{folder}: holds the variants {', '.join(v[1:] for v in variants)}; "
-                           "leave one of them there")
-        for index in (f"{stem}.safetensors.index{variant}.json",
-                      f"{stem}{variant}.safetensors.index.json"):
-            if (folder / index).is_file():
-                return files_named_in(folder / index)
-        if f"{stem}{variant}.safetensors" in names:
-            return [folder / f"{stem}{variant}.safetensors"]
-    raise BadInput(f"{folder}: holds no .safetensors weights; pickles (.bin) are not read, save "
-                   "them as safetensors first")
+    """The safetensors of one network: plain, fp16, or the only variant; a file or an index."""
+    found = {}  # variant -> its file, or the index of its shards
+    for path in sorted(folder.glob("*.safetensors*")):
+        match = re.fullmatch(r"(?:diffusion_pytorch_model|model)(\.\w+)?\.safetensors"
+                             r"(?:\.index(\.\w+)?\.json)?", path.name)
+        if match:
+            found.setdefault(match[1] or match[2] or "", path)
+    if not found:
+        raise BadInput(f"{folder}: holds no .safetensors weights; pickles (.bin) are not read, "
+                       "save them as safetensors first")
+    variant = next((variant for variant in ("", ".fp16") if variant in found), None)
+    if variant is None and len(found) > 1:
+        raise BadInput(f"{folder}: holds the variants {', '.join(v[1:] for v in found)}; leave one "
+                       "of them there")
+    path = found[min(found) if variant is None else variant]
+    return [path] if path.suffix == ".safetensors" else files_named_in(path)
 
 
 def fingerprint(path: str | Path, known: str | None = None) -> str:

@@ -191,6 +191,11 @@ def check_architecture(path: Path, files: dict, unet_prefix: str = UNET_PREFIX) 
                          ("text encoder", TEXT_PREFIX)):
         if not any(key.startswith(prefix) for key in files):
             raise BadInput(f"{path}: holds no {what} ({prefix}*); give a whole SD 1.x checkpoint")
+    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
+    for key, wanted in (("betas", roots**2), ("alphas_cumprod", (1 - roots**2).cumprod(0))):
+        stored = files[key].get_tensor(key).double() if key in files else wanted
+        if stored.shape != wanted.shape or not torch.allclose(stored, wanted, atol=1e-3):
+            raise BadInput(f"{path}: its noise schedule ({key}) is not Stable Diffusion 1.x's")
     if "v_pred" in files:
         raise BadInput(f"{path}: a v-prediction model; this project reads those that predict the "
                        "noise, as SD 1.4 and 1.5 do")

@@ -79,7 +79,7 @@ def test_an_unknown_tensor_within_a_network_is_refused(model, tmp_path, name):
 
 
 def test_known_extras_are_silent_and_others_a_note(model, tmp_path, notes):
-    names = (VAE + "loss.logvar", TEXT + "text_projection.weight", "betas",
+    names = (VAE + "loss.logvar", TEXT + "text_projection.weight", "sqrt_betas",
              "cond_stage_model.logit_scale", "else.weight")
     extras = {name: torch.ones(1) for name in names}
     checkpoint.load(single_file(model, tmp_path / "a.safetensors", lambda t: t.update(extras)))
@@ -115,6 +115,8 @@ def test_other_tools_metadata_is_read(model, tmp_path, metadata, words):
 @pytest.mark.parametrize("file, changes, words", [
     ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
     ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "beta_end is 0.02"),
+    ("scheduler/scheduler_config.json", {"beta_start": None}, "beta_start is None"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "num_train_timesteps is 500"),
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "trained_betas is"),
     ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero_snr is True"),
     ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type is"),
@@ -134,6 +136,21 @@ def test_what_decides_noise_or_network_of_a_folder_is_compared(
     edit_json(tmp_path / "sd" / file, **changes)
     with pytest.raises(BadInput, match=words):
         checkpoint.load(tmp_path / "sd")
+
+
+def test_a_scheduler_that_names_its_class_alone_has_diffusers_defaults(model, tmp_path):
+    write_folder(model, tmp_path / "sd")
+    (tmp_path / "sd/scheduler/scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    with pytest.raises(BadInput, match="beta_start is 0.0001"):
+        checkpoint.load(tmp_path / "sd")
+
+
+@pytest.mark.parametrize("key", ["betas", "alphas_cumprod"])
+def test_a_single_files_own_noise_schedule_is_compared(model, tmp_path, key):
+    checkpoint.load(single_file(model, tmp_path / "a.safetensors"))  # has Stable Diffusion's
+    path = single_file(model, tmp_path / "b.safetensors", lambda t: t[key].mul_(1.5))
+    with pytest.raises(BadInput, match=rf"its noise schedule \({key}\) is not Stable Diffusion"):
+        checkpoint.load(path)
 
 
 def test_equal_values_in_another_spelling_are_read(model, tmp_path):
@@ -307,6 +324,11 @@ def test_a_file_is_not_converted_onto_itself(model, tmp_path, call):
         code, _, err = call(checkpoint.main, path, target)
         assert code == 2 and "would overwrite the source" in err
     assert path.read_bytes() == before
+    assert call(checkpoint.main, path, "folder")[0] == 0
+    unet = Path("folder/unet/diffusion_pytorch_model.safetensors")
+    before = unet.read_bytes()
+    code, _, err = call(checkpoint.main, "folder", unet)
+    assert code == 2 and "would overwrite the source" in err and unet.read_bytes() == before
 
 
 @pytest.mark.parametrize("out", ["picture", "picture.v2", "a.safetensors", "a.gif", ".png"])
@@ -438,6 +460,28 @@ def test_the_only_variant_of_a_folder_is_read(model, tmp_path, variant):
     path = tmp_path / f"sd/vae/diffusion_pytorch_model.{variant}.safetensors"
     path.with_name("diffusion_pytorch_model.other.safetensors").write_bytes(path.read_bytes())
     with pytest.raises(BadInput, match="holds the variants .*other"):
+        checkpoint.load(tmp_path / "sd")
+
+
+@pytest.mark.parametrize("names", [
+    ("diffusion_pytorch_model.safetensors.index.fp16.json",
+     "diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors"),
+    ("diffusion_pytorch_model.fp16.safetensors.index.json",
+     "diffusion_pytorch_model-0000{}-of-00002.fp16.safetensors"),
+])
+def test_a_variant_in_shards_is_read(model, tmp_path, names):
+    write_folder(model, tmp_path / "sd", torch.float32)
+    whole = tmp_path / "sd/unet/diffusion_pytorch_model.safetensors"
+    tensors, (index, shard) = load_file(whole), names
+    whole.unlink()
+    where = {key: shard.format(k % 2 + 1) for k, key in enumerate(sorted(tensors))}
+    for name in set(where.values()):
+        save_file({key: tensors[key] for key in where if where[key] == name},
+                  whole.with_name(name))
+    whole.with_name(index).write_text(json.dumps({"weight_map": where}))
+    assert same_model(model, checkpoint.load(tmp_path / "sd"))
+    whole.with_name(shard.format(2)).unlink()
+    with pytest.raises(BadInput, match="00002-of-00002.*which is not there"):
         checkpoint.load(tmp_path / "sd")
 
 
