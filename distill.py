@@ -173,8 +173,7 @@ def main():
         checkpoint.save(student, l2_out)
         plot_loss(l2_state)
     if second.iterations:
-        seen = l2.iterations * l2.batch_size
-        train(student.unet, ema, partial(batch, pairs, args.seed, seen),
+        train(student.unet, ema, partial(batch, pairs, args.seed, lpips_settings["seen"]),
               partial(loss, student.encode_prompts, perceptual(student.vae, lpips)), second,
               lpips_state, lpips_settings,
               validator and partial(validator, second, lpips_state, before=l2.iterations))

@@ -91,11 +91,11 @@ def load_gallery(args: argparse.Namespace, device: torch.device) -> "Gallery":
     else:
         prompts = read_prompts(args.prompts, args.prompt_column)[: args.num_samples]
         images, side = read_images(args.images), 512
+    if len(prompts) < 2:
+        raise BadInput("one caption: FID compares two images or more; give more of them")
     fid = feature_distance(args.feature_extractor, device)
     clip = caption_score(args.clip or CLIP, device)
     folder = Path(args.out.removesuffix(".json") + "-pictures")
-    if len(prompts) < 2:
-        raise BadInput("one caption: FID compares two images or more; give more of them")
     gallery = Gallery(prompts, images, args.image_size or side, folder, fid, clip)
     gallery.measure_real()  # so that what cannot be measured is found before the work
     return gallery
@@ -156,7 +156,7 @@ def feature_distance(extractor: str | None, device: torch.device):
         feature = 2048 if extractor is None else torch.jit.load(extractor, map_location="cpu")
         return FrechetInceptionDistance(feature, reset_real_features=False).to(with_float64)
     except (OSError, RuntimeError, ValueError) as problem:
-        reason = str(problem).strip().splitlines()[0]
+        reason = first_line(problem)
         if extractor is not None:
             raise BadInput(f"--feature-extractor {extractor}: not a TorchScript file of a feature "
                            f"network ({reason})") from None
@@ -178,7 +178,7 @@ def caption_score(name: str, device: torch.device) -> Callable[[Tensor, list[str
         processor = CLIPProcessor.from_pretrained(name)
     except (OSError, ValueError) as problem:
         raise BadInput(
-            f"--clip {name}: could not be read or downloaded ({str(problem).splitlines()[0]})"
+            f"--clip {name}: could not be read or downloaded ({first_line(problem)})"
         ) from None
 
     def score(images: Tensor, captions: list[str]) -> Tensor:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from command import BadInput, first_line, flush_to_disk, note
 from formats.tokenizers import added_tokens, merges_text, tokenizer_in, tokenizer_parts
 from formats.weights import (
-    MALFORMED, check_metadata, check_unused_tensors, empty_networks, identity_of, in_dtype,
+    MALFORMED, OURS, check_metadata, check_unused_tensors, empty_networks, identity_of, in_dtype,
     kind_by_name, load_weights, open_safetensors,
 )
 from stable_diffusion import StableDiffusion
@@ -66,13 +66,12 @@ OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "p
 
 def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDiffusion:
     """The model in a folder. kind overrides what it says. BadInput: whatever is wrong with it."""
-    ours = "this project reads SD 1.4, 1.5 and fine-tunes of them"
     if (path / "text_encoder_2").exists():
-        raise BadInput(f"{path}: a Stable Diffusion XL folder; {ours}")
+        raise BadInput(f"{path}: a Stable Diffusion XL folder; {OURS}")
     config = {part: read_config(path, part) for part in ("unet", "vae", "text_encoder")}
     unet = config["unet"]
     if unet.get("use_linear_projection") or unet.get("cross_attention_dim") == 1024:
-        raise BadInput(f"{path}: a Stable Diffusion 2.x folder; {ours}")
+        raise BadInput(f"{path}: a Stable Diffusion 2.x folder; {OURS}")
     about, scheduler = read_index(path), path / "scheduler" / "scheduler_config.json"
     noise = read_json(scheduler) if scheduler.exists() else {}
     noise = DIFFUSERS_DEFAULTS | noise if "_class_name" in noise else noise

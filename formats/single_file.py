@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from command import BadInput, first_line, write_atomically
+from diffusion import NoiseSchedule
 from formats.tokenizers import added_tokens, tokenizer_from, tokenizer_parts
 from formats.weights import (
-    check_metadata, check_unused_tensors, empty_networks, identity_of, in_dtype, kind_by_name,
+    OURS, check_metadata, check_unused_tensors, empty_networks, identity_of, in_dtype, kind_by_name,
     load_weights, metadata_of, open_safetensors,
 )
 from stable_diffusion import StableDiffusion
@@ -150,7 +152,7 @@ def read_metadata(path: Path, files: dict) -> dict:
                        "reads models that predict the noise, as SD 1.4 and 1.5 do")
     if not re.fullmatch("stable-diffusion-v1[^/]*", architecture):
         raise BadInput(f"{path}: its architecture is {architecture!r} (modelspec.architecture); "
-                       "this project reads SD 1.4, 1.5 and fine-tunes of them")
+                       f"{OURS}")
     try:
         return check_metadata(path, {} if text is None else json.loads(text))
     except ValueError as problem:
@@ -182,17 +184,17 @@ def stored_tokenizer(path: Path, about: dict):
 
 def check_architecture(path: Path, files: dict, unet_prefix: str = UNET_PREFIX) -> None:
     """BadInput that names what the file is, where it is not Stable Diffusion 1.x."""
-    ours = "this project reads SD 1.4, 1.5 and fine-tunes of them"
     if any(key.startswith("conditioner.") for key in files):
-        raise BadInput(f"{path}: a Stable Diffusion XL file; {ours}")
+        raise BadInput(f"{path}: a Stable Diffusion XL file; {OURS}")
     if any(key.startswith("cond_stage_model.model.") for key in files):
-        raise BadInput(f"{path}: a Stable Diffusion 2.x file; {ours}")
+        raise BadInput(f"{path}: a Stable Diffusion 2.x file; {OURS}")
     for what, prefix in (("U-Net", unet_prefix), ("autoencoder", VAE_PREFIX),
                          ("text encoder", TEXT_PREFIX)):
         if not any(key.startswith(prefix) for key in files):
             raise BadInput(f"{path}: holds no {what} ({prefix}*); give a whole SD 1.x checkpoint")
-    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
-    for key, wanted in (("betas", roots**2), ("alphas_cumprod", (1 - roots**2).cumprod(0))):
+    alphas_squared = torch.sigmoid(2 * NoiseSchedule().log_ratio)
+    betas = 1 - alphas_squared / nn.functional.pad(alphas_squared[:-1], (1, 0), value=1.0)
+    for key, wanted in (("betas", betas), ("alphas_cumprod", alphas_squared)):
         stored = files[key].get_tensor(key).double() if key in files else wanted
         if stored.shape != wanted.shape or not torch.allclose(stored, wanted, atol=1e-3):
             raise BadInput(f"{path}: its noise schedule ({key}) is not Stable Diffusion 1.x's")

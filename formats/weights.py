@@ -17,6 +17,7 @@ from vae import AutoencoderKL
 # What reading a configuration that somebody else wrote may raise.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError,
              RuntimeError)
+OURS = "this project reads SD 1.4, 1.5 and fine-tunes of them"
 # Channels from which bf16 convolutions are faster with channels last: SD's decoder 2.2 times on a
 # CPU. In fp32 all are.
 WIDE = 128
