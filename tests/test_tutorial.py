@@ -1,8 +1,9 @@
-"""TUTORIAL.md and README.md: code is quoted from its file, exercises' answers are computed."""
+"""TUTORIAL.md and the READMEs: code is quoted from its file, answers are computed."""
 
 import math
 import re
-from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,24 +11,37 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
+import checkpoint
 from benchmarks import cost
+from command import TINY_TEACHER
 from conftest import ROOT
 from diffusion import NoiseSchedule
 from rectified_flow import (
     distill_loss, euler, even_times, guided, interpolate, one_step, reflow_loss, squared_deviations,
 )
+from sample import sample_latents
 from test_method import CROSSING, ENDS, NOISES, best_velocity, sample_pairs
 
-TUTORIAL, README = ((ROOT / name).read_text() for name in ("TUTORIAL.md", "README.md"))
-QUOTES = re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", TUTORIAL, re.DOTALL)
-CHAPTERS = re.split(r"\n## (?=\d+\. )", TUTORIAL)[1:]
+TUTORIAL, README, FEWSTEP = (
+    (ROOT / name).read_text() for name in ("TUTORIAL.md", "README.md", "fewstep/README.md")
+)
+QUOTES = re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", TUTORIAL + FEWSTEP, re.DOTALL)
+CHAPTERS = re.split(r"\n## (?=\d+\. |Appendix)", TUTORIAL)[1:]
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.rglob("*.md"))
+         if not {"runs", ".venv", ".pytest_cache"} & set(path.relative_to(ROOT).parts)]
+
+
+def gives(text: str, answer: str) -> bool:
+    """Does the text's folded answer say this?"""
+    folded = text.split("<summary>Answer</summary>")[1].split("</details>")[0]
+    return answer in " ".join(folded.split())
 
 
 def answers(chapter: int, answer: str) -> bool:
     """Does the chapter's exercise give this answer?"""
     text = CHAPTERS[chapter - 1]
     assert text.startswith(f"{chapter}. ")
-    return answer in " ".join(text.split("*Answer:*")[1].split("\n\n")[0].split())
+    return gives(text, answer)
 
 
 @pytest.mark.parametrize("file, quoted", QUOTES, ids=[file for file, _ in QUOTES])
@@ -37,21 +51,46 @@ def test_quoted_code_is_in_its_file(file, quoted):
 
 
 def test_every_code_block_is_a_quote():
-    assert len(CHAPTERS) == 10
-    assert TUTORIAL.count("```python") == len(QUOTES) >= 9
+    assert len(CHAPTERS) == 10  # nine, and the appendix
+    assert (TUTORIAL + FEWSTEP).count("```python") == len(QUOTES) >= 15
 
 
-@pytest.mark.parametrize("text", [TUTORIAL, README], ids=["tutorial", "readme"])
-def test_links_and_images_exist(text):
-    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
-        assert (ROOT / path).exists(), path
+def test_every_chapter_has_an_image_code_and_an_exercise():
+    for chapter in CHAPTERS[:9]:
+        assert "![" in chapter and "\n**Exercise.**" in chapter, chapter[:30]
+        assert "```python" in chapter and "<summary>Answer</summary>" in chapter, chapter[:30]
+    assert {file for file, _ in QUOTES} > {"minimal.py", "rectified_flow.py", "diffusion.py"}
 
 
-def test_readme_and_images_are_small():
-    assert len(README.encode()) <= 9 * 1024
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_images_exist(page):
+    for path in re.findall(r"\]\(((?!http)[^)#\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_headings_exist(page):
+    text = (ROOT / page).read_text()
+    for path, anchor in re.findall(r"\]\(((?!http)[^)#\s]*)#([^)]+)\)", text):
+        target = (ROOT / page).parent.joinpath(path) if path else ROOT / page
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert anchor in slugs, f"{path}#{anchor}"
+
+
+def test_readme_is_short_and_images_are_small():
+    assert len(README.encode()) <= 8 * 1024
+    assert max(map(len, re.findall(r"^(?![|!]|.*http).*$", README, re.MULTILINE))) <= 100
     images = set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TUTORIAL + README))
-    images = [path for path in images if Path(path).name not in ("paths.png", "one-step.png")]
-    assert sum((ROOT / path).stat().st_size for path in images) <= 2**20
+    assert sum((ROOT / path).stat().st_size for path in images) <= 3 * 2**20
+
+
+def test_readme_shows_lines_of_minimal():
+    rows = re.findall(r"^\| `([^`]+)` \|", README, re.MULTILINE)
+    minimal = (ROOT / "minimal.py").read_text()
+    assert len(rows) == 10
+    for code in rows:
+        assert code.split("…")[0] in minimal, code
 
 
 # --------------------------------------------------------------------------------------------------
@@ -67,17 +106,26 @@ def test_exercise_1_loss_at_the_crossing():
     assert answers(1, f"a loss of **{loss:g}**")
 
 
-def test_exercise_2_three_targets():
-    targets = torch.tensor([[1.0, 1], [1, -1], [1, 3]])
-    *_, ends = euler(best_velocity([(a, b) for a in NOISES for b in targets]), NOISES, 1)
-    torch.testing.assert_close(ends, torch.ones(2, 2))
+def output_of_first(tmp_path, old: str, new: str) -> list[str]:
+    """What toy/first.py prints after this change of its code: its lines of points."""
+    source = (ROOT / "toy/first.py").read_text()
+    assert source.count(old) == 1
+    (tmp_path / "first.py").write_text(source.replace(old, new))
+    run = subprocess.run([sys.executable, "first.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_exercise_2_three_targets(tmp_path):
+    lines = output_of_first(tmp_path, "[1.0, -1.0]])  # P, Q", "[1.0, -1.0], [1.0, 3.0]])  # P, Q")
+    assert lines[1].count("(+1.00, +1.00)") == 2  # random pairs, one Euler step
     assert answers(2, "**(1, 1)**")
 
 
 def test_exercise_3_timesteps():
     t = NoiseSchedule().time(torch.tensor(500.0)).item()
     alpha, sigma = (table.item() for table in NoiseSchedule().alpha_sigma(torch.tensor(500.0)))
-    assert f"s = 500 α is {alpha:.3f} and σ is {sigma:.3f}" in " ".join(CHAPTERS[2].split())
+    assert answers(3, f"s = 500 α is {alpha:.3f} and σ is {sigma:.3f}")
     assert answers(3, f"t = **{t:.3f}**") and answers(3, f"gives **{1000 * (1 - t):.0f}**")
     start = NoiseSchedule().time(torch.tensor(999.0)).item()
     assert f"(its noisiest step is t = {start:.3f})" in " ".join(CHAPTERS[2].split())
@@ -112,7 +160,15 @@ def test_chapter_5_one_step_error_is_the_deviation_at_t_0():
     torch.testing.assert_close((one_step(flow, NOISES) - exact).norm(dim=1), deviation.norm(dim=1))
 
 
-def test_exercise_5_wasserstein_rewards_hedging():
+def test_exercise_5_two_and_three_steps(tmp_path):
+    for steps in (2, 3):
+        other = f"euler(first, NOISES, {steps})"
+        lines = output_of_first(tmp_path, "euler(first, NOISES, 1)", other)
+        x, y = map(float, re.search(r"\(([-+.\d]+), ([-+.\d]+)\)", lines[1]).groups())
+        assert answers(5, f"**({x:g}, {y:g})**")
+
+
+def test_appendix_wasserstein_rewards_hedging():
     generator = np.random.default_rng(0)
 
     def ring(count):
@@ -130,7 +186,7 @@ def test_exercise_5_wasserstein_rewards_hedging():
         neighbour = np.stack([np.cos(angle), np.sin(angle)], 1)
         part = generator.random((1000, 1)) * (generator.random((1000, 1)) < 0.2)
         ratios.append(distance((1 - part) * data + part * neighbour, fresh) / distance(data, fresh))
-    assert np.mean(ratios) < 0.93 and answers(5, "down by about a tenth")
+    assert np.mean(ratios) < 0.93 and gives(CHAPTERS[9], "down by about a tenth")
 
 
 def test_exercise_6_undecided_coupling():
@@ -163,6 +219,10 @@ def test_exercise_8_guidance():
     velocities = [guided(network, null, a)(x, torch.zeros(1), text) for a in (2.5, 1, 0)]
     assert answers(8, "**({:g}, {:g})**".format(*velocities[0][0].tolist()))
     assert passes == [2, 1, 1]
+    captions = [["a red circle"], ["a blue square"]]
+    latents = [sample_latents(checkpoint.load(TINY_TEACHER), caption, [3], 2, guidance=0)
+               for caption in captions]
+    assert torch.equal(*latents) and answers(8, "**the same images**")
 
 
 def test_exercise_9_passes_of_sampling_and_training():
@@ -173,7 +233,7 @@ def test_exercise_9_passes_of_sampling_and_training():
     assert answers(9, f"{fraction:.0%}".replace("%", " %"))
 
 
-def test_exercise_10_mean_velocity():
+def test_exercise_of_fewstep_mean_velocity():
     flow = lambda x, t, context: (2 * t)[:, None].expand_as(x)
     x = torch.zeros(3, 1, dtype=torch.float64)
     t, r, h = 0.2, 0.7, 1e-4
@@ -185,7 +245,7 @@ def test_exercise_10_mean_velocity():
     assert mean_velocity(t, r) == pytest.approx(r + t, abs=1e-3)
     derivative = (mean_velocity(t + h, r) - mean_velocity(t - h, r)) / (2 * h)
     assert mean_velocity(t, r) == pytest.approx(2 * t + (r - t) * derivative, abs=2e-3)
-    assert answers(10, "**r + t**")
+    assert gives(FEWSTEP, "**r + t**")
 
 
 def test_chapter_1_loss_is_least_at_the_mean():

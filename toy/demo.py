@@ -10,8 +10,8 @@ The file reads from top to bottom and uses the pipeline's own losses, solvers an
     pairs -> 2-RF -> 3-RF    reflow, each on the pairs of the model before
     pairs -> one step        distilled from the teacher (direct), and from 2-RF
 
-Writes table.json, table.md, ddim.png, paths.png, straight.png, steps.png, one-step.png and flow.gif
-to runs/toy/ (or runs/toy-DATASET/). Columns of the table, measured on held-out noise:
+Writes table.json, table.md, lines.png, ddim.png, paths.png, straight.png, steps.png, one-step.png
+and flow.gif to runs/toy/ (or runs/toy-DATASET/). Columns of the table, measured on held-out noise:
 
     times_floor             Wasserstein-2 distance to fresh data / that of fresh data to fresh data
     on_mode                 fraction of points within 3 standard deviations of a centre of the label
@@ -85,6 +85,28 @@ def sample_data(data: tuple[Tensor, float], labels: Tensor, generator: torch.Gen
     centres, spread = data
     which = torch.randint(centres.shape[1], labels.shape, generator=generator)
     return centres[labels, which] + spread * torch.randn(len(labels), 2, generator=generator)
+
+
+def weighted_lines(data, x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """P(centre | X_t = x) (B, centres, 1) and E[X1 - X0 | X_t = x, centre] (B, centres, 2).
+
+    For random pairs: X0 is normal, and X1 a Gaussian around one of the label's centres.
+    """
+    centres, spread = data
+    t = t.reshape(-1, 1, 1)
+    variance = (1 - t) ** 2 + (t * spread) ** 2  # of X_t around t times the centre
+    offset = x[:, None] - t * centres[labels]
+    weights = (-offset.square().sum(2, keepdim=True) / (2 * variance)).softmax(1)
+    return weights, centres[labels] + (t * spread**2 - (1 - t)) / variance * offset
+
+
+def exact_flow(data):
+    """The best velocity of random pairs, E[X1 - X0 | X_t]: nothing is trained."""
+    def velocity(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        weights, velocities = weighted_lines(data, x, t, context.argmax(1))
+        return (weights * velocities).sum(1)
+
+    return velocity
 
 
 def context_of(labels: Tensor) -> Tensor:
@@ -386,7 +408,13 @@ def main():
     names = {"teacher (1-RF)": teacher, "2-RF": flow2, "3-RF": flow3,
              "2-RF + distill, one step": student}
     tracks = [track(name, model, noise, labels) for name, model in names.items()]
-    plots.save_paths(folder / "paths.png", tracks, labels, probe.fresh)
+    exact = torch.stack(list(euler(exact_flow(data), noise, 64, context_of(labels))))
+    first = plots.Track("random pairs, exact average", tracks[0].times, exact)
+    plots.save_paths(folder / "paths.png", [first, *tracks[1:]], labels, probe.fresh)
+    point, times = torch.tensor([[0.7, 0.25]]), torch.tensor(plots.LINE_TIMES)
+    of_purple = torch.zeros(len(times), dtype=torch.long)
+    crossing = weighted_lines(data, point.expand(len(times), 2), times, of_purple)
+    plots.save_lines(folder / "lines.png", point[0], data[0][0], *crossing)
     plots.save_straight(folder / "straight.png", tracks[:3], labels)
     plots.save_gif(folder / "flow.gif", [tracks[0], tracks[1], tracks[3]], labels)
     plots.save_steps(folder / "steps.png", rows)

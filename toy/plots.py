@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -14,6 +15,7 @@ from evaluation.plots import COLOURS, grouped
 
 LIMIT = 2.6  # axes go from -LIMIT to LIMIT
 PATHS, ARROWS, TRACES = 160, 8, 9  # how many are shown
+LINE_TIMES = (0.1, 0.5, 0.8)  # of the panels of lines.png
 FRAME_EVERY = 2  # states of a track between two frames of the GIF
 matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
 
@@ -68,6 +70,32 @@ def save_paths(path: Path, tracks: list[Track], labels: Tensor, data: Tensor) ->
             axis.annotate("", ends[k].tolist(), start[k].tolist(), arrowprops=arrow, zorder=4)
     figure.supxlabel("coloured by label: the model's paths, dots at their ends; grey: data; "
                      "black: one Euler step from the noise", fontsize=9)
+    save(figure, path)
+
+
+def save_lines(
+    path: Path, x: Tensor, centres: Tensor, weights: Tensor, velocities: Tensor,
+) -> None:
+    """The lines through one place at LINE_TIMES, wide where likely, and their average.
+
+    x (2,), centres (K, 2); weights (T, K, 1) and velocities (T, K, 2) of the lines to each centre.
+    """
+    figure, axes = panels(len(LINE_TIMES), 3.0, 3.3)
+    arrow = {"arrowstyle": "-|>", "color": "black", "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
+    for axis, t, weight, velocity in zip(axes, LINE_TIMES, weights, velocities):
+        set_plane(axis, f"t = {t}")
+        axis.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7))
+        axis.scatter(*centres.T, s=150, color="0.8", linewidths=0)
+        for likely, v in zip(weight[:, 0].tolist(), velocity):
+            line = torch.stack([x - t * v, x + (1 - t) * v])
+            axis.plot(*line.T, color="tab:purple", linewidth=0.4 + 6 * likely,
+                      alpha=0.6)
+            axis.plot(*line[0], ".", color="0.5", markersize=4)
+        end = x + (1 - t) * (weight * velocity).sum(0)
+        axis.annotate("", end.tolist(), x.tolist(), arrowprops=arrow, zorder=4)
+        axis.plot(*x, "o", color="black", markersize=4)
+    figure.supxlabel("lines from noise (small dots) to data (grey) through one place, wide where "
+                     "likely; black: their average, to t = 1", fontsize=9)
     save(figure, path)
 
 
