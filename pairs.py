@@ -234,9 +234,9 @@ def add_pair_options(parser: argparse.ArgumentParser, pairs: str, teacher=TINY_T
     add("--teacher", default=teacher, help="an SD 1.x .safetensors, one of ours, or a folder")
     add("--kind", choices=KINDS, help="what its U-Net predicts; default: as the file says")
     add("--tokenizer", help="folder with vocab.json and merges.txt, for a teacher without its own")
-    add("--prompts", help="text file with a prompt a line, or .tsv/.csv; default: the tiny model's "
-                          "captions, for SD a built-in grammar")
-    add("--prompt-column", default="Prompt", help="column of a .tsv or .csv")
+    add("--prompts", help="a file with a prompt a line, or .tsv, .csv, .json, .jsonl; default: the "
+                          "tiny model's captions, for SD a built-in grammar")
+    add("--prompt-column", default="Prompt", help="column or key of the prompts in such a file")
     add("--pairs", default=pairs, help="folder of the pairs; complete shards in it are kept")
     add("--num-pairs", type=positive, help=f"default: {PAPER_PAIRS:,} (paper) with --prompts, "
         f"{GRAMMAR_PAIRS:,} of the built-in grammar, tiny model {TINY_PAIRS:,}")

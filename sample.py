@@ -124,7 +124,7 @@ def check_no_guidance(model) -> None:
     """BadInput for a few-step model: its teacher's guidance is trained into it."""
     if model.few_step:
         raise BadInput(f"--guidance: {model.path} is a few-step model, trained with its teacher's "
-                       "guidance; leave it away")
+                       "guidance; drop it")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.dtype not in ("auto", "bf16"):
-        raise BadInput(f"--dtype {args.dtype}: this compares bf16 with fp32; leave it away")
+        raise BadInput(f"--dtype {args.dtype}: this compares bf16 with fp32; drop it")
     exact, rough = (
         checkpoint.load(TINY_TEACHER, device, dtype) for dtype in (torch.float32, torch.bfloat16)
     )

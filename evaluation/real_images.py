@@ -75,13 +75,13 @@ def check_real_image_options(args: argparse.Namespace) -> None:
     if args.coco and args.images:
         raise BadInput("--coco and --images: give one of them")
     if args.coco and args.prompts:
-        raise BadInput("--prompts: COCO has captions of its own; give --images, or leave it away")
+        raise BadInput("--prompts: COCO has captions of its own; give --images, or drop it")
     if args.judge:
-        raise BadInput("--judge: grades tiny models; leave it away with --coco and --images")
+        raise BadInput("--judge: grades tiny models; drop it with --coco and --images")
     if args.images and not args.prompts:
         raise BadInput("--images: needs --prompts too, a file with captions")
     if args.repeats > 1:
-        raise BadInput("--repeats: FID is measured once; leave it away with --coco and --images")
+        raise BadInput("--repeats: FID is measured once; drop it with --coco and --images")
 
 
 def load_gallery(args: argparse.Namespace, device: torch.device) -> "Gallery":

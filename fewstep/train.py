@@ -164,10 +164,10 @@ def check_method(args: argparse.Namespace, method: Method, teacher: StableDiffus
         raise BadInput(f"{args.teacher}: of kind {teacher.kind}; give a diffusion as --teacher")
     if method.target == "ema" and args.ema_device:
         raise BadInput(f"--ema-device: {method.name} calls the EMA network in every iteration; "
-                       "leave it away")
+                       "drop it")
     if args.init == "negated" and method.kind == "diffusion":
         raise BadInput(f"--init negated: is for methods that predict velocity, and {method.name} "
-                       "predicts noise; leave it away")
+                       "predicts noise; drop it")
 
 
 def settings_for(args: argparse.Namespace, method: Method, teacher, spec: dict) -> dict:

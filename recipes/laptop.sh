@@ -6,22 +6,22 @@
 set -eu
 RUN="${RUN:-python}"
 
-echo "1/5  pictures now, by the one-step model of emoji that is shipped: runs/shipped.png"
+echo "1/5  images now, by the one-step model of emoji that is shipped: runs/shipped.png"
 $RUN sample.py --model toy/tiny_emoji_instaflow.safetensors --num-images 4 --out runs/shipped.png \
     --prompt "red apple" --prompt cat --prompt rocket --prompt castle --prompt tulip --prompt frog
-# From here on shapes: a network can tell whether a picture shows all that its caption says.
+# From here on shapes: a network can tell whether an image shows all that its caption says.
 echo "2/5  pairs of the teacher, and reflow: the paths become straight"
 $RUN reflow.py --save-every 200
 echo "3/5  pairs of the flow, and distillation: one step lands where the flow ends"
 $RUN distill.py --save-every 200
-echo "4/5  a picture by the one-step model that was just made: runs/sample.png"
+echo "4/5  an image by the one-step model that was just made: runs/sample.png"
 $RUN sample.py --out runs/sample.png
 echo "5/5  teacher, flow and one step side by side"
 if test runs/evaluate.json -nt runs/instaflow.safetensors
 then cat runs/evaluate.md
 else $RUN evaluate.py --steps 8,4,2,1
 fi
-echo "Look at runs/evaluate.png, at runs/sample.png and at what the model drew while it learned,"
-echo "runs/2rf.safetensors.state/samples/, and go on with"
+echo "Look at runs/evaluate.png, runs/sample.png and the images of its training in"
+echo "runs/2rf.safetensors.state/samples/. Go on with"
 echo "    $RUN sample.py --prompt \"a red circle above a blue square\" --num-images 8"
 echo "    $RUN toy/demo.py      the same in the plane, with its paths"
