@@ -14,7 +14,7 @@ seed range of their own (sample.seed_range), and captions are in no list that pa
 
 caption_accuracy   fraction of images that show what their caption says, as a classifier reads them
 frechet            Fréchet distance between the classifier's features of real and generated images;
-                   the row "drawn" compares two sets of real images: about the least possible
+                   the row "real" compares two sets of real images: about the least possible
 precision, recall  fraction of generated images that fall among real ones, and of real images that
                    fall among generated ones; recall falls when a model loses variety
 straightness       S of rectified_flow.py along the model's own path in 25 steps, if any of --steps
@@ -111,8 +111,8 @@ def straightness_of(
 def row_of(
     model, steps: int | None, guidance: float | None, metrics: dict, sets: list[EvaluationSet],
 ) -> dict:
-    """A row of evaluate.json: None where a metric does not apply. Model "drawn": real images."""
-    label, kind = (model, None) if model == "drawn" else (Path(model.path).name, model.kind)
+    """A row of evaluate.json: None where a metric does not apply. Model "real": real images."""
+    label, kind = (model, None) if model == "real" else (Path(model.path).name, model.kind)
     row = {"model": label, "kind": kind, "steps": steps, "guidance": guidance}
     for name in (*GRADES, *ON_REAL_IMAGES, *STRAIGHT):
         row |= {name: metrics.get(name), f"{name}_interval": metrics.get(f"{name}_interval")}
@@ -134,7 +134,7 @@ def evaluate_by_judge(args: argparse.Namespace, device: torch.device) -> tuple[l
                     for repeat in range(args.repeats)]
             if sets[0].real_grades:
                 grades = with_intervals([each.real_grades for each in sets])
-                rows.append(row_of("drawn", None, None, grades, sets))
+                rows.append(row_of("real", None, None, grades, sets))
             if sets[0].real_images is not None:
                 images.append(("real", sets[0].real_images[:NUM_SHOWN]))
         for row, generated in evaluate(model, sets, args.steps, guidance):

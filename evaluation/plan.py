@@ -55,9 +55,10 @@ def print_plan(
     count, size = spec["count"], torch.Size(spec["latent_shape"]).numel()
     shards = [shard_path(args.pairs, i).exists() for i in range(-(-count // PAIRS_PER_SHARD))]
     print(f"plan: {len(prompts):,} prompts of {spec['prompts']}" + (
-        f", each used {count / len(prompts):.3g} times\nplan: {count:,} pairs of {spec['steps']} "
-        f"steps at guidance scale {spec['guidance']:g}, {2 * count * size / 1e9:.3g} GB in "
-        f"{args.pairs}, {sum(shards)} of {len(shards)} shards are there" if paired else ""))
+        f", each used about {count / len(prompts):.3g} times\nplan: {count:,} pairs of "
+        f"{spec['steps']} steps at guidance scale {spec['guidance']:g}, "
+        f"{2 * count * size / 1e9:.3g} GB in {args.pairs}, {sum(shards)} of {len(shards)} "
+        "shards are there" if paired else ""))
     student = getattr(args, "student", "unet")  # of distill.py
     parameters = sum(p.numel() for p in model.unet.parameters()) * (1 + (student == "stacked"))
     for stage in stages:
@@ -69,5 +70,5 @@ def print_plan(
             memory += micro * each[args.gradient_checkpointing]
         print(f"plan: {stage.name}, {stage.iterations:,} iterations of {stage.batch_size}, "
               f"{samples:,} samples, {samples / (count if paired else len(prompts)):.3g} epochs; "
-              f"{parameters:,} parameters, micro-batches of {micro}, about {memory:.3g} GB on each "
-              f"of {world_size()} devices")
+              f"{parameters:,} parameters, micro-batches of {micro}, about {memory:.3g} GB"
+              + f" on each of {world_size()} devices" * (world_size() > 1))

@@ -6,12 +6,6 @@ continues at the first row that its table lacks. Captions and noises of the meas
 pairs.
 
     updates             training iterations of the model
-    own_samples         training samples that this model has seen; "samples" counts its teachers'
-                        too, since the diffusion
-    minutes             training time since the diffusion, without the pairs'
-    held_out_error      E‖X1 - (X0 + v(X0, 0))‖² per latent element, with X1 of the student's own
-                        teacher, on noises and captions of no training pair; train_error: on
-                        training pairs
     transport_cost      E‖Z1 - Z0‖²; the other metrics are those of evaluate.py
 """
 
@@ -36,7 +30,7 @@ from command import (
 from evaluate import NUM_SHOWN, evaluate
 from evaluation.figures import GRADES, machine_name
 from evaluation.judge import EvaluationSet, judged_set, load_judge
-from evaluation.plots import save_comparison, steps_label
+from evaluation.plots import save_comparison
 from pairs import Pairs, make_pair_spec, make_pairs
 from rectified_flow import flow_velocity, one_step
 from sample import run_seed, sample_images, seed_range
@@ -52,12 +46,10 @@ NUM_CAPTIONS = 1000  # of the pairs; some occur more than once
 # The diffusions' pairs serve all seeds.
 PURPOSE_OF = {"tiny_sd": "reflow", "tiny_emoji": "reflow", "2rf": "second reflow",
               "3rf": "distillation"}
-FIGURES = (*GRADES, "held_out_error", "train_error", "relative_straightness", "transport_cost")
-COSTS = ("samples", "own_samples", "minutes")
+FIGURES = (*GRADES, "relative_straightness", "transport_cost")
 # Flags that decide the results of a table.
-SETTINGS = ("iterations", "lpips_iterations", "batch_size", "cooldown", "num_pairs",
-            "teacher_steps", "captions", "held_out", "num_samples", "passes", "learning_rate",
-            "dtype")
+SETTINGS = ("iterations", "batch_size", "cooldown", "num_pairs", "teacher_steps", "captions",
+            "held_out", "num_samples", "passes", "learning_rate", "dtype")
 
 
 load_dataset = functools.cache(load_judge)
@@ -88,7 +80,7 @@ class Study:
     folder: Path
     args: argparse.Namespace
     device: torch.device
-    evaluation_set: EvaluationSet
+    evaluation_set: EvaluationSet | None
     rows: list[dict]
     write: Callable[[], None]  # writes the rows to disk
     # Rows of the image sheet: label, model, number of steps.
@@ -140,99 +132,77 @@ class Study:
     def rows_with(self, key: dict) -> list[dict]:
         return [row for row in self.rows if key.items() <= row.items()]
 
-    def record_real(self) -> None:
-        """The row "drawn": one set of real images against another, about the best possible."""
-        key = {"row": "drawn", "updates": None, "seed": self.seed}
-        if not self.rows_with(key):
-            empty = dict.fromkeys((*FIGURES, *COSTS))
-            self.rows.append(key | {"steps": None} | empty | self.evaluation_set.real_grades)
-
     def record(
-        self, row: str, model: StableDiffusion, iterations: int,
-        source: StableDiffusion | None = None, steps: list[int] | None = None,
-        guidance: float | None = None, **costs,
+        self, row: str, model: StableDiffusion, iterations: int, steps: list[int],
+        guidance: float, **costs,
     ) -> None:
-        """Measure a model at each number of steps that the table lacks.
-
-        source: the teacher of a one-step model, for the errors on its pairs.
-        """
-        steps = [1] if model.kind == "one-step" else steps or self.args.steps
-        guidance = model.guidance if guidance is None else guidance
-        label = row + f", {iterations} iterations" * bool(iterations)
-        self.shown += [(f"{label}\n{steps_label(number)}", model, number) for number in steps]
+        """Measure a model at each number of steps that the table lacks."""
         key = {"row": row, "updates": iterations, "seed": self.seed}
         known = {each["steps"] for each in self.rows_with(key)}
         steps = [number for number in steps if number not in known]
-        if not steps:
-            return
-        errors = {"held_out_error": None, "train_error": None}
-        if source is not None:
-            held_out = self.pairs_of(source, held_out=True)
-            errors["held_out_error"], transport_cost = self.errors_on(held_out, model)
-            errors["train_error"], _ = self.errors_on(self.pairs_of(source), model)
-        for measured, _ in evaluate(model, [self.evaluation_set], steps, guidance):
-            figures = {name: measured[name]
-                       for name in (*GRADES, "relative_straightness", "transport_cost")}
-            if source is not None:
-                figures["transport_cost"] = transport_cost
-            self.rows.append(key | {"steps": measured["steps"]} | figures | errors | costs)
+        for measured, _ in evaluate(model, [self.evaluation_set], steps, guidance) if steps else ():
+            figures = {name: measured[name] for name in FIGURES}
+            self.rows.append(key | {"steps": measured["steps"]} | figures | costs)
         self.write()
 
     @torch.inference_mode()
-    def errors_on(self, pairs: Pairs, student: StableDiffusion) -> tuple[float, float]:
-        """The distillation loss on the first --held-out pairs, and the student's E‖Z1 - Z0‖²."""
-        x0, x1, prompts = pairs[torch.arange(min(len(pairs), self.args.held_out))]
-        x0, x1 = x0.to(self.device), x1.to(self.device)
-        z1 = one_step(flow_velocity(student.unet), x0, student.encode_prompts(prompts))
-        transport_cost = (z1 - x0).square().flatten(1).sum(1).mean().item()
-        return (x1 - z1).square().mean().item(), transport_cost
+    def error_on(self, pairs: Pairs, student: StableDiffusion) -> float:
+        """The distillation loss per latent element, E‖X1 - (X0 + v(X0, 0))‖², on all pairs."""
+        x0, x1, prompts = pairs[torch.arange(len(pairs))]
+        z1 = one_step(flow_velocity(student.unet), x0.to(self.device),
+                      student.encode_prompts(prompts))
+        return (x1.to(self.device) - z1).square().mean().item()
 
 
-
-def study_parser(description: str) -> Parser:
+def study_parser(description: str, captions: str = "open", out: str = "runs/study") -> Parser:
     """The flags that all studies have."""
     parser = Parser(description)
     add = parser.add_argument
     add("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
     add("--batch-size", type=positive, default=64, help="samples of an iteration")
-    add("--cooldown", type=fraction, default=0.6,
-        help="last fraction of a training, in which the learning rate falls to 0")
-    add("--num-pairs", type=positive, default=10_000, help="of each teacher")
     add("--teacher-steps", type=solver_steps, default=8, help="of the pairs")
-    add("--captions", choices=CAPTIONS, default="open",
+    add("--captions", choices=CAPTIONS, default=captions,
         help="of shapes: open leaves out much of two objects, full nothing; single has one object; "
              "mixed is as in the teacher's training. emoji: the other dataset")
-    add("--num-samples", type=positive, default=1000, help="images for each row and seed")
-    add("--out", default="runs/study", help="folder of tables, figures, pairs and models")
+    add("--out", default=out, help="folder of tables, figures, pairs and models")
     add_machine_options(parser, run_seed)
     return parser
 
 
+def add_table_options(parser: Parser) -> None:
+    """The flags of studies that train with a falling learning rate and measure images."""
+    add = parser.add_argument
+    add("--cooldown", type=fraction, default=0.6,
+        help="last fraction of a training, in which the learning rate falls to 0")
+    add("--num-samples", type=positive, default=1000, help="images for each row and seed")
+
+
+def add_pairs_option(parser: Parser) -> None:
+    parser.add_argument("--num-pairs", type=positive, default=10_000, help="of each teacher")
+
+
 def open_table(
-    path: Path, args: argparse.Namespace, suffix: str = "",
+    path: Path, args: argparse.Namespace, names: tuple[str, ...] = SETTINGS,
 ) -> tuple[list[dict], Callable[[], None]]:
     """The rows that are on disk, and a function that writes them with those added.
 
-    suffix: of the table's name, where it measures the same models on other captions. BadInput: the
-    folder holds a study with other settings.
+    names: of the flags that decide the rows. BadInput: the folder holds a study with other ones.
     """
     check_output(path)
-    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    settings = {name: value for name, value in vars(args).items() if name in names}
     settings_path = path.with_suffix(".settings.json")
     check_same_settings(settings_path, settings, "another study", "name another folder with --out")
     write_json(settings_path, settings)
-    path = path.with_stem(path.stem + suffix)
     rows = json.loads(path.read_text()) if path.exists() else []
     return rows, lambda: write_json(path, rows)
 
 
 def study_of(
     seed: int, args: argparse.Namespace, device: torch.device, rows: list[dict], write: Callable,
-    captions: str | None = None,
 ) -> Study:
-    """One seed. captions: to measure on, if not those of --captions."""
+    """One seed."""
     seeds = seed_range("evaluation", seed, args.num_samples)
-    measured = captions_of(captions or args.captions, args.num_samples, seeds[0], measuring=True)
+    measured = captions_of(args.captions, args.num_samples, seeds[0], measuring=True)
     evaluation_set = judged_set(dataset_of(args.captions)[0], measured, seeds, seed)
     return Study(seed, Path(args.out) / f"seed-{seed}", args, device, evaluation_set, rows, write)
 
@@ -241,7 +211,7 @@ def footer(script: str, args: argparse.Namespace, device: torch.device, rows: li
     """The line below a table that says what wrote it. script: its path."""
     command = shlex.join(["python", script, *sys.argv[1:]])
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(args).items()
-                         if name in SETTINGS)
+                         if name in (*SETTINGS, "tune_at", "measure_every"))
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     machine = f"{machine_name(device)}, torch {torch.__version__}"
     return f"\nWritten by `{command}`, seeds {seeds}; {settings}; {machine}.\n"

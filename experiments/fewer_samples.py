@@ -47,7 +47,9 @@ from diffusion import NoiseSchedule
 from evaluation.figures import with_interval
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import grouped, markdown_table, steps_label
-from evaluation.study import Study, footer, open_table, study_of, study_parser
+from evaluation.study import (
+    Study, add_pairs_option, add_table_options, footer, open_table, study_of, study_parser,
+)
 from pairs import Pairs
 from rectified_flow import (
     Distance, broadcast_over, flow_velocity, pseudo_huber, reflow_loss, squared,
@@ -151,11 +153,11 @@ def measure_seed(study: Study, lpips: Distance) -> None:
     """Measure each way after 1/4, 1/2 and 1 times --iterations; the paper's also after 2 and 4."""
     n, teacher = study.args.iterations, study.load_teacher()
     for way in study.args.ways:
-        guidance = teacher.guidance if way == "unguided" else None
         for iterations in [n // 4, n // 2, n] + [2 * n, 4 * n] * (way == "paper"):
             flow = reflowed(study, way, teacher, iterations, lpips)
-            study.record(way, flow, iterations, steps=[8, 1] if iterations >= n // 2 else [1],
-                         guidance=guidance, samples=iterations * study.args.batch_size)
+            guidance = teacher.guidance if way == "unguided" else flow.guidance
+            study.record(way, flow, iterations, [8, 1] if iterations >= n // 2 else [1], guidance,
+                         samples=iterations * study.args.batch_size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,6 +207,8 @@ def save_curves(path: Path, summary: list[dict]) -> None:
 
 def main():
     parser = study_parser("Ways to make reflow need fewer samples than in the paper.")
+    add_table_options(parser)
+    add_pairs_option(parser)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--iterations", type=positive, default=256, help="of each reflow")
     # One training continues from each count to the next, so its learning rate does not decay.

@@ -1,40 +1,48 @@
-"""The paper's table on the tiny model: does distilling the teacher directly fail? Does reflow help?
+"""When does distilling the teacher directly fail? The paper's comparison, on the tiny model.
 
-    python experiments/paper_table.py                   seeds 0, 1 and 2; hours on 2 CPU cores
-    python experiments/paper_table.py --num-seeds 1 --parts direct      some rows; others are kept
-    python experiments/paper_table.py --captions emoji                  on the emoji dataset
-    python experiments/paper_table.py --captions mixed --asked full     measured on other captions
+    python experiments/paper_table.py                    hours on 2 CPU cores; resumes
+    python experiments/paper_table.py --iterations 1000 --captions open
+    python experiments/paper_table.py --iterations 1000 --guidance 6 --starts negated
 
-The captions leave much open ("a shape and a red square"), so many images match one. For each seed:
+InstaFlow compares two arms at N training steps in all (paper, table 1: 100,000):
 
-    part       row
-    teacher    drawn                         real images against other real images
-               teacher                       at 25, 8, 4, 2, 1 steps of DPM-Solver++
-    reflow     2-RF                          at 25, 8, 4, 2, 1 Euler steps; --iterations
-               2-RF + distill                after 1/4, 1/2 and 1 times --iterations in L2
-               2-RF + distill + LPIPS        then --lpips-iterations
-    direct     teacher + distill             after 1/4, 1/2, 1, 2 and 4 times (--budgets)
-               teacher + distill + LPIPS     then --lpips-iterations, from 1 time on
-    third      3-RF, 3-RF + distill          a second reflow, and one step from it
-    stacked    2-RF + distill, stacked       two U-Nets in series (distill.py --student stacked)
+    direct          N steps of distillation on N x 64 pairs of the teacher
+    reflow first    N/2 steps of reflow on N/2 x 64 pairs of the teacher, then N/2 steps of
+                    distillation on N/2 x 64 pairs of that 2-RF
 
-The learning rate decays over the last part of each training (--cooldown), so each budget is a
-training of its own. Every student starts from its teacher's weights, a diffusion's negated
-(stable_diffusion.initial_student). All seeds share the teacher's pairs, of 8 steps: nearly as good
-as 25 (the table shows both) at a third of the cost. The number of pairs matters much, because a
-student that sees few pairs often memorises them: --num-pairs 3000 is such a study.
+No pair is used twice, so no arm can memorise, and both arms take as many pairs. The teacher's pairs
+of a smaller N are the first of a larger N. Each arm begins from one of two starts
+(stable_diffusion.initial_student):
 
-Writes study.json (a row for each seed, explained in evaluation/study.py), study.md (means with 95 %
-intervals over seeds), study.png (one-step quality against samples) and study-pictures-SEED.png
-(every row on the same captions and noises).
+    teacher         the weights as they are, the paper's start
+    negated         the sign of the last convolution flipped
+
+The learning rate decays over the last part of each training. It is the best of RATES for each start
+and arm at --tune-at steps on seed TUNING_SEED, by the Fréchet distance in one step; a best rate at
+the edge extends the grid by one.
+
+Every row goes to study.json as soon as it is measured: stop the study at any time, run it again, it
+continues. Captions and noises of the measurements are in no pairs. Writes study.md (means with 95 %
+intervals over seeds), differences.md (paired, seed by seed), study.png (gap to the own teacher),
+losses.png (first training steps) and images.png.
+
+With --lpips-iterations every student goes on in LPIPS (of random weights), as another row.
+
+    gap             Fréchet distance in one step minus that of the own teacher: the diffusion for
+                    direct, 2-RF for reflow first, each with the steps that made its pairs
+    held_out_error  E‖X1 - (X0 + v(X0, 0))‖² per latent element on new pairs of the own teacher
 """
 
 import sys
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,204 +50,321 @@ import checkpoint
 import distill
 import reflow
 from command import (
-    BadInput, non_negative, non_negative_int, pick_device, positive, run, solver_steps,
-    write_atomically, write_text,
+    non_negative, non_negative_int, pick_device, positive, run, write_atomically, write_text,
 )
-from evaluation.figures import minutes_of, with_interval
+from evaluate import NUM_SHOWN, evaluate
+from evaluation.figures import GRADES, with_interval
 from evaluation.perceptual import perceptual_distance
-from evaluation.plots import COLOURS, grouped, markdown_table
+from evaluation.plots import COLOURS, grouped, markdown_table, save_comparison
 from evaluation.study import (
-    CAPTIONS, COSTS, FIGURES, Study, dataset_of, footer, open_table, save_images, study_of,
-    study_parser,
+    Study, add_table_options, footer, open_table, study_of, study_parser,
 )
-from rectified_flow import Distance, squared
+from formats.images import image_grid
+from rectified_flow import squared
+from sample import sample_images
 from stable_diffusion import StableDiffusion
-from training import ema_copy, train
-from unet import stack
+from training import ema_copy, read_metrics, train
 
-PARTS = ("teacher", "reflow", "direct", "third", "stacked")
+STARTS, ARMS = ("teacher", "negated"), ("direct", "reflow first")
+RATES = (1e-4, 5e-4, 2e-3)
+LOWER, HIGHER = 2e-5, 8e-3  # where the best rate lies at the grid's edge
+TUNING_SEED = 100  # reported nowhere
 # At L2's 5e-4, the LPIPS of the training pairs rises from the first iterations.
 LPIPS_LEARNING_RATE = 1e-4
-KEYS = ("row", "updates", "steps")
+FLOW_STEPS = 4  # of 2-RF's pairs, as in distill.py
+EARLY = 200  # steps of the loss curves
+KEYS = ("captions", "guidance", "start", "arm", "iterations", "model", "steps")
+FIGURES = (*GRADES, "gap", "held_out_error", "relative_straightness")
+SETTINGS = ("batch_size", "cooldown", "teacher_steps", "num_samples", "held_out", "dtype")
 
 
-def reflowed(study: Study, teacher: StableDiffusion, name: str) -> StableDiffusion:
-    """The flow of this name: from its file, or trained on the teacher's pairs."""
-    path = study.folder / f"{name}.safetensors"
-    if not path.exists():
-        model, pairs = replace(study.new_student(teacher), kind="flow"), study.pairs_of(teacher)
-        options = study.options(model.unet, study.args.iterations, "reflow")
-        train(model.unet, ema_copy(model.unet), partial(reflow.batch, pairs, study.seed),
-              partial(reflow.loss, model.encode_prompts, squared), options, study.folder / name, {})
-        checkpoint.save(model, path, None)
-    return study.load(path)
+@dataclass(frozen=True)
+class Cell:
+    """One student: what decides it."""
+
+    captions: str
+    guidance: float | None  # of the teacher; None: its own
+    start: str
+    arm: str
+    iterations: int  # in all
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return (f"{self.start}-{self.arm.replace(' ', '-')}-{self.iterations}"
+                f"-{self.learning_rate:g}-seed-{self.seed}")
 
 
-def distilled(
-    study: Study, teacher: StableDiffusion, name: str, iterations: int, stacked: bool = False,
-) -> StableDiffusion:
-    """The one-step model of this name: from its file, or trained in L2 on the teacher's pairs."""
-    path = study.folder / f"{name}.safetensors"
-    if not path.exists():
-        model, pairs = replace(study.new_student(teacher), kind="one-step"), study.pairs_of(teacher)
-        if stacked:
-            model.unet = stack(model.unet)
-        options = study.options(model.unet, iterations, "distill, L2")
-        train(model.unet, ema_copy(model.unet), partial(distill.batch, pairs, study.seed, 0),
-              partial(distill.loss, model.encode_prompts, squared), options, study.folder / name,
-              {})
-        checkpoint.save(model, path, None)
-    return study.load(path)
+def study_for(cell: Cell, args: Namespace, num_pairs: int, rows: list[dict], write) -> Study:
+    """The cell's seed, captions and number of pairs, as evaluation/study.py takes them."""
+    mine = Namespace(**vars(args) | {"captions": cell.captions, "num_pairs": num_pairs})
+    study = study_of(cell.seed, mine, pick_device(args.device), rows, write)
+    world = cell.captions + (f"-guidance-{cell.guidance:g}" if cell.guidance else "")
+    study.folder = Path(args.out) / world / cell.name  # pairs of the teacher lie beside it
+    return study
 
 
-def continued_in_lpips(
-    study: Study, teacher: StableDiffusion, student: StableDiffusion, name: str, iterations: int,
-    lpips: Distance,
-) -> StableDiffusion:
-    """The model of this name: from its file, or the student, after so many iterations, in LPIPS."""
-    path = study.folder / f"{name}.safetensors"
-    if not path.exists():
-        model, pairs = study.new_student(student), study.pairs_of(teacher)
-        options = study.options(model.unet, study.args.lpips_iterations, "distill, LPIPS",
-                                LPIPS_LEARNING_RATE)
-        distance, seen = distill.perceptual(model.vae, lpips), iterations * options.batch_size
-        train(model.unet, ema_copy(model.unet), partial(distill.batch, pairs, study.seed, seen),
-              partial(distill.loss, model.encode_prompts, distance), options, study.folder / name,
-              {})
-        checkpoint.save(model, path, None)
-    return study.load(path)
+def trained(study: Study, cell: Cell, name: str, source, kind: str, batch, loss, iterations: int,
+            learning_rate: float) -> StableDiffusion:
+    """The model of this name: from its file, or trained from the source's weights.
 
-
-def costs_of(study: Study, before: dict[str, int], own: dict[str, int]) -> dict:
-    """The columns of COSTS. before, own: trainings, as folder -> iterations."""
-    size, every = study.args.batch_size, before | own
-    minutes = sum(minutes_of(study.folder / name, count) for name, count in every.items())
-    return {"samples": sum(every.values()) * size, "own_samples": sum(own.values()) * size,
-            "minutes": minutes}
-
-
-def measure_students(
-    study: Study, teacher: StableDiffusion, row: str, before: dict[str, int], budgets: list[int],
-    lpips: Distance | None = None, stacked: bool = False,
-) -> None:
-    """Distill the teacher, and measure the students, at each of the budgets of iterations.
-
-    before: the trainings that led to the teacher. lpips: continue in it, from --iterations on.
+    batch(samples, share, generator) and loss(encode_prompts, network, *batch): of the iterations.
     """
-    name, extra = row.replace(" ", ""), study.args.lpips_iterations
-    for iterations in budgets:
-        own = {f"{name}-{iterations}": iterations}
-        student = distilled(study, teacher, f"{name}-{iterations}", iterations, stacked)
-        study.record(row, student, iterations, teacher, **costs_of(study, before, own))
-        if lpips and extra and iterations >= study.args.iterations:
-            longer = f"{name}-{iterations}-lpips"
-            end = continued_in_lpips(study, teacher, student, longer, iterations, lpips)
-            costs = costs_of(study, before, own | {longer: extra})
-            study.record(f"{row} + LPIPS", end, iterations + extra, teacher, **costs)
+    path = study.folder / f"{name}.safetensors"
+    if not path.exists():
+        model = replace(study.new_student(source, cell.start), kind=kind)
+        options = study.options(model.unet, iterations, f"{cell.name}, {name}", learning_rate)
+        train(model.unet, ema_copy(model.unet), batch, partial(loss, model.encode_prompts), options,
+              study.folder / name, {})
+        checkpoint.save(model, path, None)
+    return study.load(path)
 
 
-def measure_seed(study: Study, lpips: Distance) -> None:
-    """Measure every row of one seed, each after the rows that it needs."""
-    n, parts = study.args.iterations, study.args.parts
-    budgets = sorted(round(n * budget) for budget in study.args.budgets)
-    teacher = study.load_teacher()
-    if "teacher" in parts:
-        study.record_real()
-        study.record("teacher", teacher, 0, **costs_of(study, {}, {}))
-    if "direct" in parts:
-        measure_students(study, teacher, "teacher + distill", {}, budgets, lpips)
-    if not {"reflow", "third", "stacked"} & set(parts):
+def measure(study: Study, cell: Cell, name: str, model, steps: list[int], **columns) -> None:
+    """Add the model's rows at these numbers of steps, unless the table has them."""
+    key = asdict(cell) | {"model": name}
+    if name == "teacher":  # the same for all cells of these captions and this guidance
+        key |= {"start": None, "arm": None, "iterations": 0, "learning_rate": None}
+    missing = [n for n in steps if not study.rows_with(key | {"steps": n})]
+    guidance = model.guidance if name != "teacher" or cell.guidance is None else cell.guidance
+    for row, _ in evaluate(model, [study.evaluation_set], missing, guidance) if missing else ():
+        figures = {each: row[each] for each in (*GRADES, "relative_straightness")}
+        study.rows.append(key | {"steps": row["steps"]} | figures | columns)
+    study.write()
+
+
+def losses_of(folder: Path) -> list:
+    return [(row["step"], row["loss"]) for row in read_metrics(folder) if row["step"] <= EARLY]
+
+
+def measure_cell(cell: Cell, args: Namespace, rows: list[dict], write, lpips=None) -> None:
+    """Train and measure the cell's student and its teachers, unless the table has them.
+
+    lpips: a distance to continue in.
+    """
+    last = {"model": "one-step + LPIPS" if lpips else "one-step"}
+    if any((asdict(cell) | last).items() <= row.items() for row in rows):
         return
-    flow2 = reflowed(study, teacher, "2rf")
-    if "reflow" in parts:
-        study.record("2-RF", flow2, n, **costs_of(study, {}, {"2rf": n}))
-        up_to_n = [iterations for iterations in budgets if iterations <= n]
-        measure_students(study, flow2, "2-RF + distill", {"2rf": n}, up_to_n, lpips)
-    if "third" in parts:
-        flow3 = reflowed(study, flow2, "3rf")
-        study.record("3-RF", flow3, 2 * n, **costs_of(study, {"2rf": n}, {"3rf": n}))
-        measure_students(study, flow3, "3-RF + distill", {"2rf": n, "3rf": n}, [n])
-    if "stacked" in parts:
-        measure_students(study, flow2, "2-RF + distill, stacked", {"2rf": n}, [n], stacked=True)
+    direct, rate = cell.arm == "direct", cell.learning_rate
+    steps = cell.iterations if direct else cell.iterations // 2
+    study = study_for(cell, args, steps * args.batch_size, rows, write)
+    teacher = study.load_teacher()
+    measure(study, cell, "teacher", teacher, sorted({args.teacher_steps, 1}, reverse=True))
+    pairs, first = study.pairs_of(teacher, guidance=cell.guidance), {}
+    loss = lambda encode_prompts, *rest: reflow.loss(encode_prompts, squared, *rest)
+    source = teacher if direct else trained(
+        study, cell, "2rf", teacher, "flow", partial(reflow.batch, pairs, cell.seed), loss, steps,
+        rate)
+    if not direct:
+        measure(study, cell, "2-RF", source, [FLOW_STEPS, 1])
+        first = {"reflow_losses": losses_of(study.folder / "2rf")}
+        study.args.teacher_steps = FLOW_STEPS
+        pairs = study.pairs_of(source)
+    loss = lambda encode_prompts, *rest: distill.loss(encode_prompts, squared, *rest)
+    student = trained(study, cell, "one-step", source, "one-step",
+                      partial(distill.batch, pairs, cell.seed, 0), loss, steps, rate)
+    held_out = study.pairs_of(source, held_out=True, guidance=cell.guidance if direct else None)
+    save_strip(study, args, cell, student, "")
+    measure(study, cell, "one-step", student, [1], **first,
+            held_out_error=study.error_on(held_out, student),
+            losses=losses_of(study.folder / "one-step"))
+    if lpips:
+        perceptual = distill.perceptual(student.vae, lpips)
+        loss = lambda encode_prompts, *rest: distill.loss(encode_prompts, perceptual, *rest)
+        batch = partial(distill.batch, pairs, cell.seed, steps * args.batch_size)
+        student = trained(study, cell, "one-step-lpips", student, "one-step", batch, loss,
+                          args.lpips_iterations, LPIPS_LEARNING_RATE)
+        save_strip(study, args, cell, student, "-lpips")
+        measure(study, cell, "one-step + LPIPS", student, [1],
+                held_out_error=study.error_on(held_out, student))
+
+
+def rate_for(cell: Cell, args: Namespace, rows: list[dict], write) -> float:
+    """The learning rate of this start and arm, tuned on TUNING_SEED."""
+    tuning = replace(cell, captions="mixed", guidance=None, iterations=args.tune_at,
+                     seed=TUNING_SEED)
+
+    def frechet(rate: float) -> float:
+        candidate = replace(tuning, learning_rate=rate)
+        measure_cell(candidate, args, rows, write)
+        key = asdict(candidate) | {"model": "one-step"}
+        return next(row["frechet"] for row in rows if key.items() <= row.items())
+
+    best = min(RATES, key=frechet)
+    beyond = {RATES[0]: LOWER, RATES[-1]: HIGHER}.get(best, best)
+    return min(best, beyond, key=frechet)
 
 
 # --------------------------------------------------------------------------------------------------
 # What is written
 
 
+def strip_path(args: Namespace, study: Study, cell: Cell, suffix: str) -> Path:
+    return Path(args.out) / "strips" / f"{study.folder.parent.name}-{cell.name}{suffix}.png"
+
+
+def save_strip(study: Study, args: Namespace, cell: Cell, student, suffix: str) -> None:
+    """The student's first images side by side without gaps, to be read back."""
+    asked, path = study.evaluation_set, strip_path(args, study, cell, suffix)
+    images = sample_images(student, asked.prompts[:NUM_SHOWN], asked.seeds[:NUM_SHOWN])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = image_grid(images, len(images), 0)
+    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary))
+
+
+def with_gaps(rows: list[dict], teacher_steps: int) -> list[dict]:
+    """The reported rows, with each student's gap to its own teacher."""
+    rows = [row for row in rows if row["seed"] != TUNING_SEED]
+    result = []
+    for row in rows:
+        gap = None
+        if row["model"].startswith("one-step"):
+            name, steps = (("teacher", teacher_steps) if row["arm"] == "direct" else
+                           ("2-RF", FLOW_STEPS))
+            same = ("captions", "guidance", "seed")
+            same += () if name == "teacher" else ("start", "arm", "iterations")
+            own = next(each for each in rows if each["model"] == name and each["steps"] == steps
+                       and all(each[key] == row[key] for key in same))
+            gap = row["frechet"] - own["frechet"]
+        result.append({"held_out_error": None} | row | {"gap": gap})
+    return result
+
+
 def summary_of(rows: list[dict]) -> list[dict]:
-    """A line for each row, updates and steps: means with 95 % intervals over seeds."""
+    """A line for each model: means with 95 % intervals over seeds."""
+    order = lambda row: [str(row[key] or "") if key != "iterations" else f"{row[key]:9d}"
+                         for key in KEYS]
     summary = []
-    for key, group in grouped(rows, KEYS).items():
-        line = dict(zip(KEYS, key))
+    for key, group in grouped(sorted(rows, key=order), KEYS).items():
+        line = dict(zip(KEYS, key)) | {"learning_rate": group[0]["learning_rate"]}
         for name in FIGURES:
             line[name], line[f"{name}_interval"] = with_interval([row[name] for row in group])
-        line |= {name: with_interval([row[name] for row in group])[0] for name in COSTS}
         summary.append(line | {"seeds": len(group)})
     return summary
 
 
-def save_curves(path: Path, summary: list[dict]) -> None:
-    """One-step quality, and the error on held-out pairs, against training samples."""
-    figure = Figure(figsize=(16, 3.8), layout="constrained")
-    panels = ("held_out_error", "frechet", "caption_accuracy", "recall")
-    thousands = lambda lines, name="samples": [line[name] / 1000 for line in lines]
-    one_step = [line for line in summary if line["held_out_error"] is not None]
-    axes = figure.subplots(1, len(panels))
-    for axis, name in zip(axes, panels):
-        markers = iter("*^vPX")
-        for (row,), lines in grouped(one_step, ("row",)).items():
-            values = [line[name] for line in lines]
-            bars = [line[f"{name}_interval"] or 0 for line in lines]
-            look = {"color": COLOURS["diffusion" if row.startswith("teacher") else "flow"]}
-            if row in ("teacher + distill", "2-RF + distill"):
-                axis.errorbar(thousands(lines), values, bars, marker="o", capsize=2, label=row,
-                              **look)
-            else:
-                axis.errorbar(thousands(lines), values, bars, marker=next(markers), ls="", ms=8,
-                              label=row, **look)
-            if row == "2-RF + distill":
-                axis.plot(thousands(lines, "own_samples"), values, ":o", fillstyle="none",
-                          label=f"{row}, without reflow's samples", **look)
-        axis.set(xlabel="thousand training samples since the teacher",
-                 title=name.replace("_", " "))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+def differences_of(rows: list[dict]) -> list[dict]:
+    """Direct minus reflow first, seed by seed: positive where reflow first is better."""
+    students = [row for row in rows if row["model"] == "one-step"]
+    keys, lines = ("captions", "guidance", "start", "iterations"), []
+    for key, group in grouped(students, keys).items():
+        by_arm = {arm: {row["seed"]: row for row in group if row["arm"] == arm} for arm in ARMS}
+        seeds = sorted(by_arm[ARMS[0]].keys() & by_arm[ARMS[1]].keys())
+        line = dict(zip(keys, key))
+        for name in ("frechet", "gap", "caption_accuracy") if seeds else ():
+            each = [by_arm[ARMS[0]][seed][name] - by_arm[ARMS[1]][seed][name] for seed in seeds]
+            line[name], line[f"{name}_interval"] = with_interval(each)
+            line |= {f"{name}_by_seed": ", ".join(f"{value:.4g}" for value in each)}
+        if seeds:
+            lines.append(line | {"seeds": len(seeds)})
+    return lines
+
+
+def save_gaps(path: Path, rows: list[dict]) -> None:
+    """The gap to the own teacher against N: a panel for each start, a line for each arm."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(STARTS), sharey=True)
+    main = [row for row in rows if row["model"] == "one-step" and row["captions"] == "mixed"
+            and row["guidance"] is None]
+    for axis, start in zip(axes, STARTS):
+        for arm, colour in zip(ARMS, (COLOURS["diffusion"], COLOURS["flow"])):
+            mine = [row for row in main if (row["start"], row["arm"]) == (start, arm)]
+            if mine:
+                axis.plot([row["iterations"] for row in mine], [row["gap"] for row in mine], "o",
+                          color=colour, markersize=4)
+                means = [(n, with_interval([row["gap"] for row in group])[0])
+                         for (n,), group in sorted(grouped(mine, ("iterations",)).items())]
+                axis.plot(*zip(*means), color=colour, label=arm)
+        counts = sorted({row["iterations"] for row in main})
+        axis.set(xscale="log", yscale="log", title=f"start: {start}",
+                 xlabel="training steps in all")
+        axis.set_xticks(counts, [f"{n:,}" for n in counts])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("Fréchet distance above the own teacher's")
+    axes[0].legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
-def main():
-    parser = study_parser("The paper's table on the tiny model.")
-    add = parser.add_argument
-    add("--iterations", type=positive, default=256, help="of each reflow; the unit of --budgets")
-    add("--held-out", type=positive, default=500, help="pairs that nothing is trained on")
-    add("--steps", type=solver_steps, nargs="+", default=[25, 8, 4, 2, 1],
-        help="of the teacher and the flows")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="rows to measure")
-    add("--budgets", type=non_negative, nargs="+", default=[0.25, 0.5, 1, 2, 4],
-        help="iterations of each distillation, in units of --iterations")
-    add("--lpips-iterations", type=non_negative_int, default=64)
-    add("--asked", choices=CAPTIONS,
-        help="measure the same models on these captions, in study-ASKED.json and so on; default: "
-             "--captions")
-    args = parser.parse_args()
-    if args.asked and dataset_of(args.asked) != dataset_of(args.captions):
-        raise BadInput(f"--asked {args.asked}: from another dataset than --captions "
-                       f"{args.captions}; give captions of one dataset")
-    folder, device = Path(args.out), pick_device(args.device)
-    suffix = f"-{args.asked}" if args.asked else ""
-    name = f"study{suffix}"
-    rows, write = open_table(folder / "study.json", args, suffix)
-    lpips = perceptual_distance("random", device)
-    for seed in range(args.seed, args.seed + args.num_seeds):
-        study = study_of(seed, args, device, rows, write, args.asked)
-        measure_seed(study, lpips)
-        save_images(folder / f"{name}-pictures-{seed}.png", study)
+def save_losses(path: Path, rows: list[dict]) -> None:
+    """The loss of the first steps of each training, a panel for each start."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    curves = (("direct", "losses", "direct distillation", COLOURS["diffusion"]),
+              ("reflow first", "reflow_losses", "reflow", COLOURS["flow"]),
+              ("reflow first", "losses", "distillation after reflow", COLOURS["one-step"]))
+    longest = max(row["iterations"] for row in rows)
+    for axis, start in zip(figure.subplots(1, len(STARTS), sharey=True), STARTS):
+        for arm, column, label, colour in curves:
+            for row in rows:
+                if (row["start"], row["arm"], row["model"]) == (start, arm, "one-step") and (
+                        row["iterations"] == longest and row["captions"] == "mixed"):
+                    axis.plot(*zip(*row[column]), color=colour, label=label)
+                    label = None
+        axis.set(yscale="log", xlabel="training steps", title=f"start: {start}")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("training loss")
+    figure.axes[0].legend(fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
-    summary = summary_of(rows)
-    table = markdown_table(summary) + footer("experiments/paper_table.py", args, device, rows)
-    write_text(folder / f"{name}.md", table)
-    save_curves(folder / f"{name}.png", summary)
-    print(table + f"{folder}: {name}.json, {name}.md, {name}.png and image sheets")
+
+def save_images(path: Path, args: Namespace, cells: list[Cell], study: Study, teacher) -> None:
+    """The same captions and noises for the teacher and each cell of the first seed."""
+    asked = study.evaluation_set
+    prompts, seeds = asked.prompts[:NUM_SHOWN], asked.seeds[:NUM_SHOWN]
+    steps = study.args.teacher_steps
+    sheet = [(f"teacher\n{steps} steps", sample_images(teacher, prompts, seeds, steps))]
+    for cell in cells:
+        for suffix in ("", "-lpips"):
+            file = strip_path(args, study, cell, suffix)
+            if file.exists():
+                pixels = np.array(Image.open(file))
+                strip = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+                label = f"from {cell.start}\n{cell.arm}, {cell.iterations:,}"
+                label += ", then LPIPS" * bool(suffix)
+                sheet.append((label, torch.stack(strip.chunk(len(prompts), dim=2))))
+    save_comparison(path, sheet, prompts)
+
+
+def main():
+    parser = study_parser("When does distilling the teacher directly fail?", "mixed",
+                          "runs/paper-table")
+    add_table_options(parser)
+    add = parser.add_argument
+    add("--iterations", type=positive, nargs="+", default=[250, 1000, 4000],
+        help="training steps in all, of each arm")
+    add("--starts", nargs="+", choices=STARTS, default=STARTS)
+    add("--arms", nargs="+", choices=ARMS, default=ARMS)
+    add("--guidance", type=non_negative, help="of the teacher; default: its own, 2.5")
+    add("--tune-at", type=positive, default=1000, help="training steps to choose the rates at")
+    add("--lpips-iterations", type=non_negative_int, default=0, help="after L2, as a row more")
+    add("--held-out", type=positive, default=500, help="pairs that nothing is trained on")
+    args = parser.parse_args()
+    folder, device = Path(args.out), pick_device(args.device)
+    rows, write = open_table(folder / "study.json", args, SETTINGS)
+    lpips = perceptual_distance("random", device) if args.lpips_iterations else None
+    cells = []
+    for iterations in args.iterations:
+        for seed in range(args.seed, args.seed + args.num_seeds):
+            for start in args.starts:
+                for arm in args.arms:
+                    cell = Cell(args.captions, args.guidance, start, arm, iterations, 0.0, seed)
+                    cell = replace(cell, learning_rate=rate_for(cell, args, rows, write))
+                    measure_cell(cell, args, rows, write, lpips)
+                    cells.append(cell)
+
+    reported = with_gaps(rows, args.teacher_steps)
+    table = markdown_table(summary_of(reported))
+    table += footer("experiments/paper_table.py", args, device, reported)
+    write_text(folder / "study.md", table)
+    write_text(folder / "differences.md", markdown_table(differences_of(reported)))
+    save_gaps(folder / "study.png", reported)
+    save_losses(folder / "losses.png", reported)
+    shown = [cell for cell in cells if cell.seed == args.seed]
+    study = study_for(shown[0], args, 1, rows, write)
+    save_images(folder / "images.png", args, shown, study, study.load_teacher())
+    print(table + f"{folder}: study.json, study.md, differences.md, study.png, losses.png and "
+          "images.png")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,10 @@ from evaluate import evaluate
 from evaluation.figures import GRADES, minutes_of, with_interval
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import grouped, markdown_table, steps_label
-from evaluation.study import Study, footer, open_table, save_images, study_of, study_parser
+from evaluation.study import (
+    Study, add_pairs_option, add_table_options, footer, open_table, save_images, study_of,
+    study_parser,
+)
 from fewstep import meanflow, progressive, rectified_diffusion
 from fewstep.methods import METHODS, rounds_of
 from fewstep.steps import guided_velocity
@@ -381,13 +384,15 @@ def save_losses(path: Path, seeds: range) -> None:
 
 
 def main():
-    parser = study_parser("InstaFlow and the methods beside it, at one cost.")
+    parser = study_parser("InstaFlow and the methods beside it, at one cost.", "mixed",
+                          "runs/fewstep")
+    add_table_options(parser)
+    add_pairs_option(parser)
     add = parser.add_argument
     add("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
     add("--passes", type=positive, default=80_000,
         help="of samples through the U-Net, for each row")
     add("--learning-rate", type=non_negative, default=5e-4, help="of each row")
-    parser.set_defaults(out="runs/fewstep", captions="mixed")
     args = parser.parse_args()
     folder, device = Path(args.out), pick_device(args.device)
     rows, write = open_table(folder / "compare.json", args)

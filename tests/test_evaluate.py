@@ -18,8 +18,7 @@ from diffusion import NoiseSchedule
 from evaluation import figures
 from evaluation.figures import GRADES
 from evaluation.plots import markdown_table
-from experiments import fewer_samples
-from experiments import paper_table
+from experiments import fewer_samples, paper_table, stalled_start
 
 
 @pytest.fixture(autouse=True)
@@ -91,10 +90,8 @@ def test_rows_of_each_guidance_scale_have_intervals_over_repeats(call):
 # --------------------------------------------------------------------------------------------------
 # The study at toy size
 
-FEW = ["--iterations", 4, "--batch-size", 4, "--num-pairs", 20,
-       "--num-samples", 12, "--teacher-steps", 4]
-STUDY = [*FEW, "--held-out", 8, "--lpips-iterations", 2, "--steps", 2, 1,
-         "--budgets", 0.5, 1, 2]
+FEW = ["--batch-size", 4, "--num-samples", 12]
+STUDY = [*FEW, "--teacher-steps", 2, "--held-out", 8, "--iterations", 4, 8, "--tune-at", 4]
 
 
 @pytest.fixture
@@ -103,66 +100,88 @@ def short_paths(monkeypatch):
     monkeypatch.setattr(figures, "STRAIGHTNESS_STEPS", 3)
 
 
-def test_paper_table_writes_all_rows_and_resumes(call, tmp_path, monkeypatch, short_paths):
+def test_paper_table_tunes_measures_and_resumes(call, monkeypatch, short_paths):
     code, out, err = call(paper_table.main, *STUDY, "--num-seeds", 1)
     assert code == 0, err
-    rows = json.loads(Path("runs/study/study.json").read_text())
-    names = ["drawn"] + ["teacher"] * 2 + ["2-RF"] * 2
-    names += ["2-RF + distill"] * 2 + ["2-RF + distill + LPIPS"]
-    names += ["teacher + distill"] * 3 + ["teacher + distill + LPIPS"] * 2
-    names += ["3-RF"] * 2 + ["3-RF + distill", "2-RF + distill, stacked"]
-    assert (
-        sorted(row["row"] for row in rows) == sorted(names)
-        and {row["seed"] for row in rows} == {0}
-    )
-    find = lambda name, iterations: next(
-        row for row in rows if (row["row"], row["updates"]) == (name, iterations)
-    )
-    assert find("teacher + distill", 8)["samples"] == find("2-RF + distill", 4)["samples"] == 8 * 4
-    assert (
-        find("teacher + distill", 4)["held_out_error"]
-        != find("teacher + distill", 8)["held_out_error"] > 0
-    )
-    flow_row = find("2-RF", 4)
-    assert flow_row["held_out_error"] is None and flow_row["relative_straightness"] > 0
-    for name in ("study.png", "study-pictures-0.png"):
-        assert np.asarray(Image.open(Path("runs/study") / name).convert("L")).std() > 3
-    assert Path("runs/study/study.md").read_text() in out
+    folder, path = Path("runs/paper-table"), Path("runs/paper-table/study.json")
+    rows = json.loads(path.read_text())
+    tuning = [row for row in rows if row["seed"] == paper_table.TUNING_SEED]
+    reported = [row for row in rows if row["seed"] == 0]
+    for start in paper_table.STARTS:
+        for arm in paper_table.ARMS:
+            mine = [row for row in tuning if (row["start"], row["arm"]) == (start, arm)
+                    and row["model"] == "one-step"]
+            best = min(mine, key=lambda row: row["frechet"])["learning_rate"]
+            assert {row["learning_rate"] for row in mine} >= set(paper_table.RATES)
+            cells = [row for row in reported if (row["start"], row["arm"]) == (start, arm)]
+            assert {row["learning_rate"] for row in cells} == {best}
+            models = ["one-step"] + ["2-RF", "2-RF"] * (arm != "direct")
+            assert sorted(row["model"] for row in cells) == sorted(models * 2)  # 4 and 8 steps
+    assert [row["steps"] for row in reported if row["model"] == "teacher"] == [2, 1]
+    # No pair is used twice, and both arms see as many: 4 x 4 directly, 2 x 4 + 2 x 4.
+    for name, count in (("pairs-tiny_sd", 4 * 8), ("teacher-reflow-first-4-*-seed-0/pairs-2rf", 8)):
+        spec = next(folder.glob(f"mixed/{name}")) / "pairs.json"
+        assert json.loads(spec.read_text())["count"] in (count, count // 2)
+    for name in ("study.png", "losses.png", "images.png"):
+        assert np.asarray(Image.open(folder / name).convert("L")).std() > 3
+    assert (folder / "study.md").read_text() in out
+    differences = (folder / "differences.md").read_text()
+    assert differences.count("| mixed |") == 4  # two starts at two numbers of iterations
 
-    # Resume as if killed before some rows were written, then request one part of another seed.
-    # Existing rows stay as they are.
-    without_minutes = lambda rows: sorted(
-        json.dumps({**row, "minutes": 0}, sort_keys=True) for row in rows
-    )
-    written = [row for row in rows if row["row"] not in ("2-RF", "2-RF + distill, stacked")]
-    Path("runs/study/study.json").write_text(json.dumps(written))
-    Path("runs/study/seed-0/2-RF+distill,stacked-4.safetensors").unlink()
-    assert call(paper_table.main, *STUDY, "--num-seeds", 1)[0] == 0
-    resumed = json.loads(Path("runs/study/study.json").read_text())
-    assert without_minutes(resumed) == without_minutes(rows)
-    assert call(paper_table.main, *STUDY, "--num-seeds", 2, "--parts", "teacher")[0] == 0
-    longer = json.loads(Path("runs/study/study.json").read_text())
-    assert [row["row"] for row in longer if row["seed"] == 1] == ["drawn", "teacher", "teacher"]
-    assert longer[: len(resumed)] == resumed
-    assert longer[-1]["frechet"] != find("teacher", 0)["frechet"]
-    code, _, err = call(paper_table.main, *STUDY, "--captions", "emoji")
-    assert code == 2 and "holds another study (captions was 'open', now 'emoji')" in err
+    # Resume as if killed before a row was written; nothing else is trained again.
+    path.write_text(json.dumps(rows[:-1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(paper_table, "train", None)
+        assert call(paper_table.main, *STUDY, "--num-seeds", 1)[0] == 0
+    assert json.loads(path.read_text()) == rows
+    lpips = [*STUDY, "--num-seeds", 1, "--starts", "negated", "--lpips-iterations", 2]
+    assert call(paper_table.main, *lpips)[0] == 0
+    longer = json.loads(path.read_text())
+    added = [row for row in longer if row not in rows]
+    assert len(added) == 4 and {row["model"] for row in added} == {"one-step + LPIPS"}
+    code, _, err = call(paper_table.main, *STUDY, "--batch-size", 8)
+    assert code == 2 and "holds another study (batch_size was 4, now 8)" in err
 
-    # The same models on captions of one object: nothing is trained.
-    monkeypatch.setattr(paper_table, "distill", None)
-    arguments = [*STUDY, "--num-seeds", 1, "--parts", "teacher", "direct", "--asked"]
-    assert call(paper_table.main, *arguments, "single")[0] == 0
-    single = json.loads(Path("runs/study/study-single.json").read_text())
-    assert len(single) == 3 + 3 + 2 and {row["frechet"] for row in single}.isdisjoint(
-        {row["frechet"] for row in rows}
-    )
-    assert json.loads(Path("runs/study/study.json").read_text()) == longer
-    other_arguments = [*arguments]
-    other_arguments[other_arguments.index("--iterations") + 1] = 8
-    code, _, err = call(paper_table.main, *other_arguments, "single")
-    assert code == 2 and "holds another study (iterations was 4, now 8)" in err
-    code, _, err = call(paper_table.main, *arguments, "emoji")
-    assert code == 2 and "--asked emoji: from another dataset than --captions open" in err
+
+def test_gaps_are_to_the_own_teacher_and_differences_are_paired():
+    key = {"captions": "mixed", "guidance": None, "steps": 1, "learning_rate": 1e-4,
+           "caption_accuracy": 0.5}
+    rows = []
+    for seed, (teacher, flow, direct, after) in enumerate([(20, 30, 100, 70), (22, 31, 90, 80)]):
+        cell = key | {"seed": seed, "start": "teacher", "iterations": 8}
+        rows += [
+            key | {"seed": seed, "start": None, "arm": None, "iterations": 0, "model": "teacher",
+                   "steps": 8, "frechet": teacher},
+            cell | {"arm": "direct", "model": "one-step", "frechet": direct},
+            cell | {"arm": "reflow first", "model": "2-RF", "steps": 4, "frechet": flow},
+            cell | {"arm": "reflow first", "model": "one-step", "frechet": after},
+        ]
+    rows.append(rows[-1] | {"seed": paper_table.TUNING_SEED})
+    rows = paper_table.with_gaps(rows, 8)
+    assert [row["gap"] for row in rows if row["model"] == "one-step"] == [80, 40, 68, 49]
+    line, = paper_table.differences_of(rows)
+    assert (line["frechet"], line["frechet_by_seed"], line["seeds"]) == (20, "30, 10", 2)
+    assert line["gap"] == (40 + 19) / 2
+
+
+def test_stalled_start_measures_where_the_step_points(call):
+    arguments = ["--iterations", 102, "--measure-every", 100, "--batch-size", 2, "--num-seeds", 1,
+                 "--held-out", 4, "--teacher-steps", 2]
+    code, out, err = call(stalled_start.main, *arguments)
+    assert code == 0, err
+    path = Path("runs/paper-table/stalled_start.json")
+    rows = json.loads(path.read_text())
+    at = {(row["run"], row["step"]): row for row in rows}
+    # The teacher's weights answer the noise; their negation answers minus the noise.
+    first = [at[name, 0]["cosine_noise"] for name in ("teacher", "negated")]
+    assert first[0] > 0.9 and first[1] < -0.9
+    assert at["teacher", 0]["loss"] == at["a tenth at random t", 0]["loss"] > 2
+    # The flip comes after a hundred identical steps; its control has none.
+    assert at["flipped at 100", 0] | {"run": ""} == at["teacher", 0] | {"run": ""}
+    flipped, restarted = at["flipped at 100", 102], at["restarted at 100", 102]
+    assert flipped["loss"] != restarted["loss"]
+    assert np.asarray(Image.open(path.with_suffix(".png")).convert("L")).std() > 3
+    assert call(stalled_start.main, *arguments)[0] == 0 and json.loads(path.read_text()) == rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,7 +233,8 @@ def test_perceptual_loss_has_its_authors_weights():
 
 def test_fewer_samples_writes_all_rows_and_repeats_nothing(call, short_paths):
     ways = ["paper", "negated", "matched", "perceptual", "unguided"]
-    few = [*FEW, "--num-seeds", 1, "--ways", *ways]
+    few = [*FEW, "--iterations", 4, "--num-pairs", 20, "--teacher-steps", 4, "--num-seeds", 1,
+           "--ways", *ways]
     code, out, err = call(fewer_samples.main, *few)
     assert code == 0, err
     rows = json.loads(Path("runs/study/fewer_samples.json").read_text())
