@@ -5,13 +5,15 @@
 Distils the teacher and 2-RF (toy/demo.py) into students of several widths, iterations, initial
 weights and seeds; each seed is a whole run. Random initial weights are the same for both teachers,
 so that only the targets differ. At the teacher's width, students also start from its weights, as in
-the paper; there, direct distillation also gets as many more iterations as reflow took.
+the paper; there, direct distillation also gets as many more iterations as reflow took, and another
+start: the teacher with its output negated, as reflow.py --init negated.
 
 Writes students.json (a row for each seed), students.md (means and ranges over seeds) and
 students.png. The columns are those of toy/demo.py, and endpoint_error is to the student's own
 teacher. A row's "updates" are its iterations.
 """
 
+import copy
 import json
 import sys
 from argparse import Namespace
@@ -37,8 +39,17 @@ LINES = [
     ("teacher", "random", "direct, random start", COLOURS["diffusion"], "o", "-"),
     ("2-RF", "random", "after reflow, random start", COLOURS["flow"], "s", "-"),
     ("teacher", "teacher", "direct, started from the teacher", COLOURS["diffusion"], "^", "--"),
+    ("teacher", "negated", "direct, started from the negated teacher", "tab:cyan", "P", "--"),
     ("2-RF", "teacher", "after reflow, started from 2-RF", COLOURS["flow"], "v", "--"),
 ]
+
+
+def negated(model: Model) -> Model:
+    """The model with the opposite output."""
+    model = copy.deepcopy(model)
+    for parameter in model.network.layers[-1].parameters():
+        parameter.data.neg_()
+    return model
 
 
 def measure_seed(args: Namespace, rows: list[dict], path: Path) -> None:
@@ -47,6 +58,8 @@ def measure_seed(args: Namespace, rows: list[dict], path: Path) -> None:
     for teacher in ("teacher", "2-RF"):
         more = [args.updates[-1] + args.iterations] * (teacher == "teacher")
         wanted += [(teacher, "teacher", args.width, count) for count in args.updates + more]
+        wanted += [(teacher, "negated", args.width, count)
+                   for count in args.updates if teacher == "teacher"]
         wanted += [(teacher, "random", width, count)
                    for width in args.widths for count in args.updates]
     keys = [dict(zip(KEYS, key)) | {"seed": args.seed} for key in wanted]
@@ -60,7 +73,7 @@ def measure_seed(args: Namespace, rows: list[dict], path: Path) -> None:
         source, pairs = sources[key["teacher"]]
         torch.manual_seed(args.seed)
         random = Model("", MLP(key["width"]), "flow")
-        start = source if key["start"] == "teacher" else random
+        start = {"teacher": source, "negated": negated(source), "random": random}[key["start"]]
         name = f"{source.name} + distill, {key['width']}, {key['updates']}"
         measured = student_row(distill(start, pairs, args, key["updates"], name), source, probe)
         figures = {name: measured[name] for name in FIGURES}

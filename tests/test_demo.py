@@ -65,9 +65,12 @@ def test_plane_students_writes_all_rows_and_resumes(call, tmp_path):
     code, out, err = call(plane_students.main, *arguments)
     assert (code, err) == (0, "")
     rows = json.loads((tmp_path / "a/students.json").read_text())
-    # Per seed: two teachers, two students each at two numbers of iterations, and one student of the
-    # teacher at a third number.
-    assert len(rows) == 2 * (2 * 2 * 2 + 1)
+    # Per seed: two teachers, two students each at two numbers of iterations; of the teacher also
+    # the negated start at both, and one student at a third number.
+    assert len(rows) == 2 * (2 * 2 * 2 + 2 + 1)
+    errors = {row["start"]: row["endpoint_error"] for row in rows
+              if row["teacher"] == "teacher" and row["width"] == 16 and row["updates"] == 3}
+    assert errors["negated"] != errors["teacher"]
     assert np.asarray(Image.open(tmp_path / "a/students.png").convert("L")).std() > 3
     assert (tmp_path / "a/students.md").read_text() in out
 
