@@ -14,6 +14,7 @@ import torch
 
 from command import BadInput, Parser, check_not_overwriting, run
 from formats.diffusers_folder import export, fingerprint, load_folder
+from formats.lora import add_lora_options, apply_lora_options, lora_inputs
 from formats.single_file import PICKLES, load_single_file, save, unread
 from formats.tokenizers import tokenizer_in
 from stable_diffusion import INITS, KINDS, StableDiffusion, initial_student
@@ -95,12 +96,15 @@ def main():
     parser.add_argument("--kind", choices=KINDS, help="override what the U-Net predicts")
     parser.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, to store too")
     parser.add_argument("--use-ema", action="store_true", help="of a full training checkpoint")
+    add_lora_options(parser)
     args = parser.parse_args()
     if Path(args.target).suffix.lower() in PICKLES:
         raise BadInput(f"{args.target}: pickles are not written; name a .safetensors or a folder")
     inside = Path(args.source).resolve() in Path(args.target).resolve().parents
-    check_not_overwriting(args.source if inside else args.target, {"the source": args.source})
+    check_not_overwriting(args.source if inside else args.target,
+                          {"the source": args.source} | lora_inputs(args))
     model = load(args.source, kind=args.kind, tokenizer=args.tokenizer, use_ema=args.use_ema)
+    apply_lora_options(model, args, *map(load, args.add_difference or ()))
     dtype = None if args.use_ema else torch.float16  # averages are not rounded
     (save if args.target.lower().endswith(".safetensors") else export)(model, args.target, dtype)
     print(f"{args.target}: a {model.kind} model")

@@ -27,6 +27,7 @@ from command import (
 )
 from diffusion import NoiseSchedule, as_flow, dpm_solver
 from formats.images import check_image_ending, decode_finite, enlarged, image_grid, save_image
+from formats.lora import add_lora_options, apply_lora_options
 from formats.prompts import read_prompts
 from rectified_flow import euler, guided, interpolate
 from stable_diffusion import FAMILIES, KINDS
@@ -192,6 +193,7 @@ def arguments():
     add("--kind", choices=KINDS, help="what the U-Net predicts; default: as the file says")
     add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
     add("--out", default="out.png", help="the grid of images; its metadata says how they were made")
+    add_lora_options(parser)
     add_machine_options(parser, user_seed)
     return parser.parse_args()
 
@@ -225,6 +227,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     model = checkpoint.load(args.model, device, dtype, args.kind, args.tokenizer)
     check(args, model)
+    apply_lora_options(model, args, *map(checkpoint.load, args.add_difference or ()))
     if args.compile:
         model.compile()
     prompts = args.prompt or []
@@ -247,7 +250,8 @@ def main():
 
     about = {"prompt": "\n".join(prompts), "negative_prompt": args.negative_prompt,
              "seed": args.seed, "steps": steps, "guidance": guidance,
-             "model": Path(args.model).name, "kind": model.kind}
+             "model": Path(args.model).name, "kind": model.kind,
+             "lora": args.lora or "", "difference": args.add_difference or ""}
     save_image(args.out, image_grid(enlarged(images), args.num_images), about)
     print(f"{args.out}: {count} images, {steps} step{'s' * (steps > 1)}, seed {args.seed}, "
           f"guidance {guidance:g}, {seconds:.3f} seconds each")
