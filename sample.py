@@ -3,6 +3,7 @@
     python sample.py                      the one-step model of distill.py, or the shipped one
     python sample.py --prompt "a red circle above a blue square" --num-images 8
     python sample.py --model sd14.safetensors --prompt "a lighthouse" --steps 25 --guidance 6
+    python sample.py --controlnet FILE --control-image photo.png --canny ...        controlnet.py
 
     model = checkpoint.load("runs/instaflow.safetensors")                     or from Python:
     images = sample_images(model, ["a red circle"] * 4, seeds=range(4))    (4, 3, H, W) in [-1, 1]
@@ -25,6 +26,7 @@ from command import (
     TINY_ONE_STEP, BadInput, Parser, add_machine_options, at_least, check_output, non_negative,
     note, pick_device, pick_dtype, positive, run, solver_steps,
 )
+from controlnet import add_control_options, control
 from diffusion import NoiseSchedule, as_flow, dpm_solver
 from formats.images import check_image_ending, decode_finite, enlarged, image_grid, save_image
 from formats.lora import add_lora_options, apply_lora_options
@@ -194,6 +196,7 @@ def arguments():
     add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
     add("--out", default="out.png", help="the grid of images; its metadata says how they were made")
     add_lora_options(parser)
+    add_control_options(parser)
     add_machine_options(parser, user_seed)
     return parser.parse_args()
 
@@ -228,6 +231,9 @@ def main():
     model = checkpoint.load(args.model, device, dtype, args.kind, args.tokenizer)
     check(args, model)
     apply_lora_options(model, args, *map(checkpoint.load, args.add_difference or ()))
+    own = (side * model.vae.config.downsampling for side in model.latent_shape()[1:])
+    size = tuple(given or side for given, side in zip((args.height, args.width), own))
+    controls = control(model, args, size)
     if args.compile:
         model.compile()
     prompts = args.prompt or []
@@ -237,8 +243,6 @@ def main():
         note(f"no --prompt given; using {prompts[0]!r}")
 
     steps, guidance = args.steps or model.steps, model.guidance_for(args.guidance)
-    own = (side * model.vae.config.downsampling for side in model.latent_shape()[1:])
-    size = tuple(given or side for given, side in zip((args.height, args.width), own))
     count, started = len(prompts) * args.num_images, time.perf_counter()
     with tqdm(total=count, desc="images", unit="image", dynamic_ncols=True, leave=False) as bar:
         images = sample_images(
@@ -251,7 +255,7 @@ def main():
     about = {"prompt": "\n".join(prompts), "negative_prompt": args.negative_prompt,
              "seed": args.seed, "steps": steps, "guidance": guidance,
              "model": Path(args.model).name, "kind": model.kind,
-             "lora": args.lora or "", "difference": args.add_difference or ""}
+             "lora": args.lora or "", "difference": args.add_difference or ""} | controls
     save_image(args.out, image_grid(enlarged(images), args.num_images), about)
     print(f"{args.out}: {count} images, {steps} step{'s' * (steps > 1)}, seed {args.seed}, "
           f"guidance {guidance:g}, {seconds:.3f} seconds each")

@@ -252,6 +252,7 @@ class UNet(nn.Module):
     x (B, in_channels, H, W), timestep (B,) float, context (B, L, cross_attention_dim)
     -> (B, out_channels, H, W) in the dtype of the weights, or of autocast; H, W >= 2^(levels - 1).
     With config.second_time: mean velocity from `timestep` to `until` (B,), by default `timestep`.
+    residuals: added to the skips, the last to the mid block's output (controlnet.py).
     `gradient_checkpointing = True`: the backward pass recomputes each level, a third more time.
     """
 
@@ -271,8 +272,11 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, until: Tensor | None = None):
-        return self.read_out(self.body(self.read_in(x), timestep, context, until))
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Tensor, until: Tensor | None = None,
+        residuals: list[Tensor] | None = None,
+    ) -> Tensor:
+        return self.read_out(self.body(self.read_in(x), timestep, context, until, residuals))
 
     def read_in(self, x: Tensor) -> Tensor:
         return self.conv_in(x.to(self.conv_in.weight.dtype))
@@ -280,7 +284,10 @@ class UNet(nn.Module):
     def read_out(self, x: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def body(self, x: Tensor, timestep: Tensor, context: Tensor, until: Tensor | None = None):
+    def body(
+        self, x: Tensor, timestep: Tensor, context: Tensor, until: Tensor | None = None,
+        residuals: list[Tensor] | None = None,
+    ) -> Tensor:
         """All between the outer convolutions: (B, block_out_channels[0], H, W) -> same shape."""
         first, dtype = self.config.block_out_channels[0], self.time_embedding.linear_1.weight.dtype
         context = context.to(dtype)
@@ -292,6 +299,9 @@ class UNet(nn.Module):
         for block in self.down_blocks:
             skips += self._run(block, skips[-1], time, context)
         x = self._run(self.mid_block, skips[-1], time, context)
+        if residuals is not None:
+            skips = [skip + more for skip, more in zip(skips, residuals[:-1], strict=True)]
+            x = x + residuals[-1]
         for block in self.up_blocks:
             taken = [skips.pop() for _ in block.resnets]
             size = skips[-1].shape[-2:] if skips else x.shape[-2:]
