@@ -14,6 +14,7 @@ import torch
 
 from command import BadInput, Parser, check_not_overwriting, run
 from formats.diffusers_folder import export, fingerprint, load_folder
+from formats.hub import fetch, is_hub_name
 from formats.lora import add_lora_options, apply_lora_options, lora_inputs
 from formats.single_file import PICKLES, load_single_file, save, unread
 from formats.tokenizers import tokenizer_in
@@ -25,12 +26,12 @@ def load(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
     kind: str | None = None, tokenizer: str | Path | None = None, use_ema: bool = False,
 ) -> StableDiffusion:
-    """Load a single file or a diffusers folder, in evaluation mode.
+    """Load a single file, a diffusers folder or a hub model (org/name), in evaluation mode.
 
     kind overrides the file's own; tokenizer: a folder with vocab.json and merges.txt; use_ema: the
     averaged U-Net of a full training checkpoint. BadInput, one line, for whatever is wrong.
     """
-    path = Path(path)
+    path = fetch(str(path)) if is_hub_name(path) else Path(path)
     if path.is_dir():
         model = load_folder(path, device, dtype, kind)
         if use_ema:

@@ -31,6 +31,7 @@ from diffusion import NoiseSchedule, as_flow, dpm_solver
 from formats.images import check_image_ending, decode_finite, enlarged, image_grid, save_image
 from formats.lora import add_lora_options, apply_lora_options
 from formats.prompts import read_prompts
+from formats.vae_file import replace_vae
 from rectified_flow import euler, guided, interpolate
 from stable_diffusion import FAMILIES, KINDS
 
@@ -179,8 +180,10 @@ def seed_range(purpose: str, seed: int, count: int, start: int = 0) -> range:
 def arguments():
     parser = Parser("Generate images for prompts.")
     add = parser.add_argument
-    add("--model", help=f"a checkpoint; default: {OWN_ONE_STEP}, else the shipped tiny model")
-    add("--prompt", action="append", help="may be repeated")
+    add("--model", help=f"a checkpoint, or org/name on the hub; default: {OWN_ONE_STEP}, else the "
+                        "shipped tiny model")
+    add("--vae", help="another autoencoder of SD 1.x: a file or diffusers folder")
+    add("--prompt", action="extend", nargs="+", default=[], help="one or several")
     add("--prompts", help="text file with a prompt a line, or .tsv/.csv")
     add("--prompt-column", default="Prompt", help="column of a .tsv or .csv")
     add("--num-images", type=positive, default=4, help="for each prompt, seeds SEED, SEED + 1, ...")
@@ -230,14 +233,15 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     model = checkpoint.load(args.model, device, dtype, args.kind, args.tokenizer)
     check(args, model)
+    if args.vae:
+        replace_vae(model, args.vae)
     apply_lora_options(model, args, *map(checkpoint.load, args.add_difference or ()))
     own = (side * model.vae.config.downsampling for side in model.latent_shape()[1:])
     size = tuple(given or side for given, side in zip((args.height, args.width), own))
     controls = control(model, args, size)
     if args.compile:
         model.compile()
-    prompts = args.prompt or []
-    prompts += read_prompts(args.prompts, args.prompt_column) if args.prompts else []
+    prompts = args.prompt + (read_prompts(args.prompts, args.prompt_column) if args.prompts else [])
     if not prompts:
         prompts = [FAMILIES[model.family].example]
         note(f"no --prompt given; using {prompts[0]!r}")

@@ -1,0 +1,42 @@
+"""Models by their name on the Hugging Face hub, such as `XCLIU/instaflow_0_9B_from_sd_1_5`.
+
+The safetensors, configurations and tokenizer of a diffusers folder are fetched once, with progress
+bars, into huggingface_hub's cache, and found there from then on, offline too. A local file or
+folder of the same name wins.
+"""
+
+import re
+from pathlib import Path
+
+from command import BadInput, first_line
+
+NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name
+WANTED = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*",
+          *(f"{part}/*.safetensors*" for part in ("unet", "vae", "text_encoder"))]
+VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # fetched only where a network has nothing else
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """Could this be a model on the hub: org/name, and nothing on this disk?"""
+    path = Path(path)
+    return bool(NAME.fullmatch(path.as_posix())) and not (
+        path.exists() or path.parent.exists() or path.suffix == ".safetensors")
+
+
+def fetch(name: str) -> Path:
+    """The folder of a hub model in the cache. BadInput: unknown, or offline and not cached."""
+    from huggingface_hub import snapshot_download  # slow to import, and few models need it
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=VARIANTS))
+        if not list(folder.glob("unet/*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=WANTED))
+        return folder
+    except LocalEntryNotFoundError:
+        raise BadInput(f"{name}: no such file or folder, and not in the hub's cache while the hub "
+                       "cannot be reached; go online once, or give a local path") from None
+    except HfHubHTTPError as problem:
+        raise BadInput(f"{name}: no such file or folder, and the hub refuses it "
+                       f"({first_line(problem)}); check the name, or log in with `hf auth login`"
+                       ) from None

@@ -1,0 +1,130 @@
+"""Models from the hub's cache, and another autoencoder for a model. Nothing is fetched here."""
+
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import sample
+from command import TINY_TEACHER
+from formats.hub import fetch, is_hub_name
+from formats.single_file import VAE_PREFIX
+from formats.vae_file import replace_vae
+from make_checkpoint import make_model
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the hub, offline."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def put(model, cache, name="XCLIU/instaflow_tiny"):
+    """The model's diffusers folder as the hub's client caches it."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    checkpoint.export(model, repository / "snapshots" / "0123abc", torch.float32)
+    return name
+
+
+def test_a_cached_model_opens_by_its_name(cache, call):
+    model = make_model()
+    name = put(model, cache)
+    opened = checkpoint.load(name)
+    for name_, weight in model.unet.state_dict().items():
+        torch.testing.assert_close(opened.unet.state_dict()[name_], weight)
+    assert call(checkpoint.main, name, "copy.safetensors")[0] == 0
+    assert checkpoint.load("copy.safetensors").kind == opened.kind
+
+
+def test_offline_and_not_cached_is_one_line(cache, call):
+    code, _, err = call(sample.main, "--model", "some/model")
+    assert code == 2 and "\n" not in err and "cannot be reached" in err
+
+
+def test_a_local_path_wins(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(make_model(), cache, "org/name")
+    assert is_hub_name("org/name") and not is_hub_name("org/name.safetensors")
+    assert not is_hub_name("a/b/c") and not is_hub_name("name")
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert not is_hub_name("org/name")
+
+
+def test_only_what_is_read_is_asked_for(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, allow_patterns, ignore_patterns=None):
+        asked.append(ignore_patterns)
+        if ignore_patterns is None:  # the second call: the repository has fp16 alone
+            (tmp_path / "unet").mkdir()
+            (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch()
+        assert "unet/*.safetensors*" in allow_patterns and "*" not in allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch("org/name") == tmp_path and asked == [["*.fp16.*", "*.non_ema.*"], None]
+    assert fetch("org/name") == tmp_path and len(asked) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Another autoencoder
+
+
+@pytest.fixture(scope="module")
+def other():
+    """A model with the small sizes and other weights."""
+    return make_model(seed=7)
+
+
+def layouts(other, folder):
+    """The other autoencoder as a diffusers folder, as original files, and in a whole model."""
+    checkpoint.export(other, folder / "sd", torch.float32)
+    checkpoint.save(other, folder / "whole.safetensors", None)
+    whole = load_file(folder / "whole.safetensors")
+    original = {key: x for key, x in whole.items() if key.startswith(VAE_PREFIX)}
+    bare = {key.removeprefix(VAE_PREFIX): x for key, x in original.items()}
+    save_file(bare | {"loss.logvar": torch.zeros(1)}, folder / "ft-mse.safetensors")
+    shutil.copy(folder / "sd/vae/diffusion_pytorch_model.safetensors", folder / "kl.safetensors")
+    return [folder / "sd" / "vae", folder / "ft-mse.safetensors", folder / "kl.safetensors",
+            folder / "whole.safetensors"]
+
+
+def test_every_layout_of_an_autoencoder_is_read(other, tmp_path):
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    wanted = other.vae.decode(latents)
+    for path in layouts(other, tmp_path):
+        model = make_model()
+        assert not torch.allclose(model.vae.decode(latents), wanted, atol=1e-3)
+        replace_vae(model, path)
+        torch.testing.assert_close(model.vae.decode(latents), wanted, atol=1e-5, rtol=1e-5)
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "sd" / "vae")
+    images = theirs.decode(latents / theirs.config.scaling_factor).sample
+    torch.testing.assert_close(wanted, images, atol=1e-5, rtol=1e-5)
+
+
+def test_sample_takes_another_autoencoder(other, tmp_path, call):
+    *_, path, _ = layouts(other, tmp_path)
+    checkpoint.save(make_model(), "model.safetensors")
+    images = []
+    for more in ((), ("--vae", path)):
+        options = ["--prompt", "a", "--steps", 2, "--num-images", 1, "--out", "a.png", *more]
+        assert call(sample.main, "--model", "model.safetensors", *options)[0] == 0
+        images.append((tmp_path / "a.png").read_bytes())
+    assert images[0] != images[1]
+
+
+def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, call):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "vae.pt").touch()
+    for path, said in (("a.safetensors", "tensors are missing"), ("vae.pt", "pickle"),
+                       ("none.safetensors", "no such file"), (".", "config.json")):
+        code, _, err = call(sample.main, "--model", TINY_TEACHER, "--vae", path)
+        assert code == 2 and said in err and "\n" not in err, err
