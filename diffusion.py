@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rectified_flow import Velocity, broadcast_over, even_times, flow_velocity, guided, squared
+from rectified_flow import (
+    Velocity, broadcast_over, even_times, flow_velocity, guided, interpolate, squared,
+)
 
 
 class NoiseSchedule:
@@ -51,14 +53,15 @@ class NoiseSchedule:
         log_ratio, falling = torch.logit(t.cpu().double()), np.arange(self.timesteps)[::-1]
         return torch.as_tensor(np.interp(log_ratio, self.log_ratio.flip(0), falling))
 
-    def sampling_timesteps(self, steps: int) -> Tensor:
-        """`steps` evenly spaced whole timesteps from 999 down ("trailing" in diffusers)."""
-        return (torch.arange(self.timesteps, 0, -self.timesteps / steps).round() - 1)[:steps]
+    def sampling_timesteps(self, steps: int, t: float = 0.0) -> Tensor:
+        """`steps` evenly spaced whole timesteps from that of t down ("trailing" in diffusers)."""
+        count = int((self.log_ratio > torch.logit(torch.tensor(t))).sum())  # t = 0: all 1000
+        return (torch.arange(count, 0, -max(1.0, count / steps)).round() - 1)[:steps]
 
-    def sampling_times(self, steps: int) -> Tensor:
-        """The same timesteps as flow times, and the end 1: (steps + 1,), from 0.064."""
+    def sampling_times(self, steps: int, t: float = 0.0) -> Tensor:
+        """The same timesteps as flow times, and the end 1: (steps + 1,), from 0.064 at t = 0."""
         end = torch.ones(1, dtype=torch.float64)
-        return torch.cat([self.time(self.sampling_timesteps(steps)), end])
+        return torch.cat([self.time(self.sampling_timesteps(steps, t)), end])
 
 
 def noise_loss(unet, schedule: NoiseSchedule, x1: Tensor, noise: Tensor, s: Tensor, context):
@@ -91,16 +94,21 @@ def diffusion_start(noise: Tensor, schedule: NoiseSchedule) -> Tensor:
 
 def as_flow(
     unet, kind: str, x0: Tensor, steps: int, null_context: Tensor, guidance: float = 1.0,
+    x1: Tensor | None = None, t: float = 0.0,
 ) -> tuple[Velocity, Tensor, Tensor]:
     """A model of any kind as a flow from the noise x0, for `euler`: (velocity, start, times).
 
-    The times (steps + 1,) of a flow cover [0, 1], those of a diffusion its schedule's range.
+    The times (steps + 1,) of a flow cover [t, 1], those of a diffusion its schedule's part of it,
+    in fewer steps where it has fewer timesteps. At t > 0 the start is on the line to latents x1.
     """
     if kind != "diffusion":
-        return guided(flow_velocity(unet), null_context, guidance), x0, even_times(steps)
-    schedule = NoiseSchedule()
-    velocity = diffusion_velocity(guided(unet, null_context, guidance), schedule)
-    return velocity, diffusion_start(x0, schedule), schedule.sampling_times(steps)
+        velocity = guided(flow_velocity(unet), null_context, guidance)
+        start, times = x0, t + (1 - t) * even_times(steps)
+    else:
+        schedule = NoiseSchedule()
+        velocity = diffusion_velocity(guided(unet, null_context, guidance), schedule)
+        start, times = diffusion_start(x0, schedule), schedule.sampling_times(steps, t)
+    return velocity, interpolate(x0, x1, times[:1]) if t > 0 else start, times
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,15 +117,19 @@ def as_flow(
 
 def dpm_solver(
     predict_noise, x: Tensor, steps: int, schedule: NoiseSchedule, context: Tensor | None = None,
+    x1: Tensor | None = None, t: float = 0.0,
 ) -> Iterator[Tensor]:
     """DPM-Solver++(2M) from x = ε; yields all steps + 1 states. DPM-Solver++, algorithm 2.
 
-    Each step extrapolates two data predictions in λ = log(α/σ); the first and last use one.
+    Each step extrapolates two data predictions in λ = log(α/σ); the first and last use one. From
+    time t > 0 it starts between ε and the latents x1.
     """
-    timesteps = schedule.sampling_timesteps(steps)
+    timesteps = schedule.sampling_timesteps(steps, t)
     alphas, sigmas = schedule.alpha_sigma(timesteps)
     alphas, sigmas = [*alphas.tolist(), 1.0], [*sigmas.tolist(), 0.0]
     last_data, last_h = None, None
+    if t > 0:
+        x = alphas[0] * x1 + sigmas[0] * x
     yield x
     for k, s in enumerate(timesteps.tolist()):
         alpha, sigma, alpha_next, sigma_next = alphas[k], sigmas[k], alphas[k + 1], sigmas[k + 1]

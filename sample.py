@@ -14,6 +14,7 @@ Euler step x1 = x0 + v(x0, 0) for a one-step model, and its own sampler for a fe
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from command import (
 )
 from controlnet import add_control_options, control
 from diffusion import NoiseSchedule, as_flow, dpm_solver
+from editing import add_editing_options, edit, editing_flags, resolve_editing, starts_anywhere
 from formats.images import check_image_ending, decode_finite, enlarged, image_grid, save_image
 from formats.lora import add_lora_options, apply_lora_options
 from formats.prompts import read_prompts
@@ -46,29 +48,35 @@ OWN_ONE_STEP = "runs/instaflow.safetensors"  # of distill.py
 
 @torch.inference_mode()
 def sample_latents(
-    model, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None,
+    model, prompts: Sequence[str] | Tensor, seeds: Sequence[int] | Tensor, steps: int | None = None,
     guidance: float | None = None, negative: str = "", solver: str = "dpm",
-    size: tuple[int, int] | None = None, *, batch_size: int | None = None, bar: tqdm | None = None,
+    size: tuple[int, int] | None = None, *, start: tuple[Tensor, float] | None = None,
+    batch_size: int | None = None, bar: tqdm | None = None,
 ) -> Tensor:
     """Latents (N, 4, h, w), fp32, one for each prompt and seed. model: a StableDiffusion.
 
     None means the model's own. guidance: 1 is off. negative: the prompt that guidance leads away
     from. solver: "dpm" or "ddim", for a diffusion. size: (height, width) in pixels. Few-step models
-    are sampled without guidance. bar: updated after each batch.
+    are sampled without guidance. bar: updated after each batch. For editing.py, prompts may also be
+    contexts (N, L, D), and seeds noises (N, 4, h, w). start: (latents (N, 4, h, w), t) begins at
+    X_t = (1 - t) X0 + t latents and spreads `steps` over [t, 1], so that t does not set the cost.
     """
+    assert start is None or starts_anywhere(model)
     steps, guidance = steps or model.steps, model.guidance_for(guidance)
     shape, latents = model.latent_shape(size), []
     null_context = model.encode_prompts([negative])  # (1, L, D)
     for part in batch_slices(len(prompts), batch_size or max_batch_size(shape)):
         noise = noise_from_seeds(seeds[part], shape).to(model.device)
         context = model.encode_prompts(prompts[part])
+        begin = () if start is None else (start[0][part].to(noise), start[1])
         if model.few_step:
-            x1 = few_step_sample(model, noise, steps, context, seeds[part])
+            x1 = few_step_sample(model, noise, steps, context, seeds[part], *begin)
         elif model.kind == "diffusion" and solver == "dpm":
             predict_noise = guided(model.unet, null_context, guidance)
-            *_, x1 = dpm_solver(predict_noise, noise, steps, NoiseSchedule(), context)
+            *_, x1 = dpm_solver(predict_noise, noise, steps, NoiseSchedule(), context, *begin)
         else:  # Euler; of a diffusion it is DDIM
-            flow, x, times = as_flow(model.unet, model.kind, noise, steps, null_context, guidance)
+            flow, x, times = as_flow(model.unet, model.kind, noise, steps, null_context, guidance,
+                                     *begin)
             *_, x1 = euler(flow, x, steps, context, times)
         latents.append(x1)
         if bar is not None:
@@ -78,12 +86,14 @@ def sample_latents(
 
 @torch.inference_mode()
 def sample_images(
-    model, prompts, seeds, *how, batch_size: int | None = None, bar: tqdm | None = None, **more,
+    model, prompts, seeds, *how, start: tuple[Tensor, float] | None = None,
+    batch_size: int | None = None, bar: tqdm | None = None, **more,
 ) -> Tensor:
     """Images (N, 3, H, W) in [-1, 1], fp32 on the CPU. Arguments as of `sample_latents`."""
     images, batch = [], batch_size or max_batch_size(model.latent_shape(more.get("size")))
     for part in batch_slices(len(prompts), batch):
-        latents = sample_latents(model, prompts[part], seeds[part], *how, batch_size=batch, **more)
+        latents = sample_latents(model, prompts[part], seeds[part], *how, batch_size=batch,
+                                 start=start and (start[0][part], start[1]), **more)
         images.append(decode_finite(model, latents, prompts[part]))
         if bar is not None:
             bar.update(len(latents))
@@ -91,12 +101,12 @@ def sample_images(
 
 
 def few_step_sample(
-    model, noise: Tensor, steps: int, context: Tensor, seeds: Sequence[int],
+    model, noise: Tensor, steps: int, context: Tensor, seeds: Sequence[int], *begin,
 ) -> Tensor:
     """Noise to latents with a few-step model. "euler" follows the velocity; "renoise" predicts the
     end and adds new noise; "mean" asks a network of two times for the step's mean velocity.
     """
-    velocity, x, times = as_flow(model.unet, model.kind, noise, steps, context[:1])
+    velocity, x, times = as_flow(model.unet, model.kind, noise, steps, context[:1], 1.0, *begin)
     if model.few_step.sampler == "euler":
         *_, x = euler(velocity, x, steps, context, times)
         return x
@@ -135,13 +145,15 @@ def check_no_guidance(model) -> None:
 # Seeds and noise
 
 
-def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+def noise_from_seeds(seeds: Sequence[int] | Tensor, shape: tuple[int, ...]) -> Tensor:
     """X0 for integer seeds: (len(seeds), *shape), fp32, made on the CPU.
 
     One generator a sample: a seed gives the same noise on every device and at every batch size.
     Below 2**32 the noise is torch's for that seed, hence diffusers'. torch's generator reads the
     last 32 bits only; larger seeds go to numpy's RandomState, whose stream is frozen.
     """
+    if isinstance(seeds, Tensor) and seeds.is_floating_point():  # noises already
+        return seeds.flatten(1)[:, : torch.Size(shape).numel()].unflatten(1, shape)
 
     def noise(seed: int) -> Tensor:
         if seed < 2**32:
@@ -200,8 +212,9 @@ def arguments():
     add("--out", default="out.png", help="the grid of images; its metadata says how they were made")
     add_lora_options(parser)
     add_control_options(parser)
+    add_editing_options(parser)
     add_machine_options(parser, user_seed)
-    return parser.parse_args()
+    return resolve_editing(parser.parse_args(), parser.get_default("num_images"))
 
 
 def check(args, model) -> None:
@@ -247,20 +260,26 @@ def main():
         note(f"no --prompt given; using {prompts[0]!r}")
 
     steps, guidance = args.steps or model.steps, model.guidance_for(args.guidance)
-    count, started = len(prompts) * args.num_images, time.perf_counter()
+    texts = [prompt for prompt in prompts for _ in range(args.num_images)]
+    seeds = [args.seed + k for _ in prompts for k in range(args.num_images)]
+    count, started = args.interpolate or len(texts), time.perf_counter()
+    how = {"steps": steps, "guidance": guidance, "negative": args.negative_prompt,
+           "solver": args.solver, "size": size, "batch_size": args.batch_size}
     with tqdm(total=count, desc="images", unit="image", dynamic_ncols=True, leave=False) as bar:
-        images = sample_images(
-            model, [prompt for prompt in prompts for _ in range(args.num_images)],
-            [args.seed + k for _ in prompts for k in range(args.num_images)], steps, guidance,
-            args.negative_prompt, args.solver, size, batch_size=args.batch_size, bar=bar,
-        )
+        if editing_flags(args):
+            each = steps if model.few_step else 1  # X0, and the noises that renoising adds
+            noise = noise_from_seeds([args.seed, args.seed + 1], (each, *model.latent_shape(size)))
+            generate = partial(sample_latents, model, **how, bar=bar)
+            images, columns = edit(args, model, texts, seeds, noise, generate)
+        else:
+            images, columns = sample_images(model, texts, seeds, **how, bar=bar), args.num_images
     seconds = (time.perf_counter() - started) / count
 
     about = {"prompt": "\n".join(prompts), "negative_prompt": args.negative_prompt,
              "seed": args.seed, "steps": steps, "guidance": guidance,
-             "model": Path(args.model).name, "kind": model.kind,
-             "lora": args.lora or "", "difference": args.add_difference or ""} | controls
-    save_image(args.out, image_grid(enlarged(images), args.num_images), about)
+             "model": Path(args.model).name, "kind": model.kind, "lora": args.lora or "",
+             "difference": args.add_difference or "", **controls, **editing_flags(args)}
+    save_image(args.out, image_grid(enlarged(images), columns), about)
     print(f"{args.out}: {count} images, {steps} step{'s' * (steps > 1)}, seed {args.seed}, "
           f"guidance {guidance:g}, {seconds:.3f} seconds each")
 

@@ -105,8 +105,10 @@ class StableDiffusion:
         h, w = (side, side) if size is None else (pixels // factor for pixels in size)
         return self.unet.config.in_channels, h, w
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
+    def encode_prompts(self, prompts: list[str] | Tensor) -> Tensor:
         """The context (B, L, D) that the U-Net attends to, without gradients."""
+        if isinstance(prompts, Tensor):  # a context already
+            return prompts
         length = self.text_encoder.config.max_position_embeddings
         token_ids = tokenize(self.get_tokenizer(), prompts, length)
         with torch.no_grad():

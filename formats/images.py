@@ -34,6 +34,13 @@ def save_image(path: str, pixels: np.ndarray, about: dict) -> None:
     write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, **more))
 
 
+def save_gif(path: str | Path, images: Tensor, milliseconds: int = 120) -> None:
+    """Write images (N, 3, H, W) in [-1, 1] as an endless animation. milliseconds: a frame."""
+    first, *others = map(Image.fromarray, to_bytes(images).numpy())
+    write_atomically(path, lambda temporary: first.save(
+        temporary, save_all=True, append_images=others, duration=milliseconds, loop=0))
+
+
 def enlarged(images: Tensor) -> Tensor:
     """Images (N, 3, H, W) by a whole factor to a height of 128 pixels or more."""
     factor = -(-128 // images.shape[2])
@@ -56,12 +63,12 @@ def image_grid(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def read_square(path: Path, side: int) -> Tensor:
-    """The central square of an image file, (3, side, side) uint8. BadInput: Pillow refuses it."""
-    return torch.from_numpy(read_fitted(path, side, side)).permute(2, 0, 1)
+    """The central square of an image file, (3, side, side) uint8. BadInput: as `read_image`."""
+    return read_image(path, side, side)
 
 
-def read_fitted(path: str | Path, height: int, width: int) -> np.ndarray:
-    """An image file, resized and its centre cropped to (height, width, 3) uint8."""
+def read_image(path: str | Path, height: int, width: int) -> Tensor:
+    """An image file, resized and cropped: (3, height, width) uint8. BadInput: Pillow refuses it."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits, of which Pillow would clip all above 255
@@ -73,13 +80,15 @@ def read_fitted(path: str | Path, height: int, width: int) -> np.ndarray:
     except Exception as problem:  # Pillow raises many kinds
         why = first_line(problem)
         raise BadInput(f"{path}: not a readable image ({why}); delete or replace it") from None
-    return np.array(pixels)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def read_condition(path: str | Path, height: int, width: int, edges: bool) -> Tensor:
     """An image file for a ControlNet, or its edges: (1, 3, height, width) in [0, 1], fp32."""
-    pixels = read_fitted(path, height, width)
-    return torch.from_numpy(canny(pixels) if edges else pixels).permute(2, 0, 1)[None] / 255
+    image = read_image(path, height, width)
+    if edges:
+        image = torch.from_numpy(canny(image.permute(1, 2, 0).numpy())).permute(2, 0, 1)
+    return image[None] / 255
 
 
 def canny(pixels: np.ndarray, low: float = 65, high: float = 130) -> np.ndarray:
@@ -113,7 +122,7 @@ def decode_finite(model, latents: Tensor, prompts) -> Tensor:
     BadInput: names the part that is not finite.
     """
     if not torch.isfinite(latents).all():
-        text = torch.isfinite(model.encode_prompts(list(prompts))).all()
+        text = torch.isfinite(model.encode_prompts(prompts)).all()
         raise BadInput(f"the {'U-Net' if text else 'text encoder'} overflows: its output is not "
                        "finite; try --dtype fp32 or bf16")
     images = model.vae.decode(latents).float().cpu()
