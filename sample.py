@@ -30,7 +30,9 @@ from command import (
 from controlnet import add_control_options, control
 from diffusion import NoiseSchedule, as_flow, dpm_solver
 from editing import add_editing_options, edit, editing_flags, resolve_editing, starts_anywhere
-from formats.images import check_image_ending, decode_finite, enlarged, image_grid, save_image
+from formats.images import (
+    check_image_ending, decode_finite, enlarged, image_grid, save_each, save_image,
+)
 from formats.lora import add_lora_options, apply_lora_options
 from formats.prompts import read_prompts
 from formats.vae_file import replace_vae
@@ -209,7 +211,8 @@ def arguments():
     add("--tokenizer", help="folder with vocab.json and merges.txt, for a model without its own")
     add("--kind", choices=KINDS, help="what the U-Net predicts; default: as the file says")
     add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
-    add("--out", default="out.png", help="the grid of images; its metadata says how they were made")
+    add("--out", default="out.png", help="the grid of images; its metadata says how they are made. "
+                                         "DIR/: a PNG for each image, continued if interrupted")
     add_lora_options(parser)
     add_control_options(parser)
     add_editing_options(parser)
@@ -235,8 +238,12 @@ def main():
         if pixels is not None and pixels % 8:
             near = max(8, round(pixels / 8) * 8)
             raise BadInput(f"{flag} {pixels}: must be a multiple of 8, such as {near}")
-    check_image_ending(args.out)
-    check_output(args.out)
+    to_folder = args.out.endswith("/")
+    if to_folder and editing_flags(args):
+        raise BadInput(f"--out {args.out}: a folder; give one image file with these flags")
+    if not to_folder:
+        check_image_ending(args.out)
+    check_output(args.out + "0.png" * to_folder)
     if args.model is None:
         args.model = OWN_ONE_STEP if Path(OWN_ONE_STEP).exists() else TINY_ONE_STEP
         if args.model == TINY_ONE_STEP:
@@ -265,7 +272,18 @@ def main():
     count, started = args.interpolate or len(texts), time.perf_counter()
     how = {"steps": steps, "guidance": guidance, "negative": args.negative_prompt,
            "solver": args.solver, "size": size, "batch_size": args.batch_size}
+    sampler = {"dpm": "DPM++ 2M", "ddim": "DDIM"}[args.solver]
+    about = {"prompt": "\n".join(prompts), "negative_prompt": args.negative_prompt,
+             "seed": args.seed, "steps": steps, "guidance": guidance,
+             "sampler": sampler if model.kind == "diffusion" else "Euler",
+             "model": Path(args.model).name, "kind": model.kind, "lora": args.lora or "",
+             "difference": args.add_difference or "", **controls, **editing_flags(args)}
     with tqdm(total=count, desc="images", unit="image", dynamic_ncols=True, leave=False) as bar:
+        if to_folder:
+            generate = partial(sample_images, model, **how, bar=bar)
+            new = save_each(Path(args.out), texts, seeds, about, args.batch_size, generate)
+            print(f"{args.out}: {count} images, {new} of them new")
+            return
         if editing_flags(args):
             each = steps if model.few_step else 1  # X0, and the noises that renoising adds
             noise = noise_from_seeds([args.seed, args.seed + 1], (each, *model.latent_shape(size)))
@@ -275,10 +293,6 @@ def main():
             images, columns = sample_images(model, texts, seeds, **how, bar=bar), args.num_images
     seconds = (time.perf_counter() - started) / count
 
-    about = {"prompt": "\n".join(prompts), "negative_prompt": args.negative_prompt,
-             "seed": args.seed, "steps": steps, "guidance": guidance,
-             "model": Path(args.model).name, "kind": model.kind, "lora": args.lora or "",
-             "difference": args.add_difference or "", **controls, **editing_flags(args)}
     save_image(args.out, image_grid(enlarged(images), columns), about)
     print(f"{args.out}: {count} images, {steps} step{'s' * (steps > 1)}, seed {args.seed}, "
           f"guidance {guidance:g}, {seconds:.3f} seconds each")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from command import BadInput, first_line, note, write_atomically
+from command import (
+    BadInput, check_same_settings, first_line, note, write_atomically, write_json,
+)
 from vae import to_bytes
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -32,6 +35,40 @@ def save_image(path: str, pixels: np.ndarray, about: dict) -> None:
     exif[DESCRIPTION] = json.dumps(about, ensure_ascii=False).encode()
     more = {"pnginfo": info} if path.lower().endswith(".png") else {"exif": exif, "quality": 95}
     write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, **more))
+
+
+def save_each(
+    folder: Path, prompts: list[str], seeds: list[int], about: dict, batch_size: int,
+    generate: Callable,
+) -> int:
+    """Write an image for each prompt and seed, as 000000-SEED.png and so on; how many are new.
+
+    generate(prompts, seeds): images (N, 3, H, W) in [-1, 1]. Images that are there stay, so that an
+    interrupted run continues. BadInput: the folder holds images of other settings.
+    """
+    listed = {"prompts": list(dict.fromkeys(prompts)), "seeds": [seeds[0], seeds[-1]]}
+    settings = {key: value for key, value in about.items() if key not in ("prompt", "seed")}
+    check_same_settings(folder / "settings.json", settings | listed, "other images",
+                        "name another folder with --out")
+    write_json(folder / "settings.json", settings | listed)
+    paths = [folder / f"{k:06d}-{seed}.png" for k, seed in enumerate(seeds)]
+    missing = [k for k, path in enumerate(paths) if not path.exists()]
+    for start in range(0, len(missing), batch_size):
+        chosen = missing[start : start + batch_size]
+        images = generate([prompts[k] for k in chosen], [seeds[k] for k in chosen])
+        for k, pixels in zip(chosen, to_bytes(images).numpy()):
+            one = about | {"prompt": prompts[k], "seed": seeds[k]}
+            save_image(str(paths[k]), pixels, {"parameters": parameters_of(one, pixels), **one})
+    return len(missing)
+
+
+def parameters_of(about: dict, pixels: np.ndarray) -> str:
+    """The text under "parameters" of a PNG by which AUTOMATIC1111 and its successors read it."""
+    height, width, _ = pixels.shape
+    negative = about["negative_prompt"] and f"\nNegative prompt: {about['negative_prompt']}"
+    return (f"{about['prompt']}{negative}\nSteps: {about['steps']}, Sampler: {about['sampler']}, "
+            f"CFG scale: {about['guidance']:g}, Seed: {about['seed']}, Size: {width}x{height}, "
+            f"Model: {Path(about['model']).stem}")
 
 
 def save_gif(path: str | Path, images: Tensor, milliseconds: int = 120) -> None:

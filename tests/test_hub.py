@@ -6,6 +6,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -128,3 +129,36 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, call):
                        ("none.safetensors", "no such file"), (".", "config.json")):
         code, _, err = call(sample.main, "--model", TINY_TEACHER, "--vae", path)
         assert code == 2 and said in err and "\n" not in err, err
+
+
+# --------------------------------------------------------------------------------------------------
+# Many images
+
+
+def test_a_folder_gets_a_png_an_image_and_continues(call, monkeypatch, tmp_path):
+    (tmp_path / "captions.txt").write_text("a red circle\na blue square\n")
+    arguments = ["--model", TINY_TEACHER, "--prompts", "captions.txt", "--num-images", 2, "--steps",
+                 2, "--seed", 5, "--batch-size", 3, "--out", "many/"]
+    code, out, err = call(sample.main, *arguments)
+    assert (code, out) == (0, "many/: 4 images, 4 of them new\n"), err
+    names = ["000000-5.png", "000001-6.png", "000002-5.png", "000003-6.png"]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "many").glob("*.png")}
+    assert sorted(files) == names
+    image = Image.open(tmp_path / "many" / names[3])
+    assert image.size == (32, 32) and image.text["prompt"] == "a blue square"
+    assert image.text["parameters"] == ("a blue square\nSteps: 2, Sampler: DPM++ 2M, CFG scale: "
+                                        "2.5, Seed: 6, Size: 32x32, Model: tiny_sd")
+    # As if interrupted: what is missing is made again, to the byte, and nothing else.
+    (tmp_path / "many" / names[2]).unlink()
+    assert "4 images, 1 of them new" in call(sample.main, *arguments)[1]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "many").glob("*.png")} == files
+    code, _, err = call(sample.main, *arguments[:-1], "many/", "--guidance", 1)
+    assert code == 2 and "other images (guidance was 2.5, now 1.0)" in err
+    code, _, err = call(sample.main, "--out", "many/", "--interpolate", 3)
+    assert code == 2 and "give one image file" in err
+
+
+def test_one_flag_takes_several_prompts(call, tmp_path):
+    arguments = ["--num-images", 1, "--model", TINY_TEACHER, "--steps", 1, "--out", "b/"]
+    assert call(sample.main, "--prompt", "a red circle", "a circle", *arguments)[0] == 0
+    assert len(list((tmp_path / "b").glob("*.png"))) == 2
