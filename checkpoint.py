@@ -17,6 +17,7 @@ from formats.diffusers_folder import export, fingerprint, load_folder
 from formats.hub import fetch, is_hub_name
 from formats.lora import add_lora_options, apply_lora_options, lora_inputs
 from formats.single_file import PICKLES, load_single_file, save, unread
+from formats.small_decoder import load_decoder
 from formats.tokenizers import tokenizer_in
 from stable_diffusion import INITS, KINDS, StableDiffusion, initial_student
 from unet import stack
@@ -24,12 +25,13 @@ from unet import stack
 
 def load(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-    kind: str | None = None, tokenizer: str | Path | None = None, use_ema: bool = False,
+    kind: str | None = None, tokenizer: str | Path | None = None,
+    decoder: str | Path | None = None, use_ema: bool = False,
 ) -> StableDiffusion:
     """Load a single file, a diffusers folder or a hub model (org/name), in evaluation mode.
 
-    kind overrides the file's own; tokenizer: a folder with vocab.json and merges.txt; use_ema: the
-    averaged U-Net of a full training checkpoint. BadInput, one line, for whatever is wrong.
+    kind overrides the file's own; tokenizer: a folder with vocab.json and merges.txt; decoder: a
+    small decoder; use_ema: a training checkpoint's averaged U-Net. BadInput, one line, if wrong.
     """
     path = fetch(str(path)) if is_hub_name(path) else Path(path)
     if path.is_dir():
@@ -51,6 +53,8 @@ def load(
     if found != expected:
         raise BadInput(f"{tokenizer or path}: the tokenizer has {found} tokens and the text "
                        f"encoder {expected}; give the text encoder's own")
+    if decoder is not None:
+        model.vae = load_decoder(decoder, model)
     for network in (model.unet, model.vae, model.text_encoder):
         network.eval()
     return model

@@ -66,7 +66,8 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Iterator[tupl
     """(model, guidance scale) for each of --model and --guidance."""
     for path, kind in zip(args.model, args.kind or ["auto"] * len(args.model)):
         kind = None if kind == "auto" else kind
-        model = checkpoint.load(path, device, pick_dtype(args.dtype, device), kind, args.tokenizer)
+        dtype = pick_dtype(args.dtype, device)
+        model = checkpoint.load(path, device, dtype, kind, args.tokenizer, args.decoder)
         if args.compile:
             model.compile()
         if args.guidance:
@@ -152,7 +153,7 @@ def evaluate_on_real_images(
     sets = [EvaluationSet(prompts, seeds, args.seed)]
     for model, guidance in load_models(args, device):
         straight = straightness_of(model, prompts, seeds, args.steps, guidance)
-        weights_hash = checkpoint.fingerprint(model.path)
+        weights_hash = "".join(checkpoint.fingerprint(p) for p in (model.path, args.decoder) if p)
         for number in allowed_steps(model, args.steps):
             folder = gallery.generate(model, weights_hash, number, guidance, seeds)
             row = row_of(model, number, guidance, gallery.score(folder) | straight, sets)
@@ -183,6 +184,7 @@ def arguments() -> argparse.Namespace:
     add("--judge", help="Python file that makes captions and grades images; default: the model's")
     add("--tokenizer", help="folder with vocab.json and merges.txt, for models without their own")
     add("--kind", choices=["auto", *KINDS], nargs="+", help="of each --model; auto: as it says")
+    add("--decoder", help="a small decoder in place of each model's, by small_decoder.py or TAESD")
     add("--compile", action="store_true", help="torch.compile: minutes a new size, then faster")
     add("--out", default="runs/evaluate.json", help="the rows; table and images go beside it")
     add_real_image_options(parser)
@@ -211,6 +213,8 @@ def main():
     device = pick_device(args.device)
     measure = evaluate_on_real_images if args.coco or args.images else evaluate_by_judge
     rows, images, captions = measure(args, device)
+    if args.decoder:
+        rows = [row | {"decoder": row["kind"] and Path(args.decoder).name} for row in rows]
 
     stem = args.out.removesuffix(".json")
     write_json(f"{stem}.json", rows)

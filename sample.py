@@ -210,6 +210,7 @@ def arguments():
     add("--batch-size", type=positive, default=4, help="images generated at once")
     add("--tokenizer", help="folder with vocab.json and merges.txt, for a model without its own")
     add("--kind", choices=KINDS, help="what the U-Net predicts; default: as the file says")
+    add("--decoder", help="a small decoder in place of the model's, by small_decoder.py or TAESD")
     add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
     add("--out", default="out.png", help="the grid of images; its metadata says how they are made. "
                                          "DIR/: a PNG for each image, continued if interrupted")
@@ -251,7 +252,7 @@ def main():
                  "model of emoji (toy/emoji_captions.txt)")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    model = checkpoint.load(args.model, device, dtype, args.kind, args.tokenizer)
+    model = checkpoint.load(args.model, device, dtype, args.kind, args.tokenizer, args.decoder)
     check(args, model)
     if args.vae:
         replace_vae(model, args.vae)
@@ -277,7 +278,8 @@ def main():
              "seed": args.seed, "steps": steps, "guidance": guidance,
              "sampler": sampler if model.kind == "diffusion" else "Euler",
              "model": Path(args.model).name, "kind": model.kind, "lora": args.lora or "",
-             "difference": args.add_difference or "", **controls, **editing_flags(args)}
+             "difference": args.add_difference or "", "decoder": Path(args.decoder or "").name,
+             **controls, **editing_flags(args)}
     with tqdm(total=count, desc="images", unit="image", dynamic_ncols=True, leave=False) as bar:
         if to_folder:
             generate = partial(sample_images, model, **how, bar=bar)

@@ -362,7 +362,7 @@ def add_training_options(parser: argparse.ArgumentParser, out: str, batch_size=6
     add("--init", default=either("teacher", "negated"),
         help="initial weights: teacher, negated (a diffusion's output), random or a CHECKPOINT")
     add("--learning-rate", type=non_negative, help="peak; default for the tiny model 0.0005, for "
-        "Stable Diffusion 1e-06, in a reflow of a flow 1e-07, in fewstep/ the method's own")
+        "Stable Diffusion 1e-06, in a reflow of a flow 1e-07, elsewhere the method's own")
     add("--cooldown", type=fraction, default=either(0.0, 0.6),
         help="last fraction of a stage, in which the learning rate falls to 0")
     add("--warmup-samples", type=non_negative_int, default=either(None, 6_400),

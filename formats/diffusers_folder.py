@@ -196,7 +196,8 @@ def fingerprint(path: str | Path, known: str | None = None) -> str:
     path = Path(path)
     if not path.is_dir():
         return digest([path])
-    now = digest([file for part in sorted(NETWORKS) for file in weight_files(path / part)])
+    parts = [path / part for part in sorted(NETWORKS) if (path / part).is_dir()] or [path]
+    now = digest([file for part in parts for file in weight_files(part)])
     if known in (None, now) or digest(sorted(path.glob("*/*.safetensors"))) != known:
         return now
     return known
