@@ -15,33 +15,50 @@ RANK = 16  # 3.2 million parameters on Stable Diffusion 1.x, as in HiPA
 
 
 class LoRA(nn.Module):
-    """A frozen linear map with a low-rank addition."""
+    """A frozen linear map or convolution with a low-rank addition."""
 
-    def __init__(self, base: nn.Linear, rank: int):
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int):
         super().__init__()
         self.base = base
-        self.down = nn.Linear(base.in_features, rank, bias=False).to(base.weight)
-        self.up = nn.Linear(rank, base.out_features, bias=False).to(base.weight)
+        if isinstance(base, nn.Conv2d):  # the kernel, then 1 x 1
+            same = {"stride": base.stride, "padding": base.padding, "bias": False}
+            self.down = nn.Conv2d(base.in_channels, rank, base.kernel_size, **same)
+            self.up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
+        else:
+            self.down = nn.Linear(base.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, base.out_features, bias=False)
+        self.to(base.weight)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
 
-    def merged(self) -> nn.Linear:
-        weight = self.base.weight + self.up.weight @ self.down.weight
-        linear = copy.deepcopy(self.base)
-        linear.weight.data.copy_(weight.detach())
-        return linear
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def merged(self) -> nn.Module:
+        weight, change = self.base.weight, self.up.weight.flatten(1) @ self.down.weight.flatten(1)
+        layer = copy.deepcopy(self.base)
+        layer.weight.data.copy_((weight + change.reshape(weight.shape)).detach())
+        return layer
 
 
-def add_lora(unet: UNet, rank: int = RANK) -> None:
-    """Freeze the network and add LoRA to every attention's q, k, v and output, in place."""
+def add_lora(unet: UNet, rank: int = RANK, everywhere: bool = False) -> None:
+    """Freeze the network and add LoRA to every attention's q, k, v and output, in place.
+
+    everywhere: to every linear map and convolution.
+    """
     unet.requires_grad_(False)
-    for attention in [m for m in unet.modules() if isinstance(m, Attention)]:
-        attention.to_q, attention.to_k, attention.to_v = (
-            LoRA(linear, rank) for linear in (attention.to_q, attention.to_k, attention.to_v)
-        )
-        attention.to_out[0] = LoRA(attention.to_out[0], rank)
+    wanted = ("to_q", "to_k", "to_v", "to_out")
+    for module in list(unet.modules()):
+        inside = isinstance(module, Attention)
+        for name, child in list(module.named_children()):
+            if inside and name == "to_out" and not everywhere:
+                child[0] = LoRA(child[0], rank)
+            elif isinstance(child, (nn.Linear, nn.Conv2d)) and (
+                    everywhere or inside and name in wanted):
+                setattr(module, name, LoRA(child, rank))
 
 
 def has_lora(unet: nn.Module) -> bool:

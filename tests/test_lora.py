@@ -14,11 +14,13 @@ import checkpoint
 import sample
 from command import TINY_ONE_STEP, BadInput
 from conftest import relative_error
+from experiments import lora_style
 from fewstep.lora import add_lora, merged
 from formats.lora import add_difference, merge_lora, parse_lora
 from formats.single_file import UNET_PREFIX, original_names, single_file_names
 from make_checkpoint import make_model
-from stable_diffusion import initial_student
+from stable_diffusion import TOY, initial_student
+from toy import emoji
 from unet import stack
 
 RANK, CONVOLUTION_RANK, ALPHA = 4, 3, 2.0
@@ -489,3 +491,44 @@ def test_command_refuses_in_one_line(tmp_path, call, lora_file):
             assert code == 2 and err.startswith("error: ") and words in err and "\n" not in err
     code, _, err = call(checkpoint.main, TINY_ONE_STEP, lora_file, "--lora", lora_file)
     assert code == 2 and "would overwrite the input" in err
+
+
+def test_lora_everywhere_merges_into_what_it_computes(tmp_path, monkeypatch):
+    """Convolutions too: the network with LoRA, its merged copy, and a file of it agree."""
+    monkeypatch.chdir(tmp_path)
+    model, plain = make_model(), make_model()
+    generator = torch.Generator().manual_seed(0)
+    add_lora(model.unet, RANK, everywhere=True)
+    tensors = {}
+    for name, module in model.unet.named_modules():
+        if hasattr(module, "up"):
+            nn.init.normal_(module.up.weight, std=0.02, generator=generator)
+            tensors[f"unet.{name}.lora_A.weight"] = module.down.weight.detach()
+            tensors[f"unet.{name}.lora_B.weight"] = module.up.weight.detach()
+    assert len(tensors) == 2 * sum(name.startswith("unet.") for name in layers(plain))
+    save_file(tensors, "everywhere.safetensors")
+    merge_lora(plain, "everywhere.safetensors")
+    x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3.0, 900.0])
+    context = plain.encode_prompts(["a", "b"])
+    wanted = model.unet(x, t, context)
+    assert relative_error(merged(model.unet)(x, t, context), wanted) < 1e-5
+    assert relative_error(plain.unet(x, t, context), wanted) < 1e-5
+
+
+def test_lora_style_trains_merges_and_measures(call, monkeypatch):
+    images = 2 * torch.rand(len(emoji.rows()), 3, 32, 32) - 1
+    monkeypatch.setattr(emoji, "pictures", lambda: images)
+    flow = checkpoint.load(TOY / "tiny_emoji.safetensors")
+    flow.kind = "flow"
+    checkpoint.save(flow, "2rf.safetensors")
+    arguments = ["--flow", "2rf.safetensors", "--iterations", 2, "--num-samples", 4]
+    code, out, err = call(lora_style.main, *arguments)
+    assert code == 0, err
+    with open("runs/lora_style.json") as file:
+        rows = json.load(file)
+    assert [(row["model"], row["steps"], row["LoRA"]) for row in rows] == [
+        (*which, scale) for which in (("teacher", 8), ("2-RF", 8), ("2-RF", 1),
+                                      ("one-step model", 1)) for scale in (0, 1)]
+    assert all(0 <= row["in_style"] <= 1 and 0 <= row["right"] <= 1 for row in rows)
+    assert np.asarray(Image.open("runs/lora_style.png").convert("L")).std() > 3
+    assert len(load_file("runs/lora_style.safetensors")) > 100
