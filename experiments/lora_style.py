@@ -3,7 +3,7 @@
     python toy/emoji.py                          downloads the images (npm, 160 MB)
     python experiments/lora_style.py             10 minutes on 2 CPU cores, with a 2-RF of emoji
 
-A LoRA (rank 16, on every linear map and convolution of the U-Net) learns one style of emoji on the
+A LoRA (rank 16, on the U-Net's linear maps and inner convolutions) learns one style of emoji on the
 teacher, from images of that style and captions without the style's name. Its file is then merged
 into the teacher, 2-RF and the one-step model. Measured on held-out captions that name no style, and
 on held-out noises:

@@ -47,13 +47,16 @@ class LoRA(nn.Module):
 def add_lora(unet: UNet, rank: int = RANK, everywhere: bool = False) -> None:
     """Freeze the network and add LoRA to every attention's q, k, v and output, in place.
 
-    everywhere: to every linear map and convolution.
+    everywhere: to every linear map and convolution but the outer two, as most LoRA files do. A
+    student of the negated start has the opposite sign in the last one.
     """
     unet.requires_grad_(False)
-    wanted = ("to_q", "to_k", "to_v", "to_out")
+    wanted, outer = ("to_q", "to_k", "to_v", "to_out"), (unet.conv_in, unet.conv_out)
     for module in list(unet.modules()):
         inside = isinstance(module, Attention)
         for name, child in list(module.named_children()):
+            if child in outer:
+                continue
             if inside and name == "to_out" and not everywhere:
                 child[0] = LoRA(child[0], rank)
             elif isinstance(child, (nn.Linear, nn.Conv2d)) and (

@@ -10,13 +10,16 @@ import sys
 import pytest
 import torch
 from diffusers import AutoencoderKL as ReferenceVAE
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import checkpoint
 from conftest import ROOT, relative_error
 from formats.diffusers_folder import text_to_transformers, unet_to_diffusers, vae_to_diffusers
+from formats.lora import merge_lora
 from make_checkpoint import make_model, write_single_file
+from sample import noise_from_seeds, sample_latents
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +106,43 @@ def test_loading_needs_little_more_memory_than_the_model(path):
     measured = json.loads(result.stdout)
     assert 2.1e9 < measured["size"] < 2.2e9
     assert measured["peak"] < 1.3 * measured["size"]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_one_step_with_a_lora_is_diffusers_image(path, tmp_path):
+    """A random kohya LoRA in a full-size model, one step at 512 px: images differ by < 1/255."""
+    model = checkpoint.load(path, kind="one-step")
+    # Contexts are given, but for the empty prompt's, which guidance would need.
+    model.encode_prompts = lambda prompts: torch.zeros(1, 77, 768) if prompts == [""] else prompts
+    generator, lora = torch.Generator().manual_seed(2), {}
+    for name, module in model.unet.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".attn" in name:
+            key = "lora_unet_" + name.replace(".", "_")
+            down = torch.randn(4, module.in_features, generator=generator)
+            lora[f"{key}.lora_down.weight"] = (down * module.weight.std() / 4).half()
+            lora[f"{key}.lora_up.weight"] = torch.randn(module.out_features, 4,
+                                                        generator=generator).half()
+            lora[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(lora, tmp_path / "kohya.safetensors")
+
+    config = unet_to_diffusers(model.unet.config)
+    with torch.device("meta"):
+        reference = UNet2DConditionModel.from_config(config)
+    reference.load_state_dict({k: v.clone() for k, v in model.unet.state_dict().items()},
+                              assign=True)
+    noise = noise_from_seeds([0], (4, 64, 64))
+    context = torch.randn(1, 77, 768, generator=generator)
+    before = reference(noise, torch.tensor([1000.0]), context).sample
+    state, alphas = StableDiffusionPipeline.lora_state_dict(tmp_path / "kohya.safetensors")
+    StableDiffusionPipeline.load_lora_into_unet(state, alphas, reference)
+    reference.fuse_lora(lora_scale=0.8)
+    after = reference(noise, torch.tensor([1000.0]), context).sample
+    del reference
+
+    merge_lora(model, tmp_path / "kohya.safetensors", 0.8)
+    latents = sample_latents(model, context, noise, 1)
+    wanted, unmerged = noise + after, noise + before
+    image = lambda x: model.vae.decode(x).clamp(-1, 1) / 2 + 0.5
+    assert (image(latents) - image(wanted)).abs().mean() < 1 / 255
+    assert (latents - unmerged).abs().mean() > 100 * (latents - wanted).abs().mean()
