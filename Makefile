@@ -1,5 +1,6 @@
 # make demo        the whole method on the tiny model, from nothing but python, make and a network
 # make test        lint and tests, in an environment of their own
+# make test-no-browser    the same but for the page's tests, which need Chromium
 # make quick       what a commit needs, in a minute;  make test-slow    fifty kills, a quarter of an hour
 # make notebook    minimal.ipynb from minimal.py, executed, in three minutes
 # All build .venv when it is missing or older than the requirements, and may be run again at any time.
@@ -7,13 +8,25 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test quick test-slow notebook lint clean
+.PHONY: demo test test-no-browser chromium quick test-slow notebook lint clean
 
 demo: .venv/installed
 	RUN=$(BIN)/python sh recipes/laptop.sh
 
-test: .venv/installed-dev lint
+test: .venv/installed-dev lint chromium
 	$(BIN)/python -m pytest tests
+
+test-no-browser: .venv/installed-dev lint
+	$(BIN)/python -m pytest -m "not slow and not browser" tests
+
+chromium:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get; then \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; \
+	else \
+		echo "error: the page's tests need Chromium: sudo apt-get install chromium;" \
+			"without it: make test-no-browser" >&2; exit 1; \
+	fi
 
 quick: .venv/installed-dev lint
 	$(BIN)/python -m pytest -q tests/test_method.py tests/test_rectified_flow.py tests/test_models.py \
@@ -38,7 +51,7 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-app.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

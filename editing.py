@@ -67,6 +67,8 @@ def resolve_editing(args, num_images: int):
         args.num_images = 1
     if args.interpolate:
         check_output(Path(args.out).with_suffix(".gif"))
+    if args.out.endswith("/") and editing_flags(args):
+        raise BadInput(f"--out {args.out}: a folder; give one image file with these flags")
     check_not_overwriting(args.out, {"--init-image": args.init_image, "--invert": args.invert})
     return args
 

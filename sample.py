@@ -3,7 +3,6 @@
     python sample.py                      the one-step model of distill.py, or the shipped one
     python sample.py --prompt "a red circle above a blue square" --num-images 8
     python sample.py --model sd14.safetensors --prompt "a lighthouse" --steps 25 --guidance 6
-    python sample.py --controlnet FILE --control-image photo.png --canny ...        controlnet.py
 
     model = checkpoint.load("runs/instaflow.safetensors")                     or from Python:
     images = sample_images(model, ["a red circle"] * 4, seeds=range(4))    (4, 3, H, W) in [-1, 1]
@@ -23,19 +22,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+from additions import add_additions, apply_additions
 from command import (
     TINY_ONE_STEP, BadInput, Parser, add_machine_options, at_least, check_output, non_negative,
     note, pick_device, pick_dtype, positive, run, solver_steps,
 )
-from controlnet import add_control_options, control
 from diffusion import NoiseSchedule, as_flow, dpm_solver
 from editing import add_editing_options, edit, editing_flags, resolve_editing, starts_anywhere
 from formats.images import (
     check_image_ending, decode_finite, enlarged, image_grid, save_each, save_image,
 )
-from formats.lora import add_lora_options, apply_lora_options
 from formats.prompts import read_prompts
-from formats.vae_file import replace_vae
 from rectified_flow import euler, guided, interpolate
 from stable_diffusion import FAMILIES, KINDS
 
@@ -196,7 +193,6 @@ def arguments():
     add = parser.add_argument
     add("--model", help=f"a checkpoint, or org/name on the hub; default: {OWN_ONE_STEP}, else the "
                         "shipped tiny model")
-    add("--vae", help="another autoencoder of SD 1.x: a file or diffusers folder")
     add("--prompt", action="extend", nargs="+", default=[], help="one or several")
     add("--prompts", help="text file with a prompt a line, or .tsv/.csv")
     add("--prompt-column", default="Prompt", help="column of a .tsv or .csv")
@@ -214,8 +210,7 @@ def arguments():
     add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
     add("--out", default="out.png", help="the grid of images; its metadata says how they are made. "
                                          "DIR/: a PNG for each image, continued if interrupted")
-    add_lora_options(parser)
-    add_control_options(parser)
+    add_additions(parser)
     add_editing_options(parser)
     add_machine_options(parser, user_seed)
     return resolve_editing(parser.parse_args(), parser.get_default("num_images"))
@@ -239,12 +234,8 @@ def main():
         if pixels is not None and pixels % 8:
             near = max(8, round(pixels / 8) * 8)
             raise BadInput(f"{flag} {pixels}: must be a multiple of 8, such as {near}")
-    to_folder = args.out.endswith("/")
-    if to_folder and editing_flags(args):
-        raise BadInput(f"--out {args.out}: a folder; give one image file with these flags")
-    if not to_folder:
-        check_image_ending(args.out)
-    check_output(args.out + "0.png" * to_folder)
+    check_image_ending(args.out)
+    check_output(args.out + "0.png" * args.out.endswith("/"))
     if args.model is None:
         args.model = OWN_ONE_STEP if Path(OWN_ONE_STEP).exists() else TINY_ONE_STEP
         if args.model == TINY_ONE_STEP:
@@ -254,12 +245,9 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     model = checkpoint.load(args.model, device, dtype, args.kind, args.tokenizer, args.decoder)
     check(args, model)
-    if args.vae:
-        replace_vae(model, args.vae)
-    apply_lora_options(model, args, *map(checkpoint.load, args.add_difference or ()))
     own = (side * model.vae.config.downsampling for side in model.latent_shape()[1:])
     size = tuple(given or side for given, side in zip((args.height, args.width), own))
-    controls = control(model, args, size)
+    added = apply_additions(model, args, size)
     if args.compile:
         model.compile()
     prompts = args.prompt + (read_prompts(args.prompts, args.prompt_column) if args.prompts else [])
@@ -273,15 +261,12 @@ def main():
     count, started = args.interpolate or len(texts), time.perf_counter()
     how = {"steps": steps, "guidance": guidance, "negative": args.negative_prompt,
            "solver": args.solver, "size": size, "batch_size": args.batch_size}
-    sampler = {"dpm": "DPM++ 2M", "ddim": "DDIM"}[args.solver]
     about = {"prompt": "\n".join(prompts), "negative_prompt": args.negative_prompt,
-             "seed": args.seed, "steps": steps, "guidance": guidance,
-             "sampler": sampler if model.kind == "diffusion" else "Euler",
-             "model": Path(args.model).name, "kind": model.kind, "lora": args.lora or "",
-             "difference": args.add_difference or "", "decoder": Path(args.decoder or "").name,
-             **controls, **editing_flags(args)}
+             "seed": args.seed, "steps": steps, "guidance": guidance, "solver": args.solver,
+             "model": Path(args.model).name, "kind": model.kind,
+             "decoder": Path(args.decoder or "").name, **added, **editing_flags(args)}
     with tqdm(total=count, desc="images", unit="image", dynamic_ncols=True, leave=False) as bar:
-        if to_folder:
+        if args.out.endswith("/"):
             generate = partial(sample_images, model, **how, bar=bar)
             new = save_each(Path(args.out), texts, seeds, about, args.batch_size, generate)
             print(f"{args.out}: {count} images, {new} of them new")

@@ -22,8 +22,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 
 def check_image_ending(path: str) -> None:
-    """BadInput, before the work, for an ending that no image is written with."""
-    if Path(path).suffix.lower() not in ENDINGS:
+    """BadInput, before the work, for an ending that no image is written with. "DIR/" is fine."""
+    if not path.endswith("/") and Path(path).suffix.lower() not in ENDINGS:
         raise BadInput(f"--out {path}: must end in {', '.join(ENDINGS)}")
 
 
@@ -65,8 +65,10 @@ def save_each(
 def parameters_of(about: dict, pixels: np.ndarray) -> str:
     """The text under "parameters" of a PNG by which AUTOMATIC1111 and its successors read it."""
     height, width, _ = pixels.shape
+    solvers = {"dpm": "DPM++ 2M", "ddim": "DDIM"}
+    sampler = solvers[about["solver"]] if about["kind"] == "diffusion" else "Euler"
     negative = about["negative_prompt"] and f"\nNegative prompt: {about['negative_prompt']}"
-    return (f"{about['prompt']}{negative}\nSteps: {about['steps']}, Sampler: {about['sampler']}, "
+    return (f"{about['prompt']}{negative}\nSteps: {about['steps']}, Sampler: {sampler}, "
             f"CFG scale: {about['guidance']:g}, Seed: {about['seed']}, Size: {width}x{height}, "
             f"Model: {Path(about['model']).stem}")
 

@@ -101,6 +101,7 @@ def short_paths(monkeypatch):
 
 
 def test_paper_table_tunes_measures_and_resumes(call, monkeypatch, short_paths):
+    monkeypatch.setattr(paper_table, "RATES", (5e-4, 2e-3))
     code, out, err = call(paper_table.main, *STUDY, "--num-seeds", 1)
     assert code == 0, err
     folder, path = Path("runs/paper-table"), Path("runs/paper-table/study.json")
@@ -164,8 +165,9 @@ def test_gaps_are_to_the_own_teacher_and_differences_are_paired():
     assert line["gap"] == (40 + 19) / 2
 
 
-def test_stalled_start_measures_where_the_step_points(call):
-    arguments = ["--iterations", 102, "--measure-every", 100, "--batch-size", 2, "--num-seeds", 1,
+def test_stalled_start_measures_where_the_step_points(call, monkeypatch):
+    monkeypatch.setattr(stalled_start, "FIRST", 2)
+    arguments = ["--iterations", 4, "--measure-every", 2, "--batch-size", 2, "--num-seeds", 1,
                  "--held-out", 4, "--teacher-steps", 2]
     code, out, err = call(stalled_start.main, *arguments)
     assert code == 0, err
@@ -176,9 +178,9 @@ def test_stalled_start_measures_where_the_step_points(call):
     first = [at[name, 0]["cosine_noise"] for name in ("teacher", "negated")]
     assert first[0] > 0.9 and first[1] < -0.9
     assert at["teacher", 0]["loss"] == at["a tenth at random t", 0]["loss"] > 2
-    # The flip comes after a hundred identical steps; its control has none.
+    # The flip comes after the same first steps; its control has none.
     assert at["flipped at 100", 0] | {"run": ""} == at["teacher", 0] | {"run": ""}
-    flipped, restarted = at["flipped at 100", 102], at["restarted at 100", 102]
+    flipped, restarted = at["flipped at 100", 4], at["restarted at 100", 4]
     assert flipped["loss"] != restarted["loss"]
     assert np.asarray(Image.open(path.with_suffix(".png")).convert("L")).std() > 3
     assert call(stalled_start.main, *arguments)[0] == 0 and json.loads(path.read_text()) == rows
