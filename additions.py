@@ -29,5 +29,6 @@ def apply_additions(model: StableDiffusion, args: Namespace, size: tuple[int, in
         replace_vae(model, args.vae)
     apply_lora_options(model, args, *map(checkpoint.load, args.add_difference or ()))
     given = {"lora": args.lora, "difference": args.add_difference,
-             "vae": args.vae and Path(args.vae).name}
+             "vae": args.vae and Path(args.vae).name,
+             "decoder": args.decoder and Path(args.decoder).name}
     return {name: value for name, value in given.items() if value} | control(model, args, size)

@@ -180,7 +180,8 @@ def sample_files(
     for seed, image in zip(seeds, enlarged(images)):
         files.append(str(Path(tempfile.mkdtemp(dir=folder), f"{name}-seed-{seed}.png")))
         about = {"prompt": prompt, "negative_prompt": "", "seed": seed, "steps": settings.steps,
-                 "guidance": settings.guidance, "model": Path(model.path).name, "kind": model.kind}
+                 "guidance": settings.guidance, "solver": "dpm", "model": Path(model.path).name,
+                 "kind": model.kind}
         save_image(files[-1], image_grid(image[None], 1), about)
     return files, seconds
 

@@ -263,8 +263,7 @@ def main():
            "solver": args.solver, "size": size, "batch_size": args.batch_size}
     about = {"prompt": "\n".join(prompts), "negative_prompt": args.negative_prompt,
              "seed": args.seed, "steps": steps, "guidance": guidance, "solver": args.solver,
-             "model": Path(args.model).name, "kind": model.kind,
-             "decoder": Path(args.decoder or "").name, **added, **editing_flags(args)}
+             "model": Path(args.model).name, "kind": model.kind, **added, **editing_flags(args)}
     with tqdm(total=count, desc="images", unit="image", dynamic_ncols=True, leave=False) as bar:
         if args.out.endswith("/"):
             generate = partial(sample_images, model, **how, bar=bar)
