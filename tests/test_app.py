@@ -329,12 +329,18 @@ def test_missing_model_is_one_line(call):
     assert code == 2 and "nowhere.safetensors: no such file or folder" in err
 
 
+def heed_interrupts():
+    """In the new process: a background shell's children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_command_serves_at_the_next_free_port_until_interrupted(tmp_path, monkeypatch):
     monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)  # of other pages
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = subprocess.Popen([sys.executable, ROOT / "app.py", "--port", str(port)],
-                                   cwd=tmp_path, text=True, stdout=subprocess.PIPE)
+                                   cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                                   preexec_fn=heed_interrupts)
         url = process.stdout.readline().split()[0]
         try:
             assert urlsplit(url).hostname == "127.0.0.1" and urlsplit(url).port > port
