@@ -30,6 +30,7 @@ from command import (
     TINY_ONE_STEP, BadInput, Parser, add_machine_options, at_least, is_out_of_memory, pick_device,
     pick_dtype, run,
 )
+from formats.hub import is_hub_name
 from sample import user_seed
 from stable_diffusion import FAMILIES
 from toy.two_points import COUPLINGS, EXPLANATION, describe_landing, two_points_figure
@@ -89,7 +90,7 @@ def build_page(given: list[str], device, dtype, tokenizer: str | None = None, se
     """The page, a gr.Blocks, with the first of `given` chosen. BadInput: it does not load."""
     folder = tempfile.TemporaryDirectory(prefix="instaflow-")  # of images; removed at the end
     os.environ["GRADIO_TEMP_DIR"] = folder.name
-    given = [os.path.abspath(path) for path in given]
+    given = [path if is_hub_name(path) else os.path.abspath(path) for path in given]
     load_here = lambda path: load(path, last_change(path), device, dtype,
                                   tokenizer if path in given else None)
     listed = lambda: [(label(path, model), path) for path, model in find_models(given).items()]

@@ -66,7 +66,10 @@ def resolve_editing(args, num_images: int):
             raise BadInput("--num-images: has no effect with --invert or --interpolate; drop it")
         args.num_images = 1
     if args.interpolate:
-        check_output(Path(args.out).with_suffix(".gif"))
+        gif = Path(args.out).with_suffix(".gif")
+        check_output(gif)
+        for image in args.control_image:
+            check_not_overwriting(gif, {"--control-image": image})
     if args.out.endswith("/") and editing_flags(args):
         raise BadInput(f"--out {args.out}: a folder; give one image file with these flags")
     check_not_overwriting(args.out, {"--init-image": args.init_image, "--invert": args.invert})
@@ -144,7 +147,8 @@ def edit(
     if args.interpolate:
         return interpolated(args, model, prompts, seeds, noise, generate)
     height, width = (side * model.vae.config.downsampling for side in noise.shape[-2:])
-    image = read_image(args.init_image or args.invert, height, width)[None] / 127.5 - 1
+    path = args.invert if args.init_image is None else args.init_image
+    image = read_image(path, height, width)[None] / 127.5 - 1
     if args.invert:
         return inverted(args, model, prompts, image, noise, generate)
     if not starts_anywhere(model):
@@ -162,14 +166,16 @@ def inverted(args, model, prompts, image, noise, generate) -> tuple[Tensor, int]
     source, steps = model, args.steps or model.steps
     if args.invert_model:
         source = checkpoint.load(args.invert_model, model.device, model.dtype, None, args.tokenizer)
-        steps = source.steps
+        if model.few_step or model.kind == "one-step":  # --steps are the other model's
+            steps = source.steps
     if source.few_step or source.kind == "one-step":
         raise BadInput(f"--invert: {limits(source)}, so it has no ODE that runs backwards; give a "
                        "diffusion or a flow as --invert-model")
     if (source.family, source.latent_shape()) != (model.family, model.latent_shape()):
         raise BadInput(f"--invert-model: {source.path} has other latents than {args.model}")
     latents = encode_image(model, image)
-    x0 = invert(source, latents, prompts, steps, args.guidance, args.negative_prompt)
+    guidance = model.guidance_for(args.guidance)
+    x0 = invert(source, latents, prompts, steps, guidance, args.negative_prompt)
     again = generate(prompts, torch.cat([x0.cpu()[:, None], noise[:1, 1:]], 1))
     images = decode(args, model, torch.cat([again, latents]), prompts)
     now, best = psnr(images, image.expand_as(images)).tolist()

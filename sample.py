@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-from additions import add_additions, apply_additions
+from additions import add_additions, apply_additions, identity
 from command import (
     TINY_ONE_STEP, BadInput, Parser, add_machine_options, at_least, check_output, non_negative,
     note, pick_device, pick_dtype, positive, run, solver_steps,
@@ -30,7 +30,7 @@ from command import (
 from diffusion import NoiseSchedule, as_flow, dpm_solver
 from editing import add_editing_options, edit, editing_flags, resolve_editing, starts_anywhere
 from formats.images import (
-    check_image_ending, decode_finite, enlarged, image_grid, save_each, save_image,
+    check_grid_size, check_image_ending, decode_finite, enlarged, image_grid, save_each, save_image,
 )
 from formats.prompts import read_prompts
 from rectified_flow import euler, guided, interpolate
@@ -258,6 +258,7 @@ def main():
     steps, guidance = args.steps or model.steps, model.guidance_for(args.guidance)
     texts = [prompt for prompt in prompts for _ in range(args.num_images)]
     seeds = [args.seed + k for _ in prompts for k in range(args.num_images)]
+    check_grid_size(args.out, size, len(prompts), args.interpolate or args.num_images)
     count, started = args.interpolate or len(texts), time.perf_counter()
     how = {"steps": steps, "guidance": guidance, "negative": args.negative_prompt,
            "solver": args.solver, "size": size, "batch_size": args.batch_size}
@@ -267,7 +268,8 @@ def main():
     with tqdm(total=count, desc="images", unit="image", dynamic_ncols=True, leave=False) as bar:
         if args.out.endswith("/"):
             generate = partial(sample_images, model, **how, bar=bar)
-            new = save_each(Path(args.out), texts, seeds, about, args.batch_size, generate)
+            new = save_each(Path(args.out), texts, seeds, about, identity(model, args, size),
+                            args.batch_size, generate)
             print(f"{args.out}: {count} images, {new} of them new")
             return
         if editing_flags(args):

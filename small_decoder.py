@@ -165,9 +165,9 @@ def initial_decoder(args: argparse.Namespace, model) -> SmallDecoder:
     return SmallDecoder(config).to(model.device)
 
 
-def settings_for(args: argparse.Namespace, pairs: Pairs, small: SmallDecoder) -> dict:
+def settings_for(args: argparse.Namespace, model, pairs: Pairs, small: SmallDecoder) -> dict:
     """What decides the result, beside the options; a note if the pairs are another model's."""
-    model_hash = checkpoint.fingerprint(args.model)
+    model_hash = checkpoint.fingerprint(model.path)
     if pairs.spec["teacher_hash"] != model_hash:
         note(f"{args.pairs}: made by {pairs.spec['teacher']}, which must have the autoencoder of "
              f"{args.model}")
@@ -189,7 +189,7 @@ def main():
         args, "small decoder", args.iterations, args.batch_size, args.learning_rate,
         args.accumulate, args.batch_size if model.is_tiny else FITS,
         autocast_dtype(args.dtype, device, small))
-    settings = settings_for(args, pairs, small)
+    settings = settings_for(args, model, pairs, small)
     check_not_overwriting(args.out, {"--model": args.model})
     finished = check_request(args, pairs.spec, [(state, options, settings)])
     count = len(pairs) - max(1, len(pairs) // 100)  # to train on; the rest is held out

@@ -26,7 +26,10 @@ def is_hub_name(path: str | Path) -> bool:
 def fetch(name: str) -> Path:
     """The folder of a hub model in the cache. BadInput: unknown, or offline and not cached."""
     from huggingface_hub import snapshot_download  # slow to import, and few models need it
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from httpx import HTTPError
+    from huggingface_hub.errors import (
+        HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
+    )
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=VARIANTS))
@@ -36,7 +39,10 @@ def fetch(name: str) -> Path:
     except LocalEntryNotFoundError:
         raise BadInput(f"{name}: no such file or folder, and not in the hub's cache while the hub "
                        "cannot be reached; go online once, or give a local path") from None
-    except HfHubHTTPError as problem:
+    except (HfHubHTTPError, HFValidationError) as problem:
         raise BadInput(f"{name}: no such file or folder, and the hub refuses it "
                        f"({first_line(problem)}); check the name, or log in with `hf auth login`"
                        ) from None
+    except HTTPError as problem:
+        raise BadInput(f"{name}: the download broke off ({first_line(problem)}); run the same "
+                       "command again to continue it") from None

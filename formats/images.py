@@ -11,12 +11,14 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from command import (
-    BadInput, check_same_settings, first_line, note, write_atomically, write_json,
+    BadInput, first_line, lock_folder, note, unlock_folder, write_atomically, write_json,
 )
 from vae import to_bytes
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 DESCRIPTION = 0x010E  # the EXIF tag ImageDescription
+LONGEST_EXIF = 60_000  # bytes; EXIF has room for 65,533
+LARGEST = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}  # pixels to a side
 # Workflows and colour profiles in a PNG exceed Pillow's 1 MB; its pixels are fine.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
@@ -27,31 +29,45 @@ def check_image_ending(path: str) -> None:
         raise BadInput(f"--out {path}: must end in {', '.join(ENDINGS)}")
 
 
+def check_grid_size(path: str, size: tuple[int, int], rows: int, columns: int) -> None:
+    """BadInput, before the work, for a grid of images of this size that the format cannot hold."""
+    scale, limit = -(-128 // size[0]), LARGEST.get(Path(path).suffix.lower(), 2**31)
+    if max(rows * (scale * size[0] + 2), columns * (scale * size[1] + 2)) + 2 > limit:
+        raise BadInput(f"--out {path}: {rows} x {columns} images do not fit, its format ends at "
+                       f"{limit:,} pixels; take .png, or DIR/ for a file an image")
+
+
 def save_image(path: str, pixels: np.ndarray, about: dict) -> None:
     """Write (H, W, 3) uint8 with how it was made: as text of a PNG, as EXIF of others."""
     info, exif = PngImagePlugin.PngInfo(), Image.Exif()
     for key, value in about.items():
         info.add_text(key, str(value))
-    exif[DESCRIPTION] = json.dumps(about, ensure_ascii=False).encode()
+    exif[DESCRIPTION] = json.dumps(about, ensure_ascii=False).encode()[:LONGEST_EXIF]
     more = {"pnginfo": info} if path.lower().endswith(".png") else {"exif": exif, "quality": 95}
     write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, **more))
 
 
 def save_each(
-    folder: Path, prompts: list[str], seeds: list[int], about: dict, batch_size: int,
-    generate: Callable,
+    folder: Path, prompts: list[str], seeds: list[int], about: dict, identity: dict,
+    batch_size: int, generate: Callable,
 ) -> int:
     """Write an image for each prompt and seed, as 000000-SEED.png and so on; how many are new.
 
-    generate(prompts, seeds): images (N, 3, H, W) in [-1, 1]. Images that are there stay, so that an
-    interrupted run continues. BadInput: the folder holds images of other settings.
+    about: metadata of the images; identity: what else decides them. generate(prompts, seeds):
+    images (N, 3, H, W) in [-1, 1]. Images that are there stay, so that an interrupted run
+    continues. BadInput: the folder holds other images, or another run works in it.
     """
-    listed = {"prompts": list(dict.fromkeys(prompts)), "seeds": [seeds[0], seeds[-1]]}
     settings = {key: value for key, value in about.items() if key not in ("prompt", "seed")}
-    check_same_settings(folder / "settings.json", settings | listed, "other images",
-                        "name another folder with --out")
-    write_json(folder / "settings.json", settings | listed)
+    settings = json.loads(json.dumps(settings | identity | {"prompts": prompts, "seeds": seeds}))
     paths = [folder / f"{k:06d}-{seed}.png" for k, seed in enumerate(seeds)]
+    lock_folder(folder)
+    record = folder / "settings.json"
+    before = json.loads(record.read_text()) if record.exists() else {}
+    other = [key for key in before | settings if before.get(key) != settings.get(key)]
+    if other and (before or any(path.exists() for path in paths)):
+        raise BadInput(f"{folder}: holds other images ({', '.join(other)} differ); name another "
+                       "folder with --out")
+    write_json(record, settings)
     missing = [k for k, path in enumerate(paths) if not path.exists()]
     for start in range(0, len(missing), batch_size):
         chosen = missing[start : start + batch_size]
@@ -59,6 +75,7 @@ def save_each(
         for k, pixels in zip(chosen, to_bytes(images).numpy()):
             one = about | {"prompt": prompts[k], "seed": seeds[k]}
             save_image(str(paths[k]), pixels, {"parameters": parameters_of(one, pixels), **one})
+    unlock_folder(folder)
     return len(missing)
 
 
@@ -70,7 +87,7 @@ def parameters_of(about: dict, pixels: np.ndarray) -> str:
     negative = about["negative_prompt"] and f"\nNegative prompt: {about['negative_prompt']}"
     return (f"{about['prompt']}{negative}\nSteps: {about['steps']}, Sampler: {sampler}, "
             f"CFG scale: {about['guidance']:g}, Seed: {about['seed']}, Size: {width}x{height}, "
-            f"Model: {Path(about['model']).stem}")
+            f"Model: {about['model'].removesuffix('.safetensors')}")
 
 
 def save_gif(path: str | Path, images: Tensor, milliseconds: int = 120) -> None:
@@ -115,6 +132,11 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
                 image = Image.fromarray(gray.astype("uint8"))
             elif image.mode == "F":
                 raise ValueError("floating-point pixels")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:  # on white
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
             pixels = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     except Exception as problem:  # Pillow raises many kinds
         why = first_line(problem)

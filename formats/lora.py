@@ -101,6 +101,9 @@ def merge_lora(model: StableDiffusion, path: str | Path, scale: float = 1.0) -> 
             found = ", ".join(f"{role} {list(part.shape)}" for role, part in parts.items())
             raise BadInput(f"{path}: {key}: its tensors ({found}) or their alpha do not fit "
                            f"the model's {list(weight.shape)}; {REMEDY}")
+        if any(weight is other for other, _, _ in checked):
+            raise BadInput(f"{path}: {key}: names a layer that the file has under another name "
+                           f"too; {REMEDY}")
         checked.append((weight, keys, factor))
     for weight, keys, factor in checked:
         parts = {role: files[key].get_tensor(key).to(weight.device) for role, key in keys.items()}

@@ -1,6 +1,5 @@
 """Another autoencoder for a model, such as sd-vae-ft-mse: a diffusers folder or a single file."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,10 +25,9 @@ def replace_vae(model: StableDiffusion, path: str | Path) -> None:
         found = read_json(path / "config.json")
         check_values(path / "config.json", found, NETWORKS["vae"])
         theirs = vae_from_diffusers(found)
-        if replace(theirs, scaling_factor=config.scaling_factor) != config:
-            raise BadInput(f"{path}: an autoencoder of other sizes than the model's; give one made "
-                           "for it")
-        config = theirs
+        if theirs != config:
+            raise BadInput(f"{path}: an autoencoder of other sizes or another scaling_factor than "
+                           "the model's; give one made for it")
     elif path.suffix.lower() != ".safetensors" or not path.is_file():
         raise BadInput(f"{path}: " + (unread(path) if path.exists() else
                                       "no such file or folder; give an autoencoder of SD 1.x"))

@@ -16,6 +16,7 @@ from PIL import Image
 import checkpoint
 import editing
 import sample
+from command import TINY_TEACHER
 from conftest import ROOT, relative_error
 from editing import invert, psnr, slerp
 from experiments import inversion
@@ -386,3 +387,23 @@ def test_study_of_inversion(files, call):
     assert rows[0]["latents_rms"] == 0 and rows[0]["psnr"] > max(row["psnr"] for row in rows[1:])
     assert all(row["psnr_interval"] > 0 for row in rows)
     assert Image.open("runs/inversion/inversion.png").size[0] > 1000
+
+
+def test_steps_reach_the_inversion_by_another_many_step_model(call, tmp_path):
+    """--invert-model with the model itself is --invert, to the printed digit."""
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    said = []
+    for more in ((), ("--invert-model", TINY_TEACHER)):
+        code, out, err = call(sample.main, "--model", TINY_TEACHER, "--prompt", "a", "--steps", 3,
+                              "--invert", "a.png", "--out", "b.png", *more)
+        assert code == 0, err
+        said.append(out.splitlines()[0])
+    assert said[0] == said[1] and said[0].startswith("round trip")
+
+
+def test_the_gif_of_an_interpolation_overwrites_no_input(call, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "g.gif")
+    before = (tmp_path / "g.gif").read_bytes()
+    code, _, err = call(sample.main, "--controlnet", "c.safetensors", "--control-image", "g.gif",
+                        "--interpolate", 3, "--out", "g.png")
+    assert code == 2 and "g.gif" in err and (tmp_path / "g.gif").read_bytes() == before

@@ -1,8 +1,11 @@
 """Models from the hub's cache, and another autoencoder for a model. Nothing is fetched here."""
 
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -11,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import sample
-from command import TINY_TEACHER
+from command import TINY_TEACHER, BadInput
 from formats.hub import fetch, is_hub_name
+from formats.images import read_image, save_image
 from formats.single_file import VAE_PREFIX
 from formats.vae_file import replace_vae
 from make_checkpoint import make_model
@@ -125,6 +129,11 @@ def test_sample_takes_another_autoencoder(other, tmp_path, call):
 def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, call):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     (tmp_path / "vae.pt").touch()
+    model = make_model()
+    model.vae.config = replace(model.vae.config, scaling_factor=0.13)  # SDXL's
+    checkpoint.export(model, "sdxl", torch.float32)
+    with pytest.raises(BadInput, match="another scaling_factor"):
+        replace_vae(make_model(), "sdxl/vae")
     for path, said in (("a.safetensors", "tensors are missing"), ("vae.pt", "pickle"),
                        ("none.safetensors", "no such file"), (".", "config.json")):
         code, _, err = call(sample.main, "--model", TINY_TEACHER, "--vae", path)
@@ -152,10 +161,68 @@ def test_a_folder_gets_a_png_an_image_and_continues(call, monkeypatch, tmp_path)
     (tmp_path / "many" / names[2]).unlink()
     assert "4 images, 1 of them new" in call(sample.main, *arguments)[1]
     assert {path.name: path.read_bytes() for path in (tmp_path / "many").glob("*.png")} == files
-    code, _, err = call(sample.main, *arguments[:-1], "many/", "--guidance", 1)
-    assert code == 2 and "other images (guidance was 2.5, now 1.0)" in err
+    for more, said in ((["--guidance", 1], "guidance"), (["--height", 64], "size"),
+                       (["--prompt", "a red circle"], "prompts"), (["--seed", 6], "seeds")):
+        code, _, err = call(sample.main, *arguments, *more)
+        assert code == 2 and "holds other images (" in err and said in err, err
+        assert {path.name: path.read_bytes() for path in (tmp_path / "many").glob("*.png")} == files
+    (tmp_path / "many" / "settings.json").unlink()  # images of nobody knows what
+    code, _, err = call(sample.main, *arguments)
+    assert code == 2 and "holds other images" in err
     code, _, err = call(sample.main, "--out", "many/", "--interpolate", 3)
     assert code == 2 and "give one image file" in err
+
+
+def test_a_folder_continues_with_the_same_additions_alone(call, tmp_path, other):
+    layouts(other, tmp_path)
+    checkpoint.save(make_model(), "model.safetensors")
+    width = make_model().unet.mid_block.attentions[0].proj_in.weight.shape[0]
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    lora = {f"{name}.lora_down.weight": torch.randn(2, width, 1, 1),
+            f"{name}.lora_up.weight": torch.randn(width, 2, 1, 1)}
+    save_file(lora, "l.safetensors")
+    base = ["--model", "model.safetensors", "--prompt", "a", "--steps", 1, "--num-images", 1]
+    added = ["--lora", "l.safetensors:0.5", "--vae", tmp_path / "kl.safetensors"]
+    for again in ("1 of them new", "0 of them new"):
+        code, out, err = call(sample.main, *base, *added, "--out", "c/")
+        assert code == 0 and again in out, err
+    assert Image.open("c/000000-0.png").text["lora"] == "['l.safetensors:0.5']"
+    for less, said in ((added[2:], "lora"), (added[:2], "vae")):
+        code, _, err = call(sample.main, *base, *less, "--out", "c/")
+        assert code == 2 and said in err, err
+    checkpoint.save(make_model(seed=3), "model.safetensors")  # another model by the same name
+    code, _, err = call(sample.main, *base, *added, "--out", "c/")
+    assert code == 2 and "files differ" in err
+    code, _, err = call(sample.main, *base, *added, "--decoder", "l.safetensors")
+    assert code == 2 and "\n" not in err
+
+
+def test_what_no_file_can_hold_is_refused_before_the_work(call):
+    model = ["--model", TINY_TEACHER, "--prompt", "a", "--steps", 1]
+    for count, out in ((200, "w.webp"), (600, "w.jpg")):
+        code, _, err = call(sample.main, *model, "--num-images", count, "--out", out)
+        assert code == 2 and "take .png, or DIR/" in err
+    (long := Path("long.txt")).write_text("\n".join("a circle " * 40 for _ in range(300)))
+    about = {"prompt": long.read_text()}
+    save_image("long.jpg", np.zeros((8, 8, 3), np.uint8), about)
+    assert Image.open("long.jpg").size == (8, 8)
+
+
+def test_a_malformed_hub_name_is_one_line(call):
+    for name in ("a--b/c", "x/y.git"):
+        code, _, err = call(sample.main, "--model", name)
+        assert code == 2 and "\n" not in err and name in err
+
+
+def test_images_are_read_upright_and_on_white(tmp_path):
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:4] = 255  # white above black
+    turned, exif = Image.fromarray(half).rotate(90, expand=True), Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees, clockwise, to see it
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert (read_image(tmp_path / "turned.png", 8, 8).permute(1, 2, 0).numpy() == half).all()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (read_image(tmp_path / "clear.png", 8, 8) == 255).all()
 
 
 def test_one_flag_takes_several_prompts(call, tmp_path):

@@ -534,3 +534,16 @@ def test_lora_style_trains_merges_and_measures(call, monkeypatch):
     assert all(0 <= row["in_style"] <= 1 and 0 <= row["right"] <= 1 for row in rows)
     assert np.asarray(Image.open("runs/lora_style.png").convert("L")).std() > 3
     assert len(load_file("runs/lora_style.safetensors")) > 100
+
+
+def test_a_layer_under_two_names_is_refused(tmp_path, call):
+    model = make_model()
+    weight = model.unet.mid_block.attentions[0].proj_in.weight
+    tensors = {}
+    name = "mid_block.attentions.0.proj_in"
+    for prefix in ("lora_unet_" + name.replace(".", "_"), f"unet.{name}"):
+        tensors[f"{prefix}.lora_down.weight"] = torch.zeros(2, weight.shape[1], 1, 1)
+        tensors[f"{prefix}.lora_up.weight"] = torch.zeros(weight.shape[0], 2, 1, 1)
+    save_file(tensors, tmp_path / "twice.safetensors")
+    with pytest.raises(BadInput, match="under another name too"):
+        merge_lora(model, tmp_path / "twice.safetensors")
