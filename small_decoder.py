@@ -35,6 +35,7 @@ from command import (
     check_not_overwriting, non_negative_int, note, pick_device, pick_dtype, positive, rank,
     resolve_defaults, run,
 )
+from editing import psnr
 from evaluation.perceptual import NETS, perceptual_distance
 from evaluation.plan import check_request
 from evaluation.plots import plot_loss
@@ -120,10 +121,9 @@ def validate(
     if rank() == 0 and not seen:
         with runnable(ema, small) as network:
             images = torch.cat([network.decode(part).float() for part in latents.split(AT_ONCE)])
-        error = images.clamp(-1, 1) - wanted
-        psnr = 10 * (4 / error.square().flatten(1).mean(1)).log10()  # images have a range of 2
-        append_metrics(folder, {"step": step, "samples": step * options.batch_size,
-                                "l1": error.abs().mean().item(), "psnr": psnr.mean().item()})
+        l1 = (images.clamp(-1, 1) - wanted).abs().mean().item()
+        append_metrics(folder, {"step": step, "samples": step * options.batch_size, "l1": l1,
+                                "psnr": psnr(images, wanted).mean().item()})
         sides = torch.stack([wanted[:NUM_SHOWN], images[:NUM_SHOWN]], 1).flatten(0, 1)
         save_image(str(folder / "samples" / f"{step:07d}.png"), image_grid(enlarged(sides), 4),
                    {"columns": "full, small, full, small", "iterations": step})

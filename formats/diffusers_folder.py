@@ -89,11 +89,8 @@ def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDif
     ), dtype)
     for part, network in networks.items():
         files = open_safetensors(weight_files(path / part))
-        keys = {name: name for name in network.state_dict()}
-        if part == "vae" and any(".query." in key for key in files):  # SD 1.4's and 1.5's folders
-            for name in (name for name in keys if ".attentions." in name):
-                for new, old in OLD_ATTENTION.items():
-                    keys[name] = keys[name].replace(f".{new}.", f".{old}.")
+        names = list(network.state_dict())
+        keys = vae_keys(names, files) if part == "vae" else {name: name for name in names}
         if part == "text_encoder" and not any(key.startswith("text_model.") for key in files):
             keys = {name: name.removeprefix("text_model.") for name in keys}  # transformers 5's
         load_weights(network, part, keys, files, str(path / part), device, dtype)
@@ -104,6 +101,16 @@ def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDif
         kind=kind or about.get("kind") or guessed_kind(path, about, config["unet"]),
         **identity_of(path, about, networks["unet"]),
     )
+
+
+def vae_keys(names: list[str], files: dict) -> dict[str, str]:
+    """Our names of the autoencoder -> a folder's, of today or as in SD 1.4's and 1.5's."""
+    keys = {name: name for name in names}
+    if any(".query." in key for key in files):
+        for name in (name for name in keys if ".attentions." in name):
+            for new, old in OLD_ATTENTION.items():
+                keys[name] = keys[name].replace(f".{new}.", f".{old}.")
+    return keys
 
 
 def check_values(where: Path, found: dict, known: dict) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from command import BadInput
 from formats.diffusers_folder import (
-    NETWORKS, OLD_ATTENTION, check_values, read_json, vae_from_diffusers, weight_files,
+    NETWORKS, check_values, read_json, vae_from_diffusers, vae_keys, weight_files,
 )
 from formats.single_file import VAE_PREFIX, original_names, single_file_names, unread
 from formats.weights import (
@@ -47,12 +47,7 @@ def replace_vae(model: StableDiffusion, path: str | Path) -> None:
 def names_in(files: dict, names: list[str], model: StableDiffusion) -> dict[str, str]:
     """Our names -> the file's: diffusers', of today or of 2022, or the original code's."""
     if any(key.startswith("encoder.down_blocks.") for key in files):
-        keys = {name: name for name in names}
-        if any(".query." in key for key in files):
-            for name in (name for name in keys if ".attentions." in name):
-                for new, old in OLD_ATTENTION.items():
-                    keys[name] = keys[name].replace(f".{new}.", f".{old}.")
-        return keys
+        return vae_keys(names, files)
     table = original_names(model.unet.config, model.vae.config)["vae"]
     keys = single_file_names("vae", names, table)
     if any(key.startswith(VAE_PREFIX) for key in files):

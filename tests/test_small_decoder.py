@@ -445,7 +445,7 @@ def test_wrong_decoder_files_are_a_one_line_error(call, model):
     save_with("odd.safetensors", **sizes(depth=3))
     save_with("list.safetensors", small_decoder=[1])
     save_with("nan.safetensors", lambda t: t["decoder.layers.0.bias"].fill_(torch.nan), **sizes())
-    for name, words in {
+    of_sd = {
         "missing.safetensors": "no such file or folder",
         TINY_TEACHER: "not a small decoder", "taesd_encoder.safetensors": "not a small decoder",
         "narrow.safetensors": "1.weight is [16, 4, 3, 3] and should be [64, 4, 3, 3]",
@@ -456,19 +456,20 @@ def test_wrong_decoder_files_are_a_one_line_error(call, model):
         "taef1": "decodes latents of sd with 16 channels", "other": "num_decoder_blocks is",
         "gelu": "its act_fn is 'gelu'", "vae": "its _class_name is 'AutoencoderKL'",
         "empty": "holds no config.json", "tiny.safetensors": "decodes latents of shapes",
-    }.items():
-        code, _, err = call(sample.main, "--model", "sd.safetensors", "--decoder", name)
-        assert code == 2 and words in err and err.count("\n") == 0, (name, err)
-    for name, words in {
+    }
+    of_tiny = {
         "taesd_decoder.safetensors": "decodes latents of sd with 4 channels and 8 pixels",
         "more.safetensors": "holds 1 tensors that no SD 1.x network has, first extra",
         "less.safetensors": "1 tensors are missing, first decoder.layers.2.conv.2.bias",
         "wide.safetensors": "have the wrong shape", "text.safetensors": "not a small decoder's",
         "none.safetensors": "not a small decoder's", "odd.safetensors": "not a small decoder's",
         "list.safetensors": "not a small decoder's", "nan.safetensors": "is not finite",
-    }.items():
-        code, _, err = call(evaluate.main, "--model", TINY_TEACHER, "--decoder", name)
-        assert code == 2 and words in err and err.count("\n") == 0, (name, err)
+    }
+    for main, model, cases in ((sample.main, "sd.safetensors", of_sd),
+                               (evaluate.main, TINY_TEACHER, of_tiny)):
+        for name, words in cases.items():
+            code, _, err = call(main, "--model", model, "--decoder", name)
+            assert code == 2 and words in err and err.count("\n") == 0, (name, err)
     code, _, err = call(sample.main, "--model", "tiny.safetensors")
     assert code == 2 and "holds no U-Net" in err
 
