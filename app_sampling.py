@@ -21,7 +21,7 @@ from command import HERE, BadInput, non_negative, positive, solver_steps
 from diffusion import as_flow
 from formats.images import decode_finite, enlarged, image_grid, save_image
 from rectified_flow import broadcast_over, euler
-from sample import check, noise_from_seeds, sample_images, user_seed
+from sample import check, check_pixels, noise_from_seeds, sample_images, user_seed
 from stable_diffusion import FAMILIES, StableDiffusion
 
 LARGEST = 4  # times the side of the images that a model was trained on
@@ -139,9 +139,7 @@ def read_settings(model: StableDiffusion, seed, steps, guidance, size) -> Settin
         except argparse.ArgumentTypeError as problem:
             raise BadInput(f"{name}: {problem}") from None
     side, largest = values["size"], LARGEST * own_side(model)
-    if side % 8:
-        near = max(8, round(side / 8) * 8)
-        raise BadInput(f"size {side}: must be a multiple of 8, such as {near}")
+    check_pixels("size", side)
     if side > largest:
         raise BadInput(f"size {side}: must be at most {largest}, {LARGEST} times the side of the "
                        "images that this model was trained on")

@@ -216,6 +216,13 @@ def arguments():
     return resolve_editing(parser.parse_args(), parser.get_default("num_images"))
 
 
+def check_pixels(name: str, pixels: int) -> None:
+    """BadInput: not a multiple of 8."""
+    if pixels % 8:
+        near = max(8, round(pixels / 8) * 8)
+        raise BadInput(f"{name} {pixels}: must be a multiple of 8, such as {near}")
+
+
 def check(args, model) -> None:
     """BadInput for flags that the model cannot honour."""
     if args.steps and not model.allows(args.steps):
@@ -231,9 +238,8 @@ def check(args, model) -> None:
 def main():
     args = arguments()
     for flag, pixels in (("--height", args.height), ("--width", args.width)):
-        if pixels is not None and pixels % 8:
-            near = max(8, round(pixels / 8) * 8)
-            raise BadInput(f"{flag} {pixels}: must be a multiple of 8, such as {near}")
+        if pixels is not None:
+            check_pixels(flag, pixels)
     check_image_ending(args.out)
     check_output(args.out + "0.png" * args.out.endswith("/"))
     if args.model is None:
