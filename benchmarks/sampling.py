@@ -1,15 +1,16 @@
-"""One-step sampling against diffusers, part by part, at the same dtype and sizes.
+"""One-step sampling, part by part: ours against diffusers and OpenVINO, in turns.
 
     python benchmarks/sampling.py               SD's size at 512 px, random weights; minutes
+    python benchmarks/sampling.py --dtype bf16 --compile --openvino    pip install openvino
     python benchmarks/sampling.py --device cuda --batch-size 16 --compile
     python benchmarks/sampling.py --defaults    each side's own: diffusers fp32, ours --dtype auto
-    python benchmarks/sampling.py --peer openvino --compile
-        diffusers' networks in OpenVINO (pip install openvino; 17 GB of memory in fp32)
 
-Both sides have the same weights. "of the limit" is our network's FLOP a second, as a fraction of
-this machine's in products of large matrices of that dtype. "differ by" is the largest difference of
-the outputs over their largest value. Writes results/sampling-<peer>-batch<N>-<dtype>-<device>.json,
-with "-defaults" and "-compiled" after N if these flags are given.
+All sides have the same weights; OpenVINO runs diffusers' networks. "compiled" is ours with
+torch.compile. The small decoder has TAESD's sizes (formats/small_decoder.py). "ratio" is our eager
+seconds over diffusers' in the same round. "of the limit" is our network's FLOP a second, as a
+fraction of this machine's in products of large matrices of that dtype. "differ by" is the largest
+difference of our outputs from diffusers' over their largest value. Writes
+results/sampling-batch<N>-<dtype>-<device>.json, with "-defaults" after N if that flag is given.
 """
 
 import gc
@@ -23,20 +24,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import (
-    TOKENS, full_size_model, report, side_by_side, take_turns, timing_parser,
+    TOKENS, full_size_model, ratio, relative_difference, report, take_turns, timing_parser,
 )
 from benchmarks.training_step import diffusers_unet
 from command import BadInput, pick_device, pick_dtype, run
 from formats.diffusers_folder import text_to_transformers, vae_to_diffusers
+from formats.small_decoder import SmallDecoder, SmallDecoderConfig
 from formats.weights import set_memory_format
 from rectified_flow import flow_velocity, one_step
 
 MATRIX = 4096  # side of the matrices that measure the limit
+
+register_flop_formula(torch.ops.instaflow.attention_by_parts)(
+    lambda q, k, v, **_: sdpa_flop_count(q, k, v))
 
 
 class TensorFunction(nn.Module):
@@ -65,37 +70,45 @@ def in_openvino(
     return lambda *given: torch.from_numpy(compiled([tensor.numpy() for tensor in given])[0])
 
 
-def peers_of(
-    model, peer: str, dtype: torch.dtype, device: torch.device, inputs: dict[str, tuple]
-) -> dict[str, Callable]:
-    """The networks of diffusers and transformers with the same weights, as functions of tensors."""
-    from diffusers import AutoencoderKL
+def diffusers_networks(model, small: SmallDecoder, device, dtype) -> dict[str, TensorFunction]:
+    """The networks of diffusers and transformers with our weights."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
     from transformers import CLIPTextConfig, CLIPTextModel
 
     vae = AutoencoderKL.from_config(vae_to_diffusers(model.vae.config))
     vae.load_state_dict(model.vae.state_dict())
     scale = model.vae.config.scaling_factor
+    tiny = AutoencoderTiny()
+    tiny.load_state_dict(small.state_dict(), strict=False)  # the encoder stays random
     text = CLIPTextModel(CLIPTextConfig(**text_to_transformers(model.text_encoder.config)))
     text.load_state_dict(model.text_encoder.text_model.state_dict())
-    networks = {
+    decode = lambda network, latents: network.decode(latents, return_dict=False)[0]
+    return {
         "text": TensorFunction(text, lambda network, tokens: network(tokens).last_hidden_state),
         "U-Net": TensorFunction(
             diffusers_unet(model.unet, device, dtype),
             lambda network, x, t, context: network(x, t, context, return_dict=False)[0],
         ),
-        "decoder": TensorFunction(
-            vae, lambda network, latents: network.decode(latents / scale, return_dict=False)[0]
-        ),
+        "decoder": TensorFunction(vae, lambda network, latents: decode(network, latents / scale)),
+        "small decoder": TensorFunction(tiny, decode),
     }
-    if peer == "openvino":
-        return {name: in_openvino(networks.pop(name).eval(), inputs[name], dtype)
-                for name in list(networks)}
+
+
+def in_dtype(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable:
+    """The network as a function that casts its inputs."""
+    network.to(device, dtype).eval()
     cast = lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
-    calls = {}
-    for name, network in networks.items():
-        network.to(device, dtype).eval()
-        calls[name] = lambda *given, network=network: network(*(cast(tensor) for tensor in given))
-    return calls
+    return lambda *given: network(*(cast(tensor) for tensor in given))
+
+
+def with_images(calls: dict[str, Callable], tokens: Tensor, noise: Tensor) -> dict[str, Callable]:
+    """Add the whole way to an image, with either decoder."""
+    def image(decoder: str) -> Tensor:
+        start = one_step(flow_velocity(calls["U-Net"]), noise, calls["text"](tokens))
+        return calls[decoder](start)
+
+    return calls | {"image": lambda *_: image("decoder"),
+                    "image, small decoder": lambda *_: image("small decoder")}
 
 
 def limit(dtype: torch.dtype, device: torch.device) -> float:
@@ -107,60 +120,59 @@ def limit(dtype: torch.dtype, device: torch.device) -> float:
 
 @torch.inference_mode()
 def main():
-    parser = timing_parser("Time one-step sampling against diffusers.", rounds=5)
-    parser.add_argument("--peer", choices=["diffusers", "openvino"], default="diffusers")
-    parser.add_argument("--defaults", action="store_true",
-                        help="the peer in fp32, diffusers' default, whatever --dtype is")
-    parser.add_argument("--compile", action="store_true",
-                        help="ours with torch.compile, as --compile of sample.py")
+    parser = timing_parser("Time one-step sampling, ours against diffusers and OpenVINO.", rounds=5)
+    add = parser.add_argument
+    add("--defaults", action="store_true",
+        help="diffusers in fp32, its default, whatever --dtype is")
+    add("--compile", action="store_true", help="ours with torch.compile too")
+    add("--openvino", action="store_true", help="diffusers' networks in OpenVINO too, on a CPU")
     args = parser.parse_args()
     device = pick_device(args.device)
-    if args.peer == "openvino" and (device.type != "cpu" or not find_spec("openvino")):
-        raise BadInput("--peer openvino: runs on --device cpu, after pip install openvino")
+    if args.openvino and (device.type != "cpu" or not find_spec("openvino")):
+        raise BadInput("--openvino: runs on --device cpu, after pip install openvino")
     dtype, batch = pick_dtype(args.dtype, device), args.batch_size
-    their_dtype = torch.float32 if args.defaults else dtype
     model = full_size_model(args.seed, "one-step")
+    small = SmallDecoder(SmallDecoderConfig())
 
     tokens = torch.randint(49000, (batch, TOKENS), device=device)
     noise = torch.randn(batch, 4, args.latent_size, args.latent_size, device=device)
     time = torch.full((batch,), 1000.0, device=device)
     context = torch.randn(batch, TOKENS, 768, device=device)
-    inputs = {"text": (tokens,), "U-Net": (noise, time, context), "decoder": (noise,)}
-    theirs = peers_of(model, args.peer, their_dtype, device, inputs)
-    gc.collect()  # the networks that OpenVINO compiled
-
-    unet, vae, text = (
-        network.to(device, dtype).eval() for network in (model.unet, model.vae, model.text_encoder)
-    )
-    set_memory_format(unet, vae, dtype)
-    ours = {"text": text, "U-Net": unet, "decoder": vae.decode}
-
-    def image(text: Callable, velocity: Callable, decode: Callable) -> Tensor:
-        return decode(one_step(velocity, noise, text(tokens)))
-
-    calls = {name: (partial(ours[name], *given), partial(theirs[name], *given))
-             for name, given in inputs.items()}
-    calls["picture"] = (
-        lambda: image(text, flow_velocity(unet), vae.decode),
-        lambda: image(theirs["text"], flow_velocity(theirs["U-Net"]), theirs["decoder"]),
-    )
-    flop = {}
-    for name, (mine, _) in calls.items():
-        with FlopCounterMode(display=False) as counter:
-            mine()
-        flop[name] = counter.get_total_flops()
+    inputs = {"text": (tokens,), "U-Net": (noise, time, context), "decoder": (noise,),
+              "small decoder": (noise,)}
+    sides, theirs = {}, diffusers_networks(model, small, device, torch.float32)
+    if args.openvino:
+        sides["OpenVINO"] = {name: in_openvino(network.eval(), inputs[name], dtype)
+                             for name, network in theirs.items()}
+    their_dtype = torch.float32 if args.defaults else dtype
+    sides["diffusers"] = {name: in_dtype(network, device, their_dtype)
+                          for name, network in theirs.items()}
+    networks = [network.to(device, dtype).eval()
+                for network in (model.text_encoder, model.unet, model.vae, small)]
+    set_memory_format(*networks[1:3], dtype)
+    ours = dict(zip(theirs, [*networks[:2], networks[2].decode, networks[3].decode]))
+    sides["ours"] = ours
     if args.compile:
-        model.compile()
+        sides["compiled"] = {name: torch.compile(call) for name, call in ours.items()}
+    sides = {name: with_images(calls, tokens, noise) for name, calls in sides.items()}
+    gc.collect()
+
     peak, rows = limit(dtype, device), []
-    for name, (mine, peer) in calls.items():
-        row = side_by_side(name, mine, args.peer, peer, args.rounds, device)
-        of_the_limit = flop[name] / row["ours, s"] / peak
-        rows.append(
-            {"part": name} | row | {"TFLOP": flop[name] / 1e12, "of the limit": of_the_limit}
-        )
-    name = f"sampling-{args.peer}-batch{batch}"
-    name += "-defaults" * args.defaults + "-compiled" * args.compile
-    report(name, device, dtype, rows, limit_tflops=peak / 1e12)
+    for part, call in sides["ours"].items():
+        given = inputs.get(part, ())
+        with FlopCounterMode(display=False) as counter:
+            call(*given)
+        flop = counter.get_total_flops()
+        calls = {name: partial(calls[part], *given) for name, calls in sides.items()}
+        seconds, outputs = take_turns(calls, args.rounds, device)
+        row = {"part": part}
+        row |= {f"{name}, s": statistics.median(each) for name, each in seconds.items()}
+        row |= ratio(seconds["ours"], seconds["diffusers"])
+        row["differ by"] = relative_difference(outputs["ours"], outputs["diffusers"])
+        row |= {"TFLOP": flop / 1e12, "of the limit": flop / row["ours, s"] / peak}
+        rows.append(row)
+    report(f"sampling-batch{batch}" + "-defaults" * args.defaults, device, dtype, rows,
+           limit_tflops=peak / 1e12)
 
 
 if __name__ == "__main__":

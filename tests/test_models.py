@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import unet
 from conftest import relative_error
 from formats.diffusers_folder import text_to_transformers, unet_to_diffusers, vae_to_diffusers
 from text_encoder import TextEncoder, TextEncoderConfig
-from unet import StackedUNet, UNet, UNetConfig, stack
+from unet import LONG, Attention, StackedUNet, UNet, UNetConfig, attention_by_parts, stack
 from vae import AutoencoderKL, VAEConfig
 
 # Together they have every kind of block: with and without attention on the way down and up,
@@ -154,6 +156,32 @@ def test_half_precision_in_channels_last_is_close_to_fp32(dtype):
     for a, b in zip(half, exact):
         assert a.dtype == dtype
         assert relative_error(a.float(), b) < 0.05
+
+
+def test_attention_by_parts_is_attention():
+    torch.manual_seed(0)
+    # 700 queries: the second part is shorter. Transposed views, as Attention makes them.
+    q, k, v = (torch.randn(2, tokens, 3, 16).bfloat16().transpose(1, 2) for tokens in (700, 77, 77))
+    wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert relative_error(attention_by_parts(q, k, v).double(), wanted) < 1e-2  # bf16 has 8 bits
+    assert relative_error(attention_by_parts(q.double(), k.double(), v.double()), wanted) < 1e-12
+    torch.library.opcheck(attention_by_parts, (q, k, v))  # that torch.compile can take it
+
+
+def test_long_attention_in_bf16_is_by_parts_only_without_gradients(monkeypatch):
+    torch.manual_seed(0)
+    calls, layer = [], Attention(16, 16, 2).bfloat16()
+    monkeypatch.setattr(unet, "attention_by_parts",
+                        lambda *given: calls.append(given) or attention_by_parts(*given))
+    x = torch.randn(1, LONG, 16).bfloat16()
+    trained = layer(x)
+    trained.float().square().mean().backward()
+    assert not calls and layer.to_q.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        sampled = layer(x)
+        layer(x[:, :-1])  # shorter
+        layer.float()(x.float())
+    assert len(calls) == 1 and relative_error(sampled.float(), trained.float()) < 2e-2
 
 
 def test_each_sample_has_its_own_timestep():
