@@ -8,13 +8,19 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-no-browser chromium quick test-slow notebook lint clean
+.PHONY: demo test test-no-browser chromium quick test-slow notebook lint clean tests-a-e tests-f-z
 
 demo: .venv/installed
 	RUN=$(BIN)/python sh recipes/laptop.sh
 
+# Two processes of one thread each: a single one keeps one core busy, whatever its threads.
 test: .venv/installed-dev lint chromium
-	$(BIN)/python -m pytest tests
+	@$(MAKE) --no-print-directory -j2 tests-a-e tests-f-z
+
+tests-a-e tests-f-z: tests-%:
+	@echo "tests/test_[$*]*: output at the end"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_[$*]*.py > .venv/tests-$*.log 2>&1; \
+		status=$$?; cat .venv/tests-$*.log; exit $$status
 
 test-no-browser: .venv/installed-dev lint
 	$(BIN)/python -m pytest -m "not slow and not browser" tests

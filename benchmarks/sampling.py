@@ -150,6 +150,7 @@ def main():
     networks = [network.to(device, dtype).eval()
                 for network in (model.text_encoder, model.unet, model.vae, small)]
     set_memory_format(*networks[1:3], dtype)
+    networks[3].to(memory_format=torch.channels_last)  # as formats.small_decoder.load_decoder
     ours = dict(zip(theirs, [*networks[:2], networks[2].decode, networks[3].decode]))
     sides["ours"] = ours
     if args.compile:

@@ -149,7 +149,8 @@ def load_decoder(path: str | Path, model, dtype: torch.dtype | None = None) -> S
                  dtype or model.dtype)
     unused = {name for name in set(files) - set(keys.values()) if not name.startswith("encoder.")}
     check_unused_tensors(path, unused, ("",))
-    return decoder.eval()
+    # In bf16 on a CPU a third faster than contiguous weights (benchmarks/README.md).
+    return decoder.to(memory_format=torch.channels_last).eval()
 
 
 def taesd_name(name: str) -> str:
