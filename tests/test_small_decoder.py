@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -18,6 +19,7 @@ import sample
 import small_decoder
 from command import TINY_TEACHER, BadInput
 from conftest import relative_error
+from experiments import small_decoders
 from formats.images import decode_finite
 from formats.single_file import METADATA
 from formats.small_decoder import SmallDecoder, SmallDecoderConfig, load_decoder, save_decoder
@@ -496,3 +498,23 @@ def test_wrong_requests_are_a_one_line_error(call, pairs_folder, monkeypatch):
     shard.unlink()
     code, _, err = call(small_decoder.main, "--pairs", "pairs")
     assert code == 2 and "pairs: shard 0 is missing; let reflow.py finish these pairs" in err
+
+
+def test_study_compares_both_decoders_and_resumes(call, monkeypatch):
+    flags = ["--iterations", 2, "--batch-size", 4, "--num-pairs", 8, "--teacher-steps", 2,
+             "--num-samples", 12, "--num-seeds", 2, "--width", 8]
+    code, out, err = call(small_decoders.main, *flags)
+    assert code == 0, err
+    folder = Path("runs/small-decoders/shapes")
+    rows = json.loads((folder / "small_decoders.json").read_text())
+    assert [(row["decoder"], row["seed"]) for row in rows] == [
+        ("full", 0), ("small", 0), ("full", 1), ("small", 1)]
+    assert [row["psnr"] is None for row in rows] == [True, False, True, False]
+    summary = small_decoders.summary_of(rows)
+    gains = [rows[1]["frechet"] - rows[0]["frechet"], rows[3]["frechet"] - rows[2]["frechet"]]
+    assert summary[2]["frechet"] == pytest.approx(sum(gains) / 2)
+    assert np.asarray(Image.open(folder / "small_decoders.png").convert("L")).std() > 3
+    assert (folder / "small_decoders.md").read_text() in out
+    monkeypatch.setattr(small_decoders, "train", None)  # nothing is trained again
+    assert call(small_decoders.main, *flags)[0] == 0
+    assert json.loads((folder / "small_decoders.json").read_text()) == rows

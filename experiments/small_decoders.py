@@ -1,0 +1,124 @@
+"""Does a small decoder, distilled from a model's own, keep the images?
+
+    python experiments/small_decoders.py                      shapes, 3 seeds; resumes
+    python experiments/small_decoders.py --captions emoji     after python toy/emoji.py
+
+small_decoder.py's training, once for each seed, on latents of the teacher's pairs. The one-step
+model then makes the same images with its own decoder and with the small one, from captions and
+noises that nothing was trained on.
+
+    psnr                of the small decoder's images against the full decoder's, dB
+    seconds_per_image   of the one step with this decoder; includes text and U-Net
+
+Writes small_decoders.json (a row for each seed), .md (means with 95 % intervals over seeds and of
+the paired differences, small minus full) and .png: full, small and their difference, of seed 0.
+"""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint
+import small_decoder
+from command import non_negative, pick_device, positive, run, write_text
+from editing import psnr
+from evaluate import NUM_SHOWN, evaluate
+from evaluation.figures import GRADES, with_interval
+from evaluation.perceptual import perceptual_distance
+from evaluation.plots import markdown_table, save_comparison
+from evaluation.study import (
+    Study, add_pairs_option, add_table_options, footer, open_table, study_of, study_parser,
+)
+from formats.small_decoder import SmallDecoder, SmallDecoderConfig, load_decoder, save_decoder
+from sample import sample_images
+from stable_diffusion import TOY
+from training import ema_copy, train
+
+ONE_STEP = {"shapes": "tiny_instaflow.safetensors", "emoji": "tiny_emoji_instaflow.safetensors"}
+FIGURES = (*GRADES, "psnr", "seconds_per_image")
+
+
+def trained_decoder(study: Study, model) -> SmallDecoder:
+    """The small decoder of this seed: from its file, or distilled from the model's own."""
+    path, args = study.folder / "small.safetensors", study.args
+    if not path.exists():
+        pairs = study.pairs_of(study.load_teacher())
+        torch.manual_seed(study.seed)
+        doublings = model.vae.config.downsampling.bit_length() - 1
+        small = SmallDecoder(SmallDecoderConfig(
+            model.family, model.unet.config.in_channels, args.width, doublings)).to(study.device)
+        lpips = perceptual_distance("random", study.device)
+        options = study.options(small, args.iterations, f"small decoder, seed {study.seed}",
+                                args.learning_rate)
+        full = checkpoint.load(model.path, study.device).vae  # fp32
+        train(small, ema_copy(small),
+              partial(small_decoder.batch, pairs, len(pairs), 0, study.seed),
+              partial(small_decoder.loss, full, lpips, 0), options, study.folder / "small", {})
+        save_decoder(small, path)
+    return load_decoder(path, model)
+
+
+def measure_seed(study: Study, path: Path) -> list[tuple[str, torch.Tensor]]:
+    """Add the rows of both decoders, unless the table has them; the first images of both."""
+    model, asked = study.load(path), study.evaluation_set
+    models = {"full": model, "small": replace(model, vae=trained_decoder(study, model))}
+    if not study.rows_with({"seed": study.seed}):
+        images = [sample_images(each, asked.prompts, asked.seeds) for each in models.values()]
+        close = {"full": None, "small": psnr(*reversed(images)).mean().item()}
+        for name, each in models.items():
+            (row, _), = evaluate(each, [asked], [1], 1.0)
+            figures = {figure: row[figure] for figure in FIGURES if figure != "psnr"}
+            study.rows.append({"decoder": name, "seed": study.seed, "psnr": close[name]} | figures)
+        study.write()
+    prompts, seeds = asked.prompts[:NUM_SHOWN], asked.seeds[:NUM_SHOWN]
+    full, small = (sample_images(each, prompts, seeds) for each in models.values())
+    return [("full decoder", full), ("small decoder", small), ("difference", small - full)]
+
+
+def summary_of(rows: list[dict]) -> list[dict]:
+    """Means with 95 % intervals over seeds, of each decoder and of small minus full."""
+    full, small = ([row for row in rows if row["decoder"] == name] for name in ("full", "small"))
+    minus = lambda a, b: None if a is None or b is None else a - b
+    difference = [{name: minus(b[name], a[name]) for name in FIGURES} for a, b in zip(full, small)]
+    summary = []
+    for name, group in (("full", full), ("small", small), ("small - full", difference)):
+        line = {"decoder": name}
+        for figure in FIGURES:
+            line[figure], line[f"{figure}_interval"] = with_interval([row[figure] for row in group])
+        summary.append(line | {"seeds": len(group)})
+    return summary
+
+
+def main():
+    parser = study_parser("Full against small decoder, with the one-step model.", "mixed",
+                          "runs/small-decoders")
+    add_table_options(parser)
+    add_pairs_option(parser)
+    add = parser.add_argument
+    add("--iterations", type=positive, default=1000, help="of a small decoder")
+    add("--learning-rate", type=non_negative, default=3e-4)
+    add("--width", type=positive, default=32, help="channels of the small decoder")
+    args = parser.parse_args()
+    data = "emoji" if args.captions == "emoji" else "shapes"
+    path = Path(args.out) / data / "small_decoders.json"
+    rows, write = open_table(path, args)
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        study = study_of(seed, args, pick_device(args.device), rows, write)
+        study.folder = path.parent / f"seed-{seed}"
+        sheet = measure_seed(study, TOY / ONE_STEP[data])
+        if seed == args.seed:
+            save_comparison(path.with_suffix(".png"), sheet,
+                            study.evaluation_set.prompts[:NUM_SHOWN])
+    table = markdown_table(summary_of(rows))
+    table += footer("experiments/small_decoders.py", args, pick_device(args.device), rows)
+    write_text(path.with_suffix(".md"), table)
+    print(table + f"{path}, .md and .png")
+
+
+if __name__ == "__main__":
+    run(main)
