@@ -1,7 +1,6 @@
 """Evaluation: metrics with known answers, table rows, and the studies built on them."""
 
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,17 +205,6 @@ def test_matched_times_give_the_teachers_output():
     assert error(matched).max() < 0.1 and error(matched).mean() < error(unmatched).mean() / 5
 
 
-def test_u_shaped_times_have_their_density():
-    t = fewer_samples.u_shaped(
-        torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
-    assert 0 <= t.min() and t.max() <= 1 and abs(t.mean() - 0.5) < 0.005
-    # For a density ∝ cosh(4 (t - 1/2)), the fraction below x is
-    # (sinh(2) + sinh(4 (x - 1/2))) / (2 sinh(2)).
-    for x in (0.1, 0.3, 0.5, 0.8):
-        fraction = (math.sinh(2) + math.sinh(4 * (x - 0.5))) / (2 * math.sinh(2))
-        assert (t < x).double().mean().item() == pytest.approx(fraction, abs=0.005)
-
-
 def test_perceptual_loss_has_its_authors_weights():
     """The Huber term is a mean over the latent, with weight t; LPIPS has weight 1 at every t."""
     x0, x1, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.25, 1.0])
@@ -234,7 +222,7 @@ def test_perceptual_loss_has_its_authors_weights():
 
 
 def test_fewer_samples_writes_all_rows_and_repeats_nothing(call, short_paths):
-    ways = ["paper", "negated", "matched", "perceptual", "unguided"]
+    ways = ["paper", "negated", "matched", "perceptual"]
     few = [*FEW, "--iterations", 4, "--num-pairs", 20, "--teacher-steps", 4, "--num-seeds", 1,
            "--ways", *ways]
     code, out, err = call(fewer_samples.main, *few)
