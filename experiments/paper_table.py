@@ -277,8 +277,8 @@ def save_gaps(path: Path, rows: list[dict]) -> None:
                          for (n,), group in sorted(grouped(mine, ("iterations",)).items())]
                 axis.plot(*zip(*means), color=colour, label=arm)
         counts = sorted({row["iterations"] for row in main})
-        axis.set(xscale="log", yscale="log", title=f"start: {start}",
-                 xlabel="training steps in all")
+        axis.set(xscale="log", title=f"start: {start}", xlabel="training steps in all")
+        axis.set_yscale("symlog", linthresh=10)  # a student may be ahead of its teacher
         axis.set_xticks(counts, [f"{n:,}" for n in counts])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
