@@ -191,11 +191,12 @@ def by_method(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]
         method_loss, round_.method, encode_prompts, ema, inputs
     )
 
-    costs, inputs = [], first_inputs
-    for round_ in rounds_of(method, options_for(study, unet, len(progressive.ROUNDS), name)):
+    costs, inputs, per_sample, length = [], first_inputs, 0.0, 1000  # length: any long one
+    for round_ in rounds_of(method, options_for(study, unet, length, name)):
         costs.append(passes_of(unet, batch_of(round_), loss_of(round_, inputs), round_.options))
+        per_sample += costs[-1] * round_.options.iterations / length
         inputs = next_inputs(inputs, student, round_)
-    iterations = iterations_for(study, study.args.passes, sum(costs) / len(costs))
+    iterations = iterations_for(study, study.args.passes, per_sample)
 
     trained, inputs, done, spent, minutes = [], first_inputs, 0, 0.0, 0.0
     rounds = rounds_of(method, options_for(study, unet, iterations, name))

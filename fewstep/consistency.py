@@ -12,7 +12,8 @@ several steps: predict the end, add new noise up to the next time, predict again
              X_t + (e - t) v(X_t, t):    min_v  E ‖jump(X_t, t → e) - jump'(y, u → e)‖²
              then with X_t on the segments' edges alone, y a whole segment later, and e = 1
 
-The teacher's own steps lead from noise to X_t, so MLCM needs no images. Its target is the network
+The teacher's own steps lead from noise to X_t. In the second half, X_t is the student's own sample
+in four steps, with new noise up to the edge. So MLCM needs no images. Its target is the network
 itself.
 
     SCott    LCM, with y after three steps that renew some noise, over 24 of 1000 timesteps:
@@ -41,6 +42,9 @@ from rectified_flow import Distance, Velocity, interpolate, squared
 GRID = 48
 SEGMENTS = 8
 GAP = 1 / GRID
+# TLCM: the segments' edges where the four steps of a sample begin (the authors' inference.py), and
+# the teacher's steps from one edge to the next (algorithm 2).
+SAMPLE_EDGES, EDGE_STEPS = (0, 2, 4, 7), 3
 ETA, NOISY_STEPS, NOISY_GAP = 0.2, 3, 0.024
 
 
@@ -71,17 +75,26 @@ def lcm(
     return same_end(student, target, x, t, y, u, context)
 
 
-def draw_mlcm(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A segment and a position in it in [0, 1), (count,) each."""
+def noises_of(seeds: Tensor, count: int, x: Tensor) -> Tensor:
+    """(B, count, ...): for each seed as many noises of the shape of x's samples."""
+    return torch.stack([
+        torch.randn(count, *x.shape[1:], generator=torch.Generator().manual_seed(seed))
+        for seed in seeds.tolist()
+    ]).to(x)
+
+
+def draw_mlcm(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A segment, a position in it in [0, 1) and a seed of the new noises, (count,) each."""
     segment = torch.randint(SEGMENTS, (count,), generator=generator)
-    return segment, torch.rand(count, generator=generator)
+    position = torch.rand(count, generator=generator)
+    return segment, position, torch.randint(2**62, (count,), generator=generator)
 
 
 def mlcm_segments(
-    student: Velocity, x0: Tensor, x1: Tensor, context, segment: Tensor, position: Tensor, *,
-    teacher: Velocity, target: Velocity,
+    student: Velocity, x0: Tensor, x1: Tensor, context, segment: Tensor, position: Tensor,
+    seeds: Tensor, *, teacher: Velocity, target: Velocity,
 ) -> Tensor:
-    """(B,), the first half of MLCM. x1 is not used; target: the student."""
+    """(B,), the first half of MLCM. x1 and seeds are not used; target: the student."""
     last = (segment + 1) / SEGMENTS
     here = segment / SEGMENTS + position * (1 / SEGMENTS - GAP)
     t, u, e = schedule_time(here), schedule_time(here + GAP), schedule_time(last)
@@ -93,20 +106,32 @@ def mlcm_segments(
     return squared(step(student, x, t, e, context), goal)
 
 
+def sample_at_edges(velocity: Velocity, x0: Tensor, context, noises: Tensor) -> Tensor:
+    """A sample in four steps, (B, ...): predict the end, add new noise up to the next edge, repeat.
+
+    noises (B, 3 or more, ...): the new ones.
+    """
+    x = diffusion_start(x0, SCHEDULE)
+    for k, edge in enumerate(SAMPLE_EDGES):
+        t = schedule_time(torch.full((len(x),), edge / SEGMENTS))
+        x = end(velocity, interpolate(noises[:, k - 1], x, t) if k else x, t, context)
+    return x
+
+
 def mlcm_edges(
-    student: Velocity, x0: Tensor, x1: Tensor, context, segment: Tensor, position: Tensor, *,
-    teacher: Velocity, target: Velocity,
+    student: Velocity, x0: Tensor, x1: Tensor, context, segment: Tensor, position: Tensor,
+    seeds: Tensor, *, teacher: Velocity, target: Velocity,
 ) -> Tensor:
     """(B,), the second half: from a segment's edge, y three teacher steps later, both to the end.
 
-    x1 and position are not used.
+    x1 and position are not used. TLCM, algorithm 2.
     """
     here, later = segment / SEGMENTS, (segment + 1) / SEGMENTS
     t, u = schedule_time(here), schedule_time(later)
     with torch.no_grad():
-        noise = diffusion_start(x0, SCHEDULE)
-        x = euler_steps(teacher, noise, here * 0, here, segment, context)
-        y = euler_steps(teacher, x, here, later, 3, context)
+        noises = noises_of(seeds, len(SAMPLE_EDGES), x0)
+        x = interpolate(noises[:, -1], sample_at_edges(target, x0, context, noises), t)
+        y = euler_steps(teacher, x, here, later, EDGE_STEPS, context)
     return same_end(student, target, x, t, y, u, context, squared)
 
 
@@ -123,10 +148,7 @@ def scott(
     """(B,). As `lcm`; with eta 0 and one step it is LCM without the grid."""
     t = schedule_time(fraction)
     x = interpolate(x0, x1, t)
-    noises = torch.stack([
-        torch.randn(steps, *x.shape[1:], generator=torch.Generator().manual_seed(seed))
-        for seed in seeds.tolist()
-    ]).to(x.device)
+    noises = noises_of(seeds, steps, x)
     with torch.no_grad():
         y, u = x, t
         for k in range(steps):

@@ -14,6 +14,8 @@ All of them distill the teacher's guidance, so their models are sampled without 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 from command import BadInput
 from diffusion import diffusion_velocity
@@ -22,6 +24,17 @@ from fewstep.steps import SCHEDULE
 from rectified_flow import flow_velocity
 from stable_diffusion import FewStep
 from training import TrainingOptions
+
+
+class Part(NamedTuple):
+    """A round of a method's training, by what differs from the method's other rounds."""
+
+    name: str  # of its folder in OUT.state
+    loss: Callable
+    share: int = 1  # of the iterations, beside the other rounds' shares
+    rate: float = 1.0  # its learning rate, in units of the method's
+    few_step: FewStep | None = None  # of its model, where that is saved too
+    teaches: bool = False  # is its student the next round's teacher?
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class Method:
     target: str = ""  # a network without gradients that it calls: the "student" or its "ema"
     second_time: bool = False
     learning_rate: float = 1e-6  # for Stable Diffusion; reflow's where none is published
+    rounds: tuple[Part, ...] = ()  # (): a single one, with `loss`
 
     @property
     def init(self) -> str:
@@ -49,21 +63,31 @@ class Method:
         return flow_velocity(unet) if self.kind == "flow" else diffusion_velocity(unet, SCHEDULE)
 
 
+def halvings(loss: Callable) -> tuple[Part, ...]:
+    """The rounds of progressive distillation."""
+    return tuple(Part(f"{n}-steps", partial(loss, steps=n, diffusion=n == progressive.ROUNDS[0]),
+                      few_step=FewStep("euler", n, (n,)), teaches=True)
+                 for n in progressive.ROUNDS)
+
+
 METHODS = {method.name: method for method in (
     Method("perflow", perflow.loss, perflow.draw, "diffusion", "images",
            FewStep("euler", 4, tuple(range(4, 101, 4))), learning_rate=8e-5),
     Method("progressive", progressive.loss, progressive.draw, "flow", "images",
-           FewStep("euler", 1, (1,))),
+           FewStep("euler", 1, (1,)), rounds=halvings(progressive.loss)),
     Method("lcm", consistency.lcm, consistency.draw_lcm, "diffusion", "images",
            FewStep("renoise", 4), target="ema"),
     Method("mlcm", consistency.mlcm_segments, consistency.draw_mlcm, "diffusion", "prompts",
-           FewStep("renoise", 4, (1, 2, 4, 8)), target="student"),
+           FewStep("renoise", 4, (1, 2, 4, 8)), target="student", learning_rate=1e-4,
+           # TLCM: 12,000 and 2,000 iterations at 1e-4 and 1e-5
+           rounds=(Part("segments", consistency.mlcm_segments, share=6),
+                   Part("edges", consistency.mlcm_edges, rate=0.1))),
     Method("scott", consistency.scott, consistency.draw_scott, "diffusion", "images",
-           FewStep("renoise", 4), target="ema"),
+           FewStep("renoise", 4), target="ema", learning_rate=8e-6),
     Method("rectified-diffusion", rectified_diffusion.loss, rectified_diffusion.draw, "diffusion",
            "pairs", FewStep("euler", 4), teacher=False, learning_rate=5e-6),
     Method("re-meanflow", meanflow.loss, meanflow.draw, "flow", "pairs", FewStep("mean", 1),
-           teacher=False, target="student", second_time=True),
+           teacher=False, target="student", second_time=True, learning_rate=2e-4),
     # Its LoRA starts at zero, so the weights have further to go.
     Method("hipa", hipa.loss, lambda count, generator: (), "diffusion", "pairs",
            FewStep("euler", 1, (1,)), teacher=False, learning_rate=1e-4),
@@ -81,26 +105,26 @@ class Round:
     folder: str  # of its state, in OUT.state
     suffix: str  # of its model's name, if another round makes OUT
     before: int  # iterations of earlier rounds
+    teaches: bool
 
 
 def rounds_of(method: Method, options: TrainingOptions) -> list[Round]:
-    """The rounds of a method, which share `options.iterations` and its warm-up."""
-    parts = {method.name: method}
-    if method.name == "progressive":
-        parts = {f"{n} steps": replace(
-            method, loss=partial(method.loss, steps=n, diffusion=n == progressive.ROUNDS[0]),
-            few_step=FewStep("euler", n, (n,))) for n in progressive.ROUNDS}
-    elif method.name == "mlcm":
-        parts = {"segments": method, "edges": replace(method, loss=consistency.mlcm_edges)}
-    each, left = divmod(options.iterations, len(parts))
-    if not each:
-        raise BadInput(f"--iterations {options.iterations}: {method.name} trains in {len(parts)} "
-                       "rounds; give at least one iteration for each")
-    warmup, rounds = options.warmup_samples // len(parts), []
-    for k, (name, part) in enumerate(parts.items()):
-        iterations = each + left * (k == len(parts) - 1)
-        own = replace(options, iterations=iterations, warmup_samples=warmup, name=name)
-        folder = name.replace(" ", "-") if len(parts) > 1 else ""
-        suffix = f"-{part.few_step.steps}" if part.few_step != method.few_step else ""
-        rounds.append(Round(part, own, folder, suffix, k * each))
+    """The rounds of a method, which share `options.iterations` and its warm-up.
+
+    BadInput: fewer iterations than rounds.
+    """
+    parts = method.rounds or (Part("", method.loss),)
+    total, rounds = sum(part.share for part in parts), []
+    ends = [options.iterations * done // total for done in accumulate(p.share for p in parts)]
+    for part, start, end in zip(parts, [0, *ends], ends):
+        if start == end:
+            raise BadInput(f"--iterations {options.iterations}: {method.name} trains in "
+                           f"{len(parts)} rounds; give at least one iteration for each")
+        few_step = part.few_step or method.few_step
+        own = replace(options, iterations=end - start, name=part.name or method.name,
+                      learning_rate=options.learning_rate * part.rate,
+                      warmup_samples=options.warmup_samples * part.share // total)
+        suffix = f"-{few_step.steps}" if few_step != method.few_step else ""
+        rounds.append(Round(replace(method, loss=part.loss, few_step=few_step), own, part.name,
+                            suffix, start, part.teaches))
     return rounds

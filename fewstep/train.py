@@ -120,7 +120,7 @@ def loss_inputs(
 
 def next_inputs(inputs: dict, student: StableDiffusion, done: Round) -> dict:
     """`loss_inputs` after a round: progressive distillation's student becomes the teacher."""
-    if not done.suffix:
+    if not done.teaches:
         return inputs
     return inputs | {"teacher": flow_velocity(copy.deepcopy(student.unet).requires_grad_(False))}
 

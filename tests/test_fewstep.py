@@ -197,6 +197,45 @@ def test_progressive_loss_equals_a_computation_by_hand():
         torch.testing.assert_close(loss[k : k + 1], expected, rtol=1e-6, atol=1e-9)
 
 
+def test_mlcm_continues_from_the_students_own_samples():
+    """The second half's loss by hand: sample in four steps, add noise, three teacher steps."""
+    segment, seeds = torch.tensor([0, 1, 3, 5, 6, 7]), torch.arange(B)
+    student = lambda x, t, context: curved(x, t, context) + broadcast_over(t.square(), x)
+    target = lambda x, t, context: 0.9 * student(x, t, context)
+    loss = consistency.mlcm_edges(student, X0, None, CONTEXT, segment, None, seeds, teacher=curved,
+                                  target=target)
+    edges = steps.schedule_time(torch.arange(9) / 8).tolist()
+    fine = steps.schedule_time(torch.arange(25) / 24).tolist()
+    time = lambda t: torch.tensor([t]).double()
+    for k, first in enumerate(segment.tolist()):
+        noises = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(k)).double()
+        x, context = diffusion_start(X0[k : k + 1], steps.SCHEDULE), CONTEXT[k : k + 1]
+        for number, edge in enumerate((0, 2, 4, 7)):
+            t = edges[edge]
+            if number:
+                x = t * x + (1 - t) * noises[number - 1]
+            x = x + (1 - t) * target(x, time(t), context)
+        t, u = edges[first], edges[first + 1]
+        y = x = t * x + (1 - t) * noises[3]
+        for now, then in zip(fine[3 * first :], fine[3 * first + 1 : 3 * first + 4]):
+            y = y + (then - now) * curved(y, time(now), context)
+        goal = y + (1 - u) * target(y, time(u), context)
+        expected = squared(x + (1 - t) * student(x, time(t), context), goal)
+        torch.testing.assert_close(loss[k : k + 1], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_rounds_share_iterations_and_learning_rate_as_published():
+    """MLCM: 12,000 iterations at 1e-4, then 2,000 at 1e-5. Progressive: equal parts."""
+    about = lambda name, iterations: [
+        (round_.before, round_.options.iterations, round_.options.learning_rate) for round_ in
+        rounds_of(METHODS[name], TrainingOptions(iterations, learning_rate=1e-4))]
+    assert about("mlcm", 14_000) == [(0, 12_000, 1e-4), (12_000, 2_000, pytest.approx(1e-5))]
+    assert about("progressive", 9) == [(0, 2, 1e-4), (2, 2, 1e-4), (4, 2, 1e-4), (6, 3, 1e-4)]
+    assert about("lcm", 9) == [(0, 9, 1e-4)]
+    assert [METHODS[name].learning_rate for name in ("scott", "mlcm", "re-meanflow", "perflow")
+            ] == [8e-6, 1e-4, 2e-4, 8e-5]
+
+
 def test_freeflow_loss_equals_a_computation_by_hand():
     ends = torch.tensor([0.08, 0.11, 0.3, 0.5, 0.8, 1.0]).double()
     student = lambda x, t, until, context: curved(x, t, context) + broadcast_over(until, x) * x
@@ -391,8 +430,9 @@ def test_each_method_trains_on_the_pairs_noise_or_on_fresh_noise(method):
     """Fresh noise differs in every iteration of every round."""
     rounds = rounds_of(method, TrainingOptions(8, 4, warmup_samples=16))
     batches, starts = [], []
+    warmups = [13, 2] if method.name == "mlcm" else [16 // len(rounds)] * len(rounds)
+    assert [round_.options.warmup_samples for round_ in rounds] == warmups
     for round_ in rounds:
-        assert round_.options.warmup_samples == 16 // len(rounds)
         for k in range(2):
             samples, generator = torch.arange(4 * k, 4 * k + 4), generator_for(0, k)
             batches.append(fewstep.train.batch(round_, Numbered(), (4, 8, 8), samples, slice(1, 3),
