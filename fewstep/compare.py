@@ -22,6 +22,7 @@ and ablations of the methods:
     velocity, picture loss      Rectified Diffusion's loss on a network that predicts v, from t = 0
     velocity, squared           with the squared error of images: 2-RF's times (1 - t)^2
     noise prediction, squared   Rectified Diffusion with that error
+    hipa, convolutions          HiPA's LoRA on all convolutions and linear maps
     re-meanflow, exact          with the exact derivative, not the difference
     meanflow, fresh noise       Re-MeanFlow on all pairs' images, with fresh noise
 
@@ -90,6 +91,7 @@ VARIANTS = {
         loss=partial(rectified_diffusion.loss, distance=squared, times=lambda fraction: fraction)),
     "noise prediction, squared": replace(
         METHODS["rectified-diffusion"], loss=partial(rectified_diffusion.loss, distance=squared)),
+    "hipa, convolutions": replace(METHODS["hipa"], lora="everywhere"),
     "re-meanflow, exact": replace(
         METHODS["re-meanflow"], loss=partial(meanflow.loss, derivative=meanflow.exact_derivative)),
     "meanflow, fresh noise": replace(METHODS["re-meanflow"], data="images"),

@@ -6,12 +6,13 @@
 
 One step of a diffusion gives the coarse image but misses its high frequencies. So the loss asks for
 them directly, through a high-pass filter and through edges, beside a perceptual distance D (LPIPS).
-The network learns them in a LoRA (lora.py) of 0.4 % of its size. In this project's terms it is
+The network learns them in a LoRA (lora.py) on attention, 0.4 % of its size. In our terms it is
 InstaFlow's distillation straight from the teacher, with few weights and another distance.
 
 Differs from the paper: we could not find its exact distances, λ and data. Here λ is 1, the filter
 removes what a blur keeps, and edges are Sobel's; hence "after". The tiny model has attention at
-4 x 4 resolution only, so its LoRA can do little for fine detail.
+4 x 4 resolution only, so there the published LoRA does little for fine detail; compare.py has a row
+with LoRA on convolutions too.
 
 Zhang et al. 2023 (HiPA, arXiv 2311.18158).
 """

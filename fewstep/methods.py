@@ -48,6 +48,7 @@ class Method:
     teacher: bool = True  # does the loss call the frozen teacher?
     target: str = ""  # a network without gradients that it calls: the "student" or its "ema"
     second_time: bool = False
+    lora: str = ""  # where a LoRA trains in place of all weights: "attention" or "everywhere"
     learning_rate: float = 1e-6  # for Stable Diffusion; reflow's where none is published
     rounds: tuple[Part, ...] = ()  # (): a single one, with `loss`
 
@@ -90,7 +91,7 @@ METHODS = {method.name: method for method in (
            teacher=False, target="student", second_time=True, learning_rate=2e-4),
     # Its LoRA starts at zero, so the weights have further to go.
     Method("hipa", hipa.loss, lambda count, generator: (), "diffusion", "pairs",
-           FewStep("euler", 1, (1,)), teacher=False, learning_rate=1e-4),
+           FewStep("euler", 1, (1,)), teacher=False, lora="attention", learning_rate=1e-4),
     Method("freeflow", freeflow.loss, freeflow.draw, "flow", "prompts", FewStep("mean", 1, (1,)),
            target="student", second_time=True),
 )}

@@ -66,8 +66,8 @@ def student_of(model: StableDiffusion, method: Method, seed: int) -> StableDiffu
     """The method's student, from a model with the student's initial weights; changes the model."""
     torch.manual_seed(seed)  # for new weights: the second time's embedding, LoRA
     unet = meanflow.with_second_time(model.unet) if method.second_time else model.unet
-    if method.name == "hipa":
-        lora.add_lora(unet)
+    if method.lora:
+        lora.add_lora(unet, everywhere=method.lora == "everywhere")
     return replace(model, unet=unet, kind=method.kind, few_step=method.few_step)
 
 

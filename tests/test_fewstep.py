@@ -382,6 +382,19 @@ def test_merged_lora_equals_applied_lora(teacher):
     assert learned and all(".up." in name or ".down." in name for name in learned)
 
 
+def test_hipas_lora_lies_on_attention_or_also_on_convolutions(teacher):
+    """Parameters of rank 16 on the tiny model: on attention, and on all inner layers."""
+    def trained(method):
+        weights = new_student(teacher, method).unet.named_parameters()
+        return {name: weight.numel() for name, weight in weights if weight.requires_grad}
+
+    attention = trained(METHODS["hipa"])
+    everywhere = trained(compare.VARIANTS["hipa, convolutions"])
+    assert sum(attention.values()) == 131_072 and all("attn" in name for name in attention)
+    assert sum(everywhere.values()) == 713_344 and attention.keys() < everywhere.keys()
+    assert "down_blocks.0.resnets.0.conv1.down.weight" in everywhere
+
+
 def test_lora_on_stable_diffusion_has_hipas_parameter_count():
     with torch.device("meta"):
         large = unet.UNet(unet.UNetConfig())
