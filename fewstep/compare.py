@@ -22,6 +22,9 @@ and ablations of the methods:
     velocity, picture loss      Rectified Diffusion's loss on a network that predicts v, from t = 0
     velocity, squared           with the squared error of images: 2-RF's times (1 - t)^2
     noise prediction, squared   Rectified Diffusion with that error
+    perflow, guided             with the published guidance: of the student, not of the teacher
+    perflow, on path            windows that start on the teacher's path (FlowSteer)
+    perflow, halving            8, 4, then 2 windows, and the angle in the loss (ProReflow)
     hipa, convolutions          HiPA's LoRA on all convolutions and linear maps
     re-meanflow, exact          with the exact derivative, not the difference
     meanflow, fresh noise       Re-MeanFlow on all pairs' images, with fresh noise
@@ -67,15 +70,14 @@ from evaluation.study import (
     Study, add_pairs_option, add_table_options, footer, open_table, save_images, study_of,
     study_parser,
 )
-from fewstep import meanflow, progressive, rectified_diffusion
-from fewstep.methods import METHODS, rounds_of
-from fewstep.steps import guided_velocity
+from fewstep import meanflow, perflow, progressive, rectified_diffusion
+from fewstep.methods import METHODS, Part, rounds_of
 from fewstep.train import Prompts, finished, loss_inputs, next_inputs, student_of
 from fewstep.train import batch as method_batch
 from fewstep.train import loss as method_loss
 from pairs import Pairs
 from rectified_flow import squared
-from stable_diffusion import StableDiffusion
+from stable_diffusion import FewStep, StableDiffusion
 from training import TrainingOptions, ema_copy, read_metrics, train
 from unet import UNet
 
@@ -91,6 +93,15 @@ VARIANTS = {
         loss=partial(rectified_diffusion.loss, distance=squared, times=lambda fraction: fraction)),
     "noise prediction, squared": replace(
         METHODS["rectified-diffusion"], loss=partial(rectified_diffusion.loss, distance=squared)),
+    "perflow, guided": replace(METHODS["perflow"], guidance=1.0, dropout=perflow.DROPOUT),
+    "perflow, on path": replace(
+        METHODS["perflow"], data="prompts", loss=partial(perflow.loss, on_path=True)),
+    "perflow, halving": replace(
+        METHODS["perflow"], few_step=FewStep("euler", 4, tuple(range(2, 101, 2))),
+        rounds=tuple(
+            Part(f"{n}-windows", partial(perflow.loss, windows=n, cosine=perflow.COSINE_WEIGHT,
+                                         **({} if n == 8 else {"steps": 2})), teaches=True)
+            for n in (8, 4, 2))),
     "hipa, convolutions": replace(METHODS["hipa"], lora="everywhere"),
     "re-meanflow, exact": replace(
         METHODS["re-meanflow"], loss=partial(meanflow.loss, derivative=meanflow.exact_derivative)),
@@ -186,8 +197,7 @@ def by_method(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]
     student = student_of(study.new_student(teacher, method.init), method, study.seed)
     ema, unet, encode_prompts = ema_copy(student.unet), student.unet, student.encode_prompts
     lpips = perceptual_distance("random", study.device) if method.name == "hipa" else None
-    first_inputs = loss_inputs(method, student, guided_velocity(teacher, teacher.guidance), pairs,
-                               lpips)
+    first_inputs = loss_inputs(method, student, teacher, teacher.guidance, pairs, lpips)
     batch_of = lambda round_: partial(method_batch, round_, pairs, student.latent_shape())
     loss_of = lambda round_, inputs: partial(
         method_loss, round_.method, encode_prompts, ema, inputs

@@ -48,6 +48,8 @@ class Method:
     teacher: bool = True  # does the loss call the frozen teacher?
     target: str = ""  # a network without gradients that it calls: the "student" or its "ema"
     second_time: bool = False
+    guidance: float | None = None  # of the teacher in the loss; None: the pairs'
+    dropout: float = 0.0  # fraction of the captions left out, so that the student can be guided
     lora: str = ""  # where a LoRA trains in place of all weights: "attention" or "everywhere"
     learning_rate: float = 1e-6  # for Stable Diffusion; reflow's where none is published
     rounds: tuple[Part, ...] = ()  # (): a single one, with `loss`

@@ -38,7 +38,7 @@ from fewstep import lora, meanflow
 from fewstep.methods import METHODS, Method, Round, rounds_of
 from fewstep.steps import guided_velocity
 from pairs import Pairs, add_pair_options, make_pairs, requested_pairs, shuffled
-from rectified_flow import Distance, Velocity, flow_velocity
+from rectified_flow import Distance
 from reflow import FITS
 from sample import run_seed
 from stable_diffusion import StableDiffusion
@@ -88,6 +88,9 @@ def batch(
     noise = torch.randn(len(samples), *shape, generator=generator)[share]
     random = [numbers[share] for numbers in method.draw(len(samples), generator)]
     x0, x1, prompts = pairs.batch(samples[share], seed)
+    if method.dropout:
+        keep = torch.rand(len(samples), generator=generator)[share] >= method.dropout
+        prompts = [prompt if kept else "" for prompt, kept in zip(prompts, keep)]
     return x0 if method.data == "pairs" else noise, x1, prompts, *random
 
 
@@ -104,11 +107,14 @@ def loss(
 
 
 def loss_inputs(
-    method: Method, student: StableDiffusion, teacher: Velocity | None, pairs: Pairs | Prompts,
-    lpips: Distance | None,
+    method: Method, student: StableDiffusion, teacher: StableDiffusion, guidance: float,
+    pairs: Pairs | Prompts, lpips: Distance | None,
 ) -> dict:
-    """What the loss takes beside its batch and target. teacher, lpips: for methods that use one."""
-    inputs = {"teacher": teacher} if method.teacher else {}
+    """What the loss takes beside its batch and target. guidance: of the pairs; lpips: for HiPA."""
+    inputs = {}
+    if method.teacher:
+        scale = guidance if method.guidance is None else method.guidance
+        inputs["teacher"] = guided_velocity(teacher, scale)
     if method.name == "re-meanflow" and method.data == "pairs":
         inputs["longest"] = meanflow.longest_length(pairs)
     if method.name == "hipa":
@@ -119,10 +125,11 @@ def loss_inputs(
 
 
 def next_inputs(inputs: dict, student: StableDiffusion, done: Round) -> dict:
-    """`loss_inputs` after a round: progressive distillation's student becomes the teacher."""
+    """`loss_inputs` after a round, whose student may become the teacher."""
     if not done.teaches:
         return inputs
-    return inputs | {"teacher": flow_velocity(copy.deepcopy(student.unet).requires_grad_(False))}
+    frozen = copy.deepcopy(student.unet).requires_grad_(False)
+    return inputs | {"teacher": done.method.velocity(frozen)}
 
 
 def validation_batches(method: Method, seed: int, reference: Reference) -> list[tuple]:
@@ -213,8 +220,6 @@ def main():
     if paired:
         pairs = make_pairs(teacher, prompts, spec, args.pairs, args.teacher_batch_size, args.repair)
     reference = validation_data(teacher, held_out or prompts, shown, spec, args)
-    frozen = guided_velocity(teacher, spec["guidance"]) if method.teacher else None
-    del teacher  # its U-Net lives on in `frozen`
 
     student = checkpoint.load_student(args, device, spec["teacher_hash"], settings["init"])
     student = student_of(student, method, args.seed)
@@ -222,7 +227,8 @@ def main():
     if args.compile:
         student.compile()
     batches = reference and validation_batches(method, args.seed, reference)
-    inputs = loss_inputs(method, student, frozen, pairs, lpips)
+    inputs = loss_inputs(method, student, teacher, spec["guidance"], pairs, lpips)
+    del teacher  # its U-Net lives on in `inputs` where the loss calls it
     for round_, (folder, options, own_settings), out in zip(rounds, runs, outs):
         student = replace(student, few_step=round_.method.few_step)
         validator = reference and partial(validate, student, ema, reference, batches, options,
