@@ -25,6 +25,7 @@ and ablations of the methods:
     perflow, guided             with the published guidance: of the student, not of the teacher
     perflow, on path            windows that start on the teacher's path (FlowSteer)
     perflow, halving            8, 4, then 2 windows, and the angle in the loss (ProReflow)
+    progressive, velocity       students that predict v, from t = 0
     hipa, convolutions          HiPA's LoRA on all convolutions and linear maps
     re-meanflow, exact          with the exact derivative, not the difference
     meanflow, fresh noise       Re-MeanFlow on all pairs' images, with fresh noise
@@ -71,7 +72,7 @@ from evaluation.study import (
     study_parser,
 )
 from fewstep import meanflow, perflow, progressive, rectified_diffusion
-from fewstep.methods import METHODS, Part, rounds_of
+from fewstep.methods import METHODS, Part, halvings, rounds_of
 from fewstep.train import Prompts, finished, loss_inputs, next_inputs, student_of
 from fewstep.train import batch as method_batch
 from fewstep.train import loss as method_loss
@@ -102,6 +103,9 @@ VARIANTS = {
             Part(f"{n}-windows", partial(perflow.loss, windows=n, cosine=perflow.COSINE_WEIGHT,
                                          **({} if n == 8 else {"steps": 2})), teaches=True)
             for n in (8, 4, 2))),
+    "progressive, velocity": replace(
+        METHODS["progressive"], kind="flow",
+        rounds=halvings(partial(progressive.loss, times=lambda fraction: fraction))),
     "hipa, convolutions": replace(METHODS["hipa"], lora="everywhere"),
     "re-meanflow, exact": replace(
         METHODS["re-meanflow"], loss=partial(meanflow.loss, derivative=meanflow.exact_derivative)),

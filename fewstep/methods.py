@@ -76,7 +76,7 @@ def halvings(loss: Callable) -> tuple[Part, ...]:
 METHODS = {method.name: method for method in (
     Method("perflow", perflow.loss, perflow.draw, "diffusion", "images",
            FewStep("euler", 4, tuple(range(4, 101, 4))), learning_rate=8e-5),
-    Method("progressive", progressive.loss, progressive.draw, "flow", "images",
+    Method("progressive", progressive.loss, progressive.draw, "diffusion", "images",
            FewStep("euler", 1, (1,)), rounds=halvings(progressive.loss)),
     Method("lcm", consistency.lcm, consistency.draw_lcm, "diffusion", "images",
            FewStep("renoise", 4), target="ema"),

@@ -1,31 +1,36 @@
 """Progressive distillation: one step learns what two steps do, again and again, down to one step.
 
-    y = the teacher's two steps of 1 / 2N from X_t      X_t = (1 - t) X0 + t X1, t = i / N
-    min_v  E max(t², (1 - t)²) ‖v(X_t, t) - (y - X_t) N‖²
+    y = the teacher's two steps from X_t to time u      X_t = (1 - t) X0 + t X1
+    min_v  E max(t², (1 - t)²) ‖v(X_t, t) - (y - X_t) / (u - t)‖²
 
-with N = 8, 4, 2, 1. The student of a round is the teacher of the next. The target velocity is the
-mean of two teacher velocities, so a sample costs two teacher passes. The first round distills the
-guidance too. The weight is the paper's truncated signal-to-noise ratio in these coordinates.
+with t and u the neighbours among the times of a sampler of N steps, for N = 8, 4, 2, 1. The student
+of a round is the teacher of the next. As published, it begins as a copy of its teacher and predicts
+noise, v = (X_t - ε̂) / t. A sample costs two teacher passes. The first round distills the guidance
+too. The weight is the paper's truncated signal-to-noise ratio in these coordinates.
 
-Differs from the paper: X1 are the teacher's own images, not data; the student predicts velocity,
-like every student here that steps from t = 0; a round ends with the averaged weights, which the
-decaying learning rate brings close to the last ones.
+With `times` for a flow, the student predicts a velocity from t = 0; compare.py has this as a row.
+Then the first round turns one form of network into the other, besides distilling it.
+
+Differs from the paper: X1 are the teacher's own images, not data; a round ends with the averaged
+weights, which the decaying learning rate brings close to the last ones.
 
 Salimans & Ho 2022 (arXiv 2202.00512), algorithm 2; on Stable Diffusion, Meng et al. 2022
 (2210.03142).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fewstep.steps import onto_schedule, step
+from fewstep.steps import onto_schedule, schedule_time, step
 from rectified_flow import Velocity, broadcast_over, interpolate, squared
 
 ROUNDS = (8, 4, 2, 1)  # steps of each round's student
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[Tensor]:
-    """A position in [0, 1), (count,). The loss rounds it down to a multiple of 1 / N."""
+    """A position in [0, 1), (count,). The loss rounds it down to the start of one of N steps."""
     return (torch.rand(count, generator=generator),)
 
 
@@ -36,18 +41,19 @@ def two_steps(teacher: Velocity, x: Tensor, t: Tensor, m: Tensor, u: Tensor, con
 
 def loss(
     student: Velocity, x0: Tensor, x1: Tensor, context, position: Tensor, *, teacher: Velocity,
-    steps: int, diffusion: bool,
+    steps: int, diffusion: bool, times: Callable = schedule_time,
 ) -> Tensor:
-    """(B,). x0: fresh noise, not x1's own; steps: N.
+    """(B,). x0: fresh noise, not x1's own; steps: N; times(fraction): t; of a flow, the fraction.
 
     diffusion: whether the teacher is a diffusion, whose path begins at t = 0.064.
     """
-    t = (position * steps).floor() / steps
-    u = t + 1 / steps
+    index = (position * steps).floor()
+    t, middle, u = (times((index + part) / steps).cpu().double() for part in (0, 0.5, 1))
     x = interpolate(x0, x1, t)
     with torch.no_grad():
         start, since = onto_schedule(x, t) if diffusion else (x, t)
-        middle = (since + u.to(since)) / 2
-        y = two_steps(teacher, start, since, middle, u, context)
-    weight = torch.maximum(t.square(), (1 - t).square())
-    return weight * squared(student(x, t, context), (y - x) / broadcast_over(u - t, x))
+        # A flow's first step contains the whole of t < 0.064.
+        y = two_steps(teacher, start, since, torch.maximum(middle, since), u, context)
+    weight = torch.maximum(t.square(), (1 - t).square()).to(x.dtype).to(x.device)
+    v = student(x, t.to(x.dtype).to(x.device), context)
+    return weight * squared(v, (y - x) / broadcast_over(u - t, x))

@@ -233,18 +233,41 @@ def test_scott_with_one_step_and_no_noise_is_lcm():
     assert (noisy_loss - loss).abs().max() > 1e-3
 
 
-def test_progressive_loss_equals_a_computation_by_hand():
-    """Target, weight and times of each sample; the diffusion starts at its first time."""
+def test_progressive_student_in_its_teachers_form_equals_a_computation_by_hand():
+    """Also: a student that copies a straight teacher has no loss, in any round."""
     place = torch.tensor([0.1, 0.3, 0.6, 0.9, 0.2, 0.8]).double()
     student = lambda x, t, context: curved(x, t, context) + broadcast_over(t.square(), x)
     loss = progressive.loss(student, X0, X1, CONTEXT, place, teacher=curved, steps=4,
                             diffusion=True)
+    grid = steps.schedule_time(torch.arange(9) / 8).tolist()
+    time = lambda t: torch.tensor([t]).double()
+    for k, index in enumerate((0, 1, 2, 3, 0, 3)):
+        x0, x1, context = (batch[k : k + 1] for batch in (X0, X1, CONTEXT))
+        t, middle, u = grid[2 * index : 2 * index + 3]
+        y = x = (1 - t) * x0 + t * x1
+        y = y + (middle - t) * curved(y, time(t), context)
+        y = y + (u - middle) * curved(y, time(middle), context)
+        weight, wanted = max(t**2, (1 - t) ** 2), (y - x) / (u - t)
+        expected = weight * squared(student(x, time(t), context), wanted)
+        torch.testing.assert_close(loss[k : k + 1], expected, rtol=1e-6, atol=1e-9)
+    for count in progressive.ROUNDS:
+        same = progressive.loss(straight, X0, X1, CONTEXT, place, teacher=straight, steps=count,
+                                diffusion=count == 8)
+        assert same.abs().max() < 1e-9
+
+
+def test_progressive_velocity_loss_equals_a_computation_by_hand():
+    """Target, weight and times of each sample; the diffusion starts at its first time."""
+    place = torch.tensor([0.1, 0.3, 0.6, 0.9, 0.2, 0.8]).double()
+    student = lambda x, t, context: curved(x, t, context) + broadcast_over(t.square(), x)
+    loss = progressive.loss(student, X0, X1, CONTEXT, place, teacher=curved, steps=4,
+                            diffusion=True, times=lambda fraction: fraction)
     time = lambda t: torch.tensor([t]).double()
     for k, t in enumerate((0.0, 0.25, 0.5, 0.75, 0.0, 0.75)):
         x0, x1, context = (batch[k : k + 1] for batch in (X0, X1, CONTEXT))
         x, u, start = (1 - t) * x0 + t * x1, t + 0.25, t or steps.FIRST_TIME
         y = x if t else diffusion_start(x, steps.SCHEDULE)
-        middle = (start + u) / 2
+        middle = max(t + 0.125, start)
         y = y + (middle - start) * curved(y, time(start), context)
         y = y + (u - middle) * curved(y, time(middle), context)
         expected = max(t**2, (1 - t) ** 2) * squared(student(x, time(t), context), (y - x) / 0.25)
