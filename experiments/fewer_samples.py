@@ -32,7 +32,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -48,39 +47,19 @@ from evaluation.plots import grouped, markdown_table, steps_label
 from evaluation.study import (
     Study, add_pairs_option, add_table_options, footer, open_table, study_of, study_parser,
 )
+from fewstep.meanflow import match_times
 from rectified_flow import (
     Distance, broadcast_over, flow_velocity, pseudo_huber, reflow_loss, squared,
 )
 from stable_diffusion import StableDiffusion
 from training import ema_copy, train
-from unet import UNet, timestep_embedding
 
-RIDGE = 1e-2  # keeps the fitted weights small
 FRECHET_TICKS = (100, 200, 500, 1000, 2000)
 WAYS = ("paper", "negated", "matched", "pseudo-Huber", "perceptual")
 
 
 # --------------------------------------------------------------------------------------------------
 # The ways
-
-
-def match_times(unet: UNet, schedule: NoiseSchedule) -> None:
-    """Make the U-Net answer at 1000 (1 - t) as it did at the timestep of t's signal-to-noise ratio.
-
-    In place: the second linear layer of the time embedding is refitted, by least squares over all
-    whole timesteps.
-    """
-    embedding, channels = unet.time_embedding, unet.config.block_out_channels[0]
-    given = torch.arange(schedule.timesteps + 1, dtype=torch.float64)
-    meant = schedule.timestep(1 - given / schedule.timesteps)
-    with torch.no_grad():
-        hidden = F.silu(embedding.linear_1(timestep_embedding(given, channels))).double()
-        wanted = embedding(timestep_embedding(meant, channels)).double()
-        inputs = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=hidden.dtype)], dim=1)
-        penalty = RIDGE * torch.eye(inputs.shape[1], dtype=inputs.dtype)
-        fitted = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ wanted)  # (in + 1, out)
-        embedding.linear_2.weight.copy_(fitted[:-1].T)
-        embedding.linear_2.bias.copy_(fitted[-1])
 
 
 def perceptual_loss(

@@ -27,7 +27,7 @@ and ablations of the methods:
     perflow, halving            8, 4, then 2 windows, and the angle in the loss (ProReflow)
     progressive, velocity       students that predict v, from t = 0
     hipa, convolutions          HiPA's LoRA on all convolutions and linear maps
-    re-meanflow, exact          with the exact derivative, not the difference
+    re-meanflow, difference     a difference for du/dt first, the exact derivative after
     meanflow, fresh noise       Re-MeanFlow on all pairs' images, with fresh noise
 
 In every training the learning rate warms up to the same value over the same fraction, and decays
@@ -107,8 +107,10 @@ VARIANTS = {
         METHODS["progressive"], kind="flow",
         rounds=halvings(partial(progressive.loss, times=lambda fraction: fraction))),
     "hipa, convolutions": replace(METHODS["hipa"], lora="everywhere"),
-    "re-meanflow, exact": replace(
-        METHODS["re-meanflow"], loss=partial(meanflow.loss, derivative=meanflow.exact_derivative)),
+    "re-meanflow, difference": replace(
+        METHODS["re-meanflow"], rounds=(
+            Part("difference", partial(meanflow.loss, derivative=meanflow.finite_difference)),
+            Part("exact", meanflow.loss))),
     "meanflow, fresh noise": replace(METHODS["re-meanflow"], data="images"),
 }
 ROWS = ("teacher", *INSTAFLOW, *METHODS, *VARIANTS)
@@ -120,7 +122,7 @@ PANELS = {  # of the figure, by the kind of loss; the last two are ablations
     "Eulerian; Lagrangian": ("re-meanflow", "freeflow"),
     "form and loss": (UNGUIDED, "velocity, picture loss", "velocity, squared",
                       "rectified-diffusion", "noise prediction, squared"),
-    "of MeanFlow": ("re-meanflow", "re-meanflow, exact", "meanflow, fresh noise"),
+    "of MeanFlow": ("re-meanflow", "re-meanflow, difference", "meanflow, fresh noise"),
 }
 FLOW_SHARE, PAIRS_SHARE = 3 / 8, 1 / 4  # of the passes, for 2-RF and its pairs in distillation
 FLOW_STEPS = 4  # of those pairs
@@ -198,7 +200,8 @@ def by_method(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]
     pairs, name = study.pairs_of(teacher), folder_of(row)
     if method.data == "prompts":
         pairs = Prompts([prompt for shard in pairs.prompts for prompt in shard])
-    student = student_of(study.new_student(teacher, method.init), method, study.seed)
+    student = study.new_student(teacher, method.init)
+    student = student_of(student, method, method.init, study.seed)
     ema, unet, encode_prompts = ema_copy(student.unet), student.unet, student.encode_prompts
     lpips = perceptual_distance("random", study.device) if method.name == "hipa" else None
     first_inputs = loss_inputs(method, student, teacher, teacher.guidance, pairs, lpips)

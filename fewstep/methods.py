@@ -22,6 +22,7 @@ from diffusion import diffusion_velocity
 from fewstep import consistency, freeflow, hipa, meanflow, perflow, progressive, rectified_diffusion
 from fewstep.steps import SCHEDULE
 from rectified_flow import flow_velocity
+from reflow import CAPTION_DROPOUT
 from stable_diffusion import FewStep
 from training import TrainingOptions
 
@@ -48,6 +49,7 @@ class Method:
     teacher: bool = True  # does the loss call the frozen teacher?
     target: str = ""  # a network without gradients that it calls: the "student" or its "ema"
     second_time: bool = False
+    matched: bool = False  # refit the teacher's time embedding to the flow's time?
     guidance: float | None = None  # of the teacher in the loss; None: the pairs'
     dropout: float = 0.0  # fraction of the captions left out, so that the student can be guided
     lora: str = ""  # where a LoRA trains in place of all weights: "attention" or "everywhere"
@@ -88,9 +90,11 @@ METHODS = {method.name: method for method in (
     Method("scott", consistency.scott, consistency.draw_scott, "diffusion", "images",
            FewStep("renoise", 4), target="ema", learning_rate=8e-6),
     Method("rectified-diffusion", rectified_diffusion.loss, rectified_diffusion.draw, "diffusion",
-           "pairs", FewStep("euler", 4), teacher=False, learning_rate=5e-6),
+           "pairs", FewStep("euler", 4), teacher=False, dropout=CAPTION_DROPOUT,
+           learning_rate=5e-6),
     Method("re-meanflow", meanflow.loss, meanflow.draw, "flow", "pairs", FewStep("mean", 1),
-           teacher=False, target="student", second_time=True, learning_rate=2e-4),
+           teacher=False, target="student", second_time=True, matched=True,
+           dropout=meanflow.DROPOUT, learning_rate=2e-4),
     # Its LoRA starts at zero, so the weights have further to go.
     Method("hipa", hipa.loss, lambda count, generator: (), "diffusion", "pairs",
            FewStep("euler", 1, (1,)), teacher=False, lora="attention", learning_rate=1e-4),

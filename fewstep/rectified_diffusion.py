@@ -9,8 +9,9 @@ the straight form. So the network keeps noise prediction and schedule, and relea
 diffusion.py's change of variables this is reflow on t >= 0.064 with another distance: pseudo-Huber
 on data predictions, which weighs the noise end more.
 
-Differs from the paper: no caption dropout; its second stage, a consistency loss, is not
-implemented.
+A tenth of the captions is left out, so that the student can be guided too; compare.py measures it
+both ways. Differs from the paper: its second stage, a consistency loss, is not implemented; the
+fraction of captions left out is reflow's, because the released code does not give its own.
 
 Wang et al. 2024 (arXiv 2410.07303); the loss is the one in its released code.
 """

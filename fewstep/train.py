@@ -36,7 +36,7 @@ from evaluation.plan import check_request, print_plan
 from evaluation.plots import plot_loss
 from fewstep import lora, meanflow
 from fewstep.methods import METHODS, Method, Round, rounds_of
-from fewstep.steps import guided_velocity
+from fewstep.steps import SCHEDULE, guided_velocity
 from pairs import Pairs, add_pair_options, make_pairs, requested_pairs, shuffled
 from rectified_flow import Distance
 from reflow import FITS
@@ -62,9 +62,13 @@ class Prompts:
         return none, none, [self.prompts[i] for i in indices.tolist()]
 
 
-def student_of(model: StableDiffusion, method: Method, seed: int) -> StableDiffusion:
-    """The method's student, from a model with the student's initial weights; changes the model."""
+def student_of(
+    model: StableDiffusion, method: Method, init: str, seed: int,
+) -> StableDiffusion:
+    """The method's student, from a model with the initial weights `init`; changes the model."""
     torch.manual_seed(seed)  # for new weights: the second time's embedding, LoRA
+    if method.matched and init in ("teacher", "negated"):  # another flow's times are right
+        meanflow.match_times(model.unet, SCHEDULE, meanflow.SLOW)
     unet = meanflow.with_second_time(model.unet) if method.second_time else model.unet
     if method.lora:
         lora.add_lora(unet, everywhere=method.lora == "everywhere")
@@ -172,6 +176,9 @@ def check_method(args: argparse.Namespace, method: Method, teacher: StableDiffus
     if method.target == "ema" and args.ema_device:
         raise BadInput(f"--ema-device: {method.name} calls the EMA network in every iteration; "
                        "drop it")
+    if args.compile and method.name == "re-meanflow":
+        raise BadInput("--compile: a compiled network has no forward derivative, which re-meanflow "
+                       "needs; drop it")
     if args.init == "negated" and method.kind == "diffusion":
         raise BadInput(f"--init negated: is for methods that predict velocity, and {method.name} "
                        "predicts noise; drop it")
@@ -222,7 +229,7 @@ def main():
     reference = validation_data(teacher, held_out or prompts, shown, spec, args)
 
     student = checkpoint.load_student(args, device, spec["teacher_hash"], settings["init"])
-    student = student_of(student, method, args.seed)
+    student = student_of(student, method, args.init, args.seed)
     ema = ema_copy(student.unet, args.ema_device)
     if args.compile:
         student.compile()

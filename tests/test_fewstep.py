@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -406,7 +407,7 @@ def test_meanflow_loss_agrees_with_finite_differences(teacher, monkeypatch):
     torch.nn.init.normal_(two.until_embedding.linear_2.weight, std=0.05, generator=GENERATOR)
     u = mean_velocity(two)
     x0, x1, t, r, context = inputs(3)
-    loss = meanflow.loss(u, x0, x1, context, t, r, target=u, derivative=meanflow.exact_derivative)
+    loss = meanflow.loss(u, x0, x1, context, t, r, target=u)
     x, v, h = interpolate(x0, x1, t), x1 - x0, 1e-6
     with torch.no_grad():
         ahead, behind = (u(x + s * v, t + s, r, context) for s in (h, -h))
@@ -419,6 +420,52 @@ def test_meanflow_loss_agrees_with_finite_differences(teacher, monkeypatch):
     masked = meanflow.loss(u, x0, x1, context, t, r, target=u,
                            longest=squared(x0, x1).min().item())
     assert (masked > 0).sum() == 1
+
+
+def test_refitted_time_embedding_is_slow_and_keeps_its_values(teacher):
+    """The waves of Stable Diffusion's embedding dominate its derivative; without them, a difference
+    over 0.02 of time agrees with the derivative."""
+    t = torch.linspace(0.02, 0.95, 200)
+    channels = teacher.unet.config.block_out_channels[0]
+    refitted = copy.deepcopy(teacher.unet)
+    meanflow.match_times(refitted, steps.SCHEDULE, meanflow.SLOW)
+
+    def embedding(network, x, t, *_):
+        return network.time_embedding(unet.timestep_embedding(1000 * (1 - t), channels))
+
+    roughness = []
+    for network in (teacher.unet, refitted):
+        u = partial(embedding, network)
+        exact, near = (derivative(u, t[:, None], t[:, None], t, t + 0.5, None) for derivative in (
+            meanflow.exact_derivative, meanflow.finite_difference))
+        roughness.append(relative_error(exact, near))
+    assert roughness[0] > 2 and roughness[1] < 0.3
+    meant = unet.timestep_embedding(steps.SCHEDULE.timestep(t).float(), channels)
+    wanted = teacher.unet.time_embedding(meant)
+    assert relative_error(embedding(refitted, None, t), wanted) < 0.2
+    student = new_student(teacher, METHODS["re-meanflow"]).unet.time_embedding
+    assert torch.equal(student.linear_2.weight, refitted.time_embedding.linear_2.weight)
+    negated = replace(teacher, unet=copy.deepcopy(teacher.unet))
+    kept = fewstep.train.student_of(negated, METHODS["re-meanflow"], "runs/2rf.safetensors", 0)
+    assert torch.equal(kept.unet.time_embedding.linear_2.weight,
+                       teacher.unet.time_embedding.linear_2.weight)
+
+
+def test_times_of_re_meanflow_are_the_authors():
+    t, r = meanflow.draw(100_000, torch.Generator().manual_seed(0))
+    assert (t >= 0).all() and (r >= t).all() and (r <= 1).all()
+    mean = lambda condition: condition.double().mean().item()
+    assert mean(r == t) == pytest.approx(0.75, abs=0.01)
+    # ∫ cosh(4 (t - 1/2)) over [0, 0.2], divided by the same over [0, 1]
+    near = 0.5 - math.sinh(4 * 0.3) / (2 * math.sinh(2))
+    assert mean(t < 0.2) == pytest.approx(near, abs=0.01)
+    jumps = (r > t) & (t < 0.2)
+    assert not (jumps & (r > 0.6) & (r < 1)).any()
+    # From t = 0, r - t > 0.6 if a standard normal exceeds 0.8 + log(0.6 / 0.4).
+    first = (r > t) & (t < 0.01)
+    likely = torch.special.ndtr(torch.tensor(-0.8 - math.log(1.5))).item()
+    assert mean(r[first] == 1) == pytest.approx(likely, abs=0.05)
+    assert METHODS["re-meanflow"].dropout == METHODS["rectified-diffusion"].dropout == 0.1
 
 
 def test_finite_difference_damps_fast_waves_of_time():
@@ -498,7 +545,7 @@ def test_high_pass_and_edges_respond_to_what_a_blur_removes():
 def new_student(teacher, method):
     """The method's student before training; the teacher does not change."""
     network = initial_student(copy.deepcopy(teacher.unet), method.init, teacher.kind, 0)
-    return fewstep.train.student_of(replace(teacher, unet=network), method, 0)
+    return fewstep.train.student_of(replace(teacher, unet=network), method, method.init, 0)
 
 
 class Numbered:
@@ -696,6 +743,8 @@ def test_unsupported_steps_guidance_teachers_and_flags_are_refused(call, untrain
     assert code == 2 and "--ema-device" in err
     code, _, err = call(fewstep.train.main, "--method", "lcm", "--init", "negated")
     assert code == 2 and "predicts noise" in err
+    code, _, err = call(fewstep.train.main, "--method", "re-meanflow", "--compile")
+    assert code == 2 and "forward derivative" in err
     code, _, err = call(fewstep.train.main, "--method", "lcm", "--teacher",
                         untrained("freeflow"))
     assert code == 2 and "of kind flow" in err
@@ -735,10 +784,10 @@ def test_counted_passes_of_known_computations(teacher):
         assert passes == [20]
         u = mean_velocity(two.requires_grad_(True))
         r[3:] = t[3:]  # where no derivative is needed
-        meanflow.loss(u, x, v, context, t, r, target=u)
+        meanflow.loss(u, x, v, context, t, r, target=u, derivative=meanflow.finite_difference)
         assert passes == [20 + 15 + 3 * 2]  # two without gradients
         passes[0] = 0
-        meanflow.loss(u, x, v, context, t, r, target=u, derivative=meanflow.exact_derivative)
+        meanflow.loss(u, x, v, context, t, r, target=u)
     assert passes == [15 + 3 * 2]
     with compare.counted_passes() as passes:
         pass
