@@ -5,10 +5,10 @@
     python fewstep/compare.py --learning-rate 5e-3 --rows hipa --out runs/hipa    another study
 
 The cost is counted in passes of a sample through the U-Net: 1 without gradients, 3 with gradients,
-2 with a forward derivative. A guided pass of the teacher is 2. It is measured on a few training
-iterations of each row. A row may spend --passes on its training and on pairs of its own flow;
-hipa's decoder and LPIPS are not counted. All rows share the teacher's pairs, which come on top (16
-passes each, in 8 guided steps); mlcm and freeflow do not use them.
+2 with a forward derivative or with gradients of the input alone. A guided pass of the teacher is 2.
+It is measured on a few training iterations of each row. A row may spend --passes on its training
+and on pairs of its own flow; hipa's decoder and LPIPS are not counted. All rows share the teacher's
+pairs, which come on top (16 passes each, in 8 guided steps); mlcm and freeflow do not use them.
 
     2-RF                    reflow.py, sampled as in sample.py: with guidance
     2-RF, unguided          the same model, without guidance
@@ -27,6 +27,8 @@ and ablations of the methods:
     perflow, halving            8, 4, then 2 windows, and the angle in the loss (ProReflow)
     progressive, velocity       students that predict v, from t = 0
     hipa, convolutions          HiPA's LoRA on all convolutions and linear maps
+    scott, no critic            SCott without its adversarial loss
+    scott, no noise             also without its noise: η = 0, still three solver steps
     re-meanflow, difference     a difference for du/dt first, the exact derivative after
     meanflow, fresh noise       Re-MeanFlow on all pairs' images, with fresh noise
 
@@ -71,7 +73,7 @@ from evaluation.study import (
     Study, add_pairs_option, add_table_options, footer, open_table, save_images, study_of,
     study_parser,
 )
-from fewstep import meanflow, perflow, progressive, rectified_diffusion
+from fewstep import consistency, meanflow, perflow, progressive, rectified_diffusion
 from fewstep.methods import METHODS, Part, halvings, rounds_of
 from fewstep.train import Prompts, finished, loss_inputs, next_inputs, student_of
 from fewstep.train import batch as method_batch
@@ -107,6 +109,9 @@ VARIANTS = {
         METHODS["progressive"], kind="flow",
         rounds=halvings(partial(progressive.loss, times=lambda fraction: fraction))),
     "hipa, convolutions": replace(METHODS["hipa"], lora="everywhere"),
+    "scott, no critic": replace(METHODS["scott"], critic=False),
+    "scott, no noise": replace(
+        METHODS["scott"], critic=False, loss=partial(consistency.scott, eta=0.0)),
     "re-meanflow, difference": replace(
         METHODS["re-meanflow"], rounds=(
             Part("difference", partial(meanflow.loss, derivative=meanflow.finite_difference)),
@@ -137,19 +142,20 @@ TRIAL_ITERATIONS = 4  # to count the passes of a sample
 @contextmanager
 def counted_passes() -> Iterator[list[int]]:
     """Counts the passes of samples through any UNet, in a list of one number."""
-    passes, forward = [0], UNet.forward
+    passes, body = [0], UNet.body
 
     def counting(self, x, *inputs):
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        leads_on = torch.is_grad_enabled() and x.requires_grad  # a gradient, through frozen weights
         derives = forward_mode.unpack_dual(x).tangent is not None
-        passes[0] += len(x) * (3 if learns else 2 if derives else 1)
-        return forward(self, x, *inputs)
+        passes[0] += len(x) * (3 if learns else 2 if derives or leads_on else 1)
+        return body(self, x, *inputs)
 
-    UNet.forward = counting
+    UNet.body = counting
     try:
         yield passes
     finally:
-        UNet.forward = forward
+        UNet.body = body
 
 
 def passes_of(

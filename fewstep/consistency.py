@@ -20,13 +20,18 @@ itself.
              X_u = u x1 + (1 - u) (√(1 - ρ²) x0 + ρ z),  x1 and x0 as v predicts them at X_t,
              ρ = η √(1 - (r_t / r_u)²),  r = t / (1 - t),  η = 0.2
 
+SCott adds a critic's loss (critic.py).
+
 Differs from the papers: the images are the teacher's own; the guidance scale is fixed, as in
-LCM-LoRA (LCM gives the network a random one); the EMA network is the training loop's own; SCott's
-second half, a critic, is left out, so here SCott tests whether the noise helps.
+LCM-LoRA (LCM gives the network a random one); the EMA network is the training loop's own; MLCM
+trains all weights, not a LoRA, without the paper's losses by latent LPIPS, preferences,
+distribution matching (DMD) and a GAN.
 
 Luo et al. 2023 (LCM, arXiv 2310.04378); Xie et al. 2024 (MLCM, 2406.05768); Liu et al. 2024
 (SCott, 2403.01505).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -135,23 +140,31 @@ def mlcm_edges(
     return same_end(student, target, x, t, y, u, context, squared)
 
 
-def draw_scott(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A fraction of the schedule and a seed of the renewed noise, (count,) each."""
+def draw_scott(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A fraction of the schedule, a seed of noises, a fraction for the critic, (count,) each."""
     fraction = torch.rand(count, generator=generator)
-    return fraction, torch.randint(2**62, (count,), generator=generator)
+    seeds = torch.randint(2**62, (count,), generator=generator)
+    return fraction, seeds, torch.rand(count, generator=generator)
 
 
 def scott(
-    student: Velocity, x0: Tensor, x1: Tensor, context, fraction: Tensor, seeds: Tensor, *,
-    teacher: Velocity, target: Velocity, eta: float = ETA, steps: int = NOISY_STEPS,
+    student: Velocity, x0: Tensor, x1: Tensor, context, fraction: Tensor, seeds: Tensor,
+    place: Tensor, *, teacher: Velocity, target: Velocity, eta: float = ETA,
+    steps: int = NOISY_STEPS, critic: Callable | None = None,
 ) -> Tensor:
-    """(B,). As `lcm`; with eta 0 and one step it is LCM without the grid."""
+    """(B,). As `lcm`; with eta 0, one step and no critic it is LCM without the grid.
+
+    critic(fake, real, context, place, noise): (B,), `critic.adversarial_loss` of given networks.
+    """
     t = schedule_time(fraction)
     x = interpolate(x0, x1, t)
-    noises = noises_of(seeds, steps, x)
+    noises = noises_of(seeds, steps + 1, x)
     with torch.no_grad():
         y, u = x, t
         for k in range(steps):
             now, u = u, schedule_time(fraction + NOISY_GAP * (k + 1) / steps)  # 1 beyond the end
             y = noisy_step(teacher, y, now, u, context, eta, noises[:, k])
-    return same_end(student, target, x, t, y, u, context)
+        goal = end(target, y, u, context)
+    predicted = end(student, x, t, context)
+    loss = elementwise_huber(predicted, goal)
+    return loss + critic(predicted, x1, context, place, noises[:, -1]) if critic else loss

@@ -50,6 +50,7 @@ class Method:
     target: str = ""  # a network without gradients that it calls: the "student" or its "ema"
     second_time: bool = False
     matched: bool = False  # refit the teacher's time embedding to the flow's time?
+    critic: bool = False  # does one train beside the student (critic.py)?
     guidance: float | None = None  # of the teacher in the loss; None: the pairs'
     dropout: float = 0.0  # fraction of the captions left out, so that the student can be guided
     lora: str = ""  # where a LoRA trains in place of all weights: "attention" or "everywhere"
@@ -88,7 +89,7 @@ METHODS = {method.name: method for method in (
            rounds=(Part("segments", consistency.mlcm_segments, share=6),
                    Part("edges", consistency.mlcm_edges, rate=0.1))),
     Method("scott", consistency.scott, consistency.draw_scott, "diffusion", "images",
-           FewStep("renoise", 4), target="ema", learning_rate=8e-6),
+           FewStep("renoise", 4), target="ema", critic=True, learning_rate=8e-6),
     Method("rectified-diffusion", rectified_diffusion.loss, rectified_diffusion.draw, "diffusion",
            "pairs", FewStep("euler", 4), teacher=False, dropout=CAPTION_DROPOUT,
            learning_rate=5e-6),

@@ -35,6 +35,7 @@ from evaluation.perceptual import NETS, perceptual_distance
 from evaluation.plan import check_request, print_plan
 from evaluation.plots import plot_loss
 from fewstep import lora, meanflow
+from fewstep.critic import adversarial_loss, make_heads
 from fewstep.methods import METHODS, Method, Round, rounds_of
 from fewstep.steps import SCHEDULE, guided_velocity
 from pairs import Pairs, add_pair_options, make_pairs, requested_pairs, shuffled
@@ -70,14 +71,20 @@ def student_of(
     if method.matched and init in ("teacher", "negated"):  # another flow's times are right
         meanflow.match_times(model.unet, SCHEDULE, meanflow.SLOW)
     unet = meanflow.with_second_time(model.unet) if method.second_time else model.unet
+    if method.critic:
+        unet.critic = make_heads(unet.config).to(next(unet.parameters()))
     if method.lora:
         lora.add_lora(unet, everywhere=method.lora == "everywhere")
     return replace(model, unet=unet, kind=method.kind, few_step=method.few_step)
 
 
 def finished(model: StableDiffusion) -> StableDiffusion:
-    """The model as it is saved: with its LoRA merged, if it has one."""
-    return replace(model, unet=lora.merged(model.unet)) if lora.has_lora(model.unet) else model
+    """The model as it is saved: with its LoRA merged, without a critic."""
+    if not lora.has_lora(model.unet) and not hasattr(model.unet, "critic"):
+        return model
+    unet = lora.merged(model.unet)  # a copy
+    unet.critic = None
+    return replace(model, unet=unet)
 
 
 def batch(
@@ -103,9 +110,12 @@ def loss(
     prompts: list[str], *random: Tensor,
 ) -> tuple[Tensor, None]:
     """The method's loss for each sample. inputs: of `loss_inputs`."""
+    bare = getattr(unet, "module", unet)  # without DDP
     if method.target:
-        target = ema if method.target == "ema" else getattr(unet, "module", unet)  # without DDP
+        target = ema if method.target == "ema" else bare
         inputs = inputs | {"target": method.velocity(target)}
+    if method.critic:
+        inputs = inputs | {"critic": partial(adversarial_loss, inputs["critic"], bare.critic)}
     context = encode_prompts(prompts)
     return method.loss(method.velocity(unet), x0, x1, context, *random, **inputs), None
 
@@ -119,6 +129,8 @@ def loss_inputs(
     if method.teacher:
         scale = guidance if method.guidance is None else method.guidance
         inputs["teacher"] = guided_velocity(teacher, scale)
+    if method.critic:
+        inputs["critic"] = teacher.unet.requires_grad_(False)
     if method.name == "re-meanflow" and method.data == "pairs":
         inputs["longest"] = meanflow.longest_length(pairs)
     if method.name == "hipa":

@@ -30,8 +30,8 @@ from diffusion import diffusion_start, diffusion_velocity
 from evaluation.perceptual import perceptual_distance
 from evaluation import figures
 from fewstep import (
-    compare, consistency, freeflow, hipa, lora, meanflow, perflow, progressive, rectified_diffusion,
-    steps,
+    compare, consistency, critic, freeflow, hipa, lora, meanflow, perflow, progressive,
+    rectified_diffusion, steps,
 )
 from fewstep.meanflow import mean_velocity
 from fewstep.methods import METHODS, rounds_of
@@ -222,16 +222,20 @@ def test_scott_with_one_step_and_no_noise_is_lcm():
     place = torch.rand(B, generator=GENERATOR)
     place[0] = 0.99  # its step ends at the data
     frozen = {"teacher": straight, "target": curved}
-    loss = consistency.scott(curved, X0, X1, CONTEXT, place, torch.arange(B), eta=0.0, steps=1,
-                             **frozen)
+    loss = consistency.scott(curved, X0, X1, CONTEXT, place, torch.arange(B), place, eta=0.0,
+                             steps=1, **frozen)
     t, u = steps.schedule_time(place), steps.schedule_time(place + consistency.NOISY_GAP)
     assert u[0] == 1
     x = interpolate(X0, X1, t)
     y = steps.step(straight, x, t, u, CONTEXT)
     expected = consistency.same_end(curved, curved, x, t, y, u, CONTEXT)
     torch.testing.assert_close(loss, expected)
-    noisy_loss = consistency.scott(curved, X0, X1, CONTEXT, place, torch.arange(B), **frozen)
+    noisy_loss = consistency.scott(curved, X0, X1, CONTEXT, place, torch.arange(B), place, **frozen)
     assert (noisy_loss - loss).abs().max() > 1e-3
+    judged = consistency.scott(
+        curved, X0, X1, CONTEXT, place, torch.arange(B), place, eta=0.0, steps=1, **frozen,
+        critic=lambda fake, real, context, place, noise: squared(fake, real) + place)
+    torch.testing.assert_close(judged, loss + squared(steps.end(curved, x, t, CONTEXT), X1) + place)
 
 
 def test_progressive_student_in_its_teachers_form_equals_a_computation_by_hand():
@@ -519,6 +523,32 @@ def test_hipas_lora_lies_on_attention_or_also_on_convolutions(teacher):
     assert "down_blocks.0.resnets.0.conv1.down.weight" in everywhere
 
 
+def test_critic_and_student_learn_from_one_loss_but_not_from_each_others(teacher):
+    """Its value and both gradients by hand, with the critic's features and scores."""
+    frozen = copy.deepcopy(teacher.unet).requires_grad_(False)
+    heads, generator = critic.make_heads(frozen.config), torch.Generator().manual_seed(0)
+    fake, real, noise = torch.randn(3, 2, 4, 8, 8, generator=generator)
+    fraction, context = torch.tensor([0.2, 0.7]), torch.randn(2, 16, 128, generator=generator)
+    fake.requires_grad_(True)
+    loss = critic.adversarial_loss(frozen, heads, fake, real, context, fraction, noise)
+    gradients = torch.autograd.grad(loss.sum(), [fake, *heads.parameters()])
+
+    s = 1000 * (1 - fraction) - 1
+    alpha, sigma = (broadcast_over(each, fake) for each in steps.SCHEDULE.alpha_sigma(s))
+    score = lambda x: heads(frozen.body(frozen.read_in(alpha * x + sigma * noise), s, context))
+    mean = lambda x: x.flatten(1).mean(1)
+    of_critic = mean((1 - score(real)).relu() + (1 + score(fake)).relu())
+    of_student = -0.4 * mean(score(fake))
+    torch.testing.assert_close(loss, of_critic + of_student, rtol=1e-4, atol=1e-5)
+    expected = [*torch.autograd.grad(of_student.sum(), fake),
+                *torch.autograd.grad(of_critic.sum(), list(heads.parameters()))]
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4)
+    student = new_student(teacher, METHODS["scott"])
+    saved = fewstep.train.finished(student).unet.state_dict().keys()
+    assert saved == teacher.unet.state_dict().keys() and hasattr(student.unet, "critic")
+
+
 def test_lora_on_stable_diffusion_has_hipas_parameter_count():
     with torch.device("meta"):
         large = unet.UNet(unet.UNetConfig())
@@ -544,7 +574,8 @@ def test_high_pass_and_edges_respond_to_what_a_blur_removes():
 
 def new_student(teacher, method):
     """The method's student before training; the teacher does not change."""
-    network = initial_student(copy.deepcopy(teacher.unet), method.init, teacher.kind, 0)
+    network = copy.deepcopy(teacher.unet).requires_grad_(True)  # a critic freezes its teacher
+    network = initial_student(network, method.init, teacher.kind, 0)
     return fewstep.train.student_of(replace(teacher, unet=network), method, method.init, 0)
 
 
@@ -606,10 +637,11 @@ def test_ema_target_lags_behind_the_student(teacher, tmp_path):
     assert lag > 0.1 * movement and movement > 0.1 * relative_error(last, first)
 
 
-# Passes per sample: a guided pass of the teacher counts 2, the student's with gradients 3.
+# Passes per sample: a guided pass of the teacher counts 2, the student's with gradients 3, the
+# critic's 1 for an image and 2 for the student's, with gradients of the input.
 COSTS = {"perflow": 8 * 2 + 3, "progressive": 2 * 2 + 3, "lcm": 2 + 1 + 3,
          "mlcm": pytest.approx(4.5 * 2 + 2 + 1 + 3, rel=0.2),  # one to eight steps, by segment
-         "scott": 3 * 2 + 1 + 3, "rectified-diffusion": 3,
+         "scott": 3 * 2 + 1 + 3 + 3, "rectified-diffusion": 3,
          "re-meanflow": pytest.approx(3 + 2 / 4, rel=0.1),  # one sample in four needs a derivative
          "hipa": 3, "freeflow": 1 + 2 + 3}
 
