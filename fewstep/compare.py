@@ -1,14 +1,16 @@
 """InstaFlow and the methods beside it: one teacher, one set of pairs, one student, one cost.
 
-    python fewstep/compare.py                                   seeds 0, 1 and 2; over 2 hours
+    python fewstep/compare.py                                   seeds 0, 1 and 2; hours; resumes
     python fewstep/compare.py --num-seeds 1 --rows lcm perflow  some rows; others are kept
-    python fewstep/compare.py --learning-rate 5e-3 --rows hipa --out runs/hipa    another study
 
 The cost is counted in passes of a sample through the U-Net: 1 without gradients, 3 with gradients,
 2 with a forward derivative or with gradients of the input alone. A guided pass of the teacher is 2.
 It is measured on a few training iterations of each row. A row may spend --passes on its training
-and on pairs of its own flow; hipa's decoder and LPIPS are not counted. All rows share the teacher's
-pairs, which come on top (16 passes each, in 8 guided steps); mlcm and freeflow do not use them.
+and on pairs of its own flow; HiPA's decoder and LPIPS are not counted. All rows share the teacher's
+pairs, 16 passes each, in 8 guided steps of DPM-Solver++, which also samples the teacher's row. The
+teachers inside losses take DDIM's steps, as published, in fp32: towards the noise their prediction
+is divided by t. "passes" leaves the pairs out, "with pairs" adds them where a row needs them or
+their images; mlcm and freeflow train on prompts alone.
 
     2-RF                    reflow.py, sampled as in sample.py: with guidance
     2-RF, unguided          the same model, without guidance
@@ -16,8 +18,14 @@ pairs, which come on top (16 passes each, in 8 guided steps); mlcm and freeflow 
                             in L2
     teacher + distill       without reflow
     perflow ... freeflow    fewstep/train.py
+    rectified-diffusion, guided     that row's model, sampled with the guidance of 2-RF
 
-and ablations of the methods:
+two rows without training, for LCM's sampler,
+
+    exact consistency               the teacher's 48 steps to the end, in the student's place
+    exact consistency, guidance 1   with a teacher without guidance
+
+and ablations of the methods, which take the learning rate of their method:
 
     velocity, picture loss      Rectified Diffusion's loss on a network that predicts v, from t = 0
     velocity, squared           with the squared error of images: 2-RF's times (1 - t)^2
@@ -32,12 +40,17 @@ and ablations of the methods:
     re-meanflow, difference     a difference for du/dt first, the exact derivative after
     meanflow, fresh noise       Re-MeanFlow on all pairs' images, with fresh noise
 
-In every training the learning rate warms up to the same value over the same fraction, and decays
-over the last part. Captions and noises of the measurements are in no pairs. For progressive
-distillation, each number of steps is its own round's model, which has cost what all rounds so far
-have spent. Writes compare.json (a row for each seed), compare.md (means with 95 % intervals over
-seeds), compare.png (Fréchet distance against the passes of an image, where guided steps count 2),
-compare-losses.png and compare-pictures-SEED.png.
+Each row has the best of three learning rates, by the Fréchet distance at the method's own number of
+steps on a seed that is not reported. In every training the learning rate warms up over the same
+fraction and decays over the last part. Captions and noises of the measurements are in no pairs. For
+progressive distillation, each number of steps is its own round's model, which has cost what all
+rounds so far have spent.
+
+A rank counts the rows that are better at the same passes of an image and at no more cost, of
+training alone or with pairs. Rows share a rank unless the 95 % interval of their difference, seed
+by seed, excludes 0. Ablations have no rank. Writes compare.json (a row for each seed), compare.md
+(means with 95 % intervals over seeds), compare.png (Fréchet distance against the passes of an
+image, where guided steps count 2), compare-losses.png and compare-pictures-SEED.png.
 """
 
 import argparse
@@ -48,23 +61,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.autograd.forward_ad as forward_mode
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 import distill
 import reflow
-from command import (
-    non_negative, pick_device, positive, run, unlock_folder, write_atomically, write_text,
-)
+from command import pick_device, positive, run, unlock_folder, write_atomically, write_text
 from evaluate import evaluate
 from evaluation.figures import GRADES, minutes_of, with_interval
 from evaluation.perceptual import perceptual_distance
@@ -75,17 +86,24 @@ from evaluation.study import (
 )
 from fewstep import consistency, meanflow, perflow, progressive, rectified_diffusion
 from fewstep.methods import METHODS, Part, halvings, rounds_of
+from fewstep.steps import SCHEDULE, euler_steps, guided_velocity, schedule_time
 from fewstep.train import Prompts, finished, loss_inputs, next_inputs, student_of
 from fewstep.train import batch as method_batch
 from fewstep.train import loss as method_loss
 from pairs import Pairs
-from rectified_flow import squared
-from stable_diffusion import FewStep, StableDiffusion
+from rectified_flow import broadcast_over, guided, squared
+from stable_diffusion import FAMILIES, FewStep, StableDiffusion
 from training import TrainingOptions, ema_copy, read_metrics, train
 from unet import UNet
 
 STEPS = [1, 2, 4, 8]
+RATES = (1e-4, 5e-4, 2e-3)
+TUNING_SEED = 100  # of the choice among them; reported nowhere
+SAME_COST = 1.1  # costs that differ by less are equal: iterations are whole numbers
 UNGUIDED = "2-RF, unguided"
+SAME_MODEL = {UNGUIDED: "2-RF", "rectified-diffusion, guided": "rectified-diffusion"}
+GUIDED = {"rectified-diffusion, guided": "flow", "perflow, guided": "diffusion"}  # as this kind
+EXACT = {"exact consistency": None, "exact consistency, guidance 1": 1.0}  # None: the teacher's
 INSTAFLOW = ("2-RF", UNGUIDED, "2-RF + distill", "teacher + distill")
 VARIANTS = {
     "velocity, picture loss": replace(
@@ -118,16 +136,21 @@ VARIANTS = {
             Part("exact", meanflow.loss))),
     "meanflow, fresh noise": replace(METHODS["re-meanflow"], data="images"),
 }
-ROWS = ("teacher", *INSTAFLOW, *METHODS, *VARIANTS)
+RANKED = ("teacher", *INSTAFLOW, *METHODS, "rectified-diffusion, guided")
+ROWS = (*RANKED, *EXACT, *VARIANTS)
 ORDER = ("drawn", *ROWS)
-PANELS = {  # of the figure, by the kind of loss; the last two are ablations
+PANELS = {  # of the figure, by the kind of loss; the last four are ablations
     "InstaFlow": INSTAFLOW,
     "regression": ("perflow", "rectified-diffusion", "hipa"),
     "compositional": ("progressive", "lcm", "mlcm", "scott"),
     "Eulerian; Lagrangian": ("re-meanflow", "freeflow"),
     "form and loss": (UNGUIDED, "velocity, picture loss", "velocity, squared",
                       "rectified-diffusion", "noise prediction, squared"),
-    "of MeanFlow": ("re-meanflow", "re-meanflow, difference", "meanflow, fresh noise"),
+    "of PeRFlow": ("perflow", "perflow, guided", "perflow, on path", "perflow, halving"),
+    "of SCott and HiPA": ("scott", "scott, no critic", "scott, no noise", "hipa",
+                          "hipa, convolutions"),
+    "of MeanFlow, progressive": ("re-meanflow", "re-meanflow, difference", "meanflow, fresh noise",
+                                 "progressive", "progressive, velocity"),
 }
 FLOW_SHARE, PAIRS_SHARE = 3 / 8, 1 / 4  # of the passes, for 2-RF and its pairs in distillation
 FLOW_STEPS = 4  # of those pairs
@@ -194,16 +217,19 @@ def folder_of(row: str) -> str:
     return row.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
 
 
-def options_for(study: Study, network: nn.Module, iterations: int, name: str) -> TrainingOptions:
+def options_for(
+    study: Study, network: nn.Module, iterations: int, name: str, rate: float,
+) -> TrainingOptions:
     """The study's, with a warm-up that depends on the length."""
-    options = study.options(network, iterations, name, study.args.learning_rate)
+    options = study.options(network, iterations, name, rate)
     return replace(options, warmup_samples=round(WARMUP * iterations) * study.args.batch_size)
 
 
-def by_method(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]:
+def by_method(
+    study: Study, row: str, teacher: StableDiffusion, pairs: Pairs, rate: float,
+) -> list[Trained]:
     """The models of a method or a variant: one for each round that has its own steps."""
-    method = VARIANTS.get(row) or METHODS[row]
-    pairs, name = study.pairs_of(teacher), folder_of(row)
+    method, name = VARIANTS.get(row) or METHODS[row], folder_of(row)
     if method.data == "prompts":
         pairs = Prompts([prompt for shard in pairs.prompts for prompt in shard])
     student = study.new_student(teacher, method.init)
@@ -217,14 +243,14 @@ def by_method(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]
     )
 
     costs, inputs, per_sample, length = [], first_inputs, 0.0, 1000  # length: any long one
-    for round_ in rounds_of(method, options_for(study, unet, length, name)):
+    for round_ in rounds_of(method, options_for(study, unet, length, name, rate)):
         costs.append(passes_of(unet, batch_of(round_), loss_of(round_, inputs), round_.options))
         per_sample += costs[-1] * round_.options.iterations / length
         inputs = next_inputs(inputs, student, round_)
     iterations = iterations_for(study, study.args.passes, per_sample)
 
     trained, inputs, done, spent, minutes = [], first_inputs, 0, 0.0, 0.0
-    rounds = rounds_of(method, options_for(study, unet, iterations, name))
+    rounds = rounds_of(method, options_for(study, unet, iterations, name, rate))
     for round_, cost in zip(rounds, costs):
         student, folder = replace(student, few_step=round_.method.few_step), study.folder / name
         train(unet, ema, batch_of(round_), loss_of(round_, inputs), round_.options,
@@ -253,6 +279,7 @@ def in_fp32(study: Study, path: str | Path) -> StableDiffusion:
 
 def trained_for(
     study: Study, passes: float, teacher: StableDiffusion, pairs: Pairs, kind: str, name: str,
+    rate: float,
 ) -> Trained:
     """What so many passes train on the pairs: by reflow a "flow", by distillation a "one-step"."""
     model = replace(study.new_student(teacher), kind=kind)
@@ -263,29 +290,29 @@ def trained_for(
     else:
         batch = partial(distill.batch, pairs, study.seed, 0)
         loss = partial(distill.loss, encode_prompts, squared)
-    cost = passes_of(unet, batch, loss, options_for(study, unet, 1, name))
+    cost = passes_of(unet, batch, loss, options_for(study, unet, 1, name, rate))
     iterations = iterations_for(study, passes, cost)
-    train(unet, ema_copy(unet), batch, loss, options_for(study, unet, iterations, name),
+    train(unet, ema_copy(unet), batch, loss, options_for(study, unet, iterations, name, rate),
           study.folder / name, {})
     spent = iterations * cost * study.args.batch_size
     return Trained(saved(study, name, model), iterations, spent, minutes_of(study.folder / name))
 
 
-def by_instaflow(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]:
+def by_instaflow(
+    study: Study, row: str, teacher: StableDiffusion, pairs: Pairs, rate: float,
+) -> list[Trained]:
     """The model of a row that reflow or distillation makes."""
-    passes, pairs = study.args.passes, study.pairs_of(teacher)
-    if row in ("2-RF", UNGUIDED):
-        return [trained_for(study, passes, teacher, pairs, "flow", folder_of("2-RF"))]
-    if row == "teacher + distill":
-        return [trained_for(study, passes, teacher, pairs, "one-step", folder_of(row))]
-    flow = trained_for(study, passes * FLOW_SHARE, teacher, pairs, "flow", "2rf")
+    passes, kind = study.args.passes, "flow" if row == "2-RF" else "one-step"
+    if row != "2-RF + distill":
+        return [trained_for(study, passes, teacher, pairs, kind, folder_of(row), rate)]
+    flow = trained_for(study, passes * FLOW_SHARE, teacher, pairs, "flow", "2rf", rate)
     per_pair = FLOW_STEPS * passes_of_a_step(flow.model.guidance)
     count = max(1, round(passes * PAIRS_SHARE / per_pair))
     args = vars(study.args) | {"num_pairs": count, "teacher_steps": FLOW_STEPS}
     few = replace(study, args=argparse.Namespace(**args))
     pairs = few.pairs_of(study.load(flow.model.path))
     spent = flow.passes + count * per_pair
-    end = trained_for(study, passes - spent, flow.model, pairs, "one-step", folder_of(row))
+    end = trained_for(study, passes - spent, flow.model, pairs, kind, folder_of(row), rate)
     return [Trained(end.model, flow.iterations + end.iterations, spent + end.passes,
                     flow.minutes + end.minutes)]
 
@@ -294,66 +321,163 @@ def passes_of_a_step(guidance: float) -> int:
     return 1 if guidance == 1 else 2
 
 
-def measure_seed(study: Study) -> None:
-    """Measure every row of one seed that the table lacks."""
+class Guided(nn.Module):
+    """A U-Net with guidance, in the U-Net's place: few-step models are sampled without."""
+
+    def __init__(self, unet: UNet, null_context: Tensor, scale: float):
+        super().__init__()
+        self.unet, self.config = unet, unet.config
+        self.forward = guided(unet, null_context, scale)
+
+
+class ExactConsistency(nn.Module):
+    """The teacher's fine walk to the data, in the U-Net's place.
+
+    It returns the noise from which the data prediction is the end of the walk.
+    """
+
+    def __init__(self, teacher: StableDiffusion, guidance: float):
+        super().__init__()
+        self.unet, self.config = teacher.unet, teacher.unet.config
+        self.velocity = guided_velocity(teacher, guidance)
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        done = 1 - (timestep.cpu().double() + 1) / SCHEDULE.timesteps  # of the schedule
+        alpha, sigma = SCHEDULE.alpha_sigma(timestep)
+        x, t = x / broadcast_over(alpha + sigma, x), schedule_time(done)
+        steps = (consistency.GRID * (1 - done)).round().clamp(min=1)
+        end = euler_steps(self.velocity, x, done, torch.ones_like(done), steps, context)
+        return x - broadcast_over(t / (1 - t), x) * (end - x)
+
+
+def models_of(
+    study: Study, row: str, teacher: StableDiffusion, pairs: Pairs, rate: float | None,
+) -> list[Trained]:
+    """What a row measures: one model, or one for each number of steps."""
+    if row == "teacher":
+        return [Trained(teacher, 0, 0.0, 0.0)]
+    if row in EXACT:
+        scale = teacher.guidance if EXACT[row] is None else EXACT[row]
+        few_step = FewStep("renoise", 4, (1, 2, 4))
+        exact = replace(teacher, unet=ExactConsistency(teacher, scale), few_step=few_step)
+        return [Trained(exact, 0, 0.0, 0.0)]
+    name = SAME_MODEL.get(row, row)
+    trained = (by_instaflow if name in INSTAFLOW else by_method)(study, name, teacher, pairs, rate)
+    for each in trained if row in GUIDED else ():
+        scale = FAMILIES[teacher.family].guidance[GUIDED[row]]
+        each.model.unet = Guided(each.model.unet, each.model.encode_prompts([""]), scale)
+    return trained
+
+
+def pairs_cost(args: argparse.Namespace, row: str, guidance: float) -> int:
+    """The passes of the pairs that a row needs. guidance: of their teacher."""
+    method = VARIANTS.get(row) or METHODS.get(row)
+    if row == "teacher" or row in EXACT or method and method.data == "prompts":
+        return 0
+    return args.num_pairs * args.teacher_steps * passes_of_a_step(guidance)
+
+
+def cell_folder(folder: Path, rate: float) -> Path:
+    """Of the models of one seed at one learning rate. folder: the seed's, beside the pairs."""
+    return folder.with_name(f"{folder.name}-rate-{rate:g}")
+
+
+def measure_cell(study: Study, row: str, rate: float | None, steps: list[int]) -> None:
+    """Train and measure one row of one seed at one learning rate, unless the table has it."""
+    key = {"row": row, "seed": study.seed, "learning_rate": rate}
+    if study.rows_with(key):
+        return
     teacher = study.load_teacher()
-    key = {"row": "drawn", "seed": study.seed}
+    pairs, teacher = study.pairs_of(teacher), in_fp32(study, teacher.path)
+    cell = replace(study, folder=cell_folder(study.folder, rate)) if rate else study
+    measured, of_pairs = [], pairs_cost(study.args, row, teacher.guidance)
+    for trained in models_of(cell, row, teacher, pairs, rate):
+        model, passes = trained.model, round(trained.passes)
+        guidance = 1.0 if row == UNGUIDED else model.guidance
+        per_step = None if row in EXACT else 2 if row in GUIDED else passes_of_a_step(guidance)
+        allowed = [number for number in steps if model.allows(number)]
+        for figures, _ in evaluate(model, [study.evaluation_set], allowed, guidance):
+            number = figures["steps"]
+            measured.append(
+                key | {"steps": number, "a_picture": per_step and number * per_step}
+                | {name: figures[name] for name in GRADES}
+                | {"updates": trained.iterations, "minutes": trained.minutes, "passes": passes,
+                   "with_pairs": passes + of_pairs, "file": Path(model.path).name}
+            )
+    study.rows.extend(measured)
+    study.write()
+
+
+def best_rate(study: Study, row: str) -> float:
+    """The learning rate of RATES with the least Fréchet distance at the row's own steps."""
+    steps = METHODS[row].few_step.steps if row in METHODS else max(STEPS) if row == "2-RF" else 1
+
+    def frechet(rate: float) -> float:
+        measure_cell(study, row, rate, [steps])
+        key = {"row": row, "seed": study.seed, "learning_rate": rate, "steps": steps}
+        return study.rows_with(key)[0]["frechet"]
+
+    return min(RATES, key=frechet)
+
+
+def measure_seed(study: Study, rate_of: Callable) -> None:
+    """Measure every row of one seed that the table lacks. rate_of(row): its learning rate."""
+    key = {"row": "drawn", "seed": study.seed, "learning_rate": None}
     if not study.rows_with(key):
+        empty = ("updates", "minutes", "passes", "with_pairs", "file")
         study.rows.append(key | dict.fromkeys(("steps", "a_picture"))
-                          | study.evaluation_set.real_grades
-                          | dict.fromkeys(("updates", "minutes", "passes", "file")))
+                          | study.evaluation_set.real_grades | dict.fromkeys(empty))
     for row in study.args.rows:
-        key = {"row": row, "seed": study.seed}
-        if study.rows_with(key):
-            continue
-        if row == "teacher":
-            models = [Trained(in_fp32(study, teacher.path), 0, 0.0, 0.0)]
-        else:
-            models = (by_instaflow if row in INSTAFLOW else by_method)(study, row, teacher)
-        measured = []
-        for trained in models:
-            model = trained.model
-            guidance = 1.0 if row == UNGUIDED else model.guidance
-            steps = [number for number in STEPS if model.allows(number)]
-            for figures, _ in evaluate(model, [study.evaluation_set], steps, guidance):
-                number = figures["steps"]
-                measured.append(
-                    key | {"steps": number, "a_picture": number * passes_of_a_step(guidance)}
-                    | {name: figures[name] for name in GRADES}
-                    | {"updates": trained.iterations, "minutes": trained.minutes,
-                       "passes": round(trained.passes), "file": Path(model.path).name}
-                )
-        study.rows.extend(measured)
-        study.write()
+        measure_cell(study, row, rate_of(row), STEPS)
     for row in sorted(study.rows, key=lambda row: ORDER.index(row["row"])):
-        if row["seed"] == study.seed and row["steps"] in (1, 4) and row["row"] != UNGUIDED:
-            path = teacher.path if row["row"] == "teacher" else study.folder / row["file"]
-            label = f"{row['row']}\n{steps_label(row['steps'])}"
-            if Path(path).exists():
-                study.shown.append((label, in_fp32(study, path), row["steps"]))
+        name, rate = row["row"], row["learning_rate"]
+        if (row["seed"] == study.seed and row["steps"] in (1, 4)
+                and name not in (*SAME_MODEL, *GUIDED, *EXACT)):
+            teacher = study.load_teacher().path
+            path = cell_folder(study.folder, rate) / row["file"] if rate else Path(teacher)
+            if path.exists():
+                study.shown.append((f"{name}\n{steps_label(row['steps'])}", in_fp32(study, path),
+                                    row["steps"]))
 
 
 # --------------------------------------------------------------------------------------------------
 # What is written
 
 
+def is_better(one: dict[int, float], other: dict[int, float]) -> bool:
+    """Is a distance lower, by more than the 95 % interval of the difference? Both by seed."""
+    differences = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
+    mean, width = with_interval(differences) if differences else (0.0, None)
+    return mean < -(width or 0.0)
+
+
 def summary_of(rows: list[dict]) -> list[dict]:
-    """A line for each row and number of steps: means with 95 % intervals over seeds."""
-    summary = []
+    """A line for each row and number of steps: means with 95 % intervals over seeds, and ranks."""
+    summary, by_seed = [], {}
     for (row, steps), group in grouped(rows, ("row", "steps")).items():
         line = {"row": row, "steps": steps, "a_picture": group[0]["a_picture"]}
         for name in GRADES:
             line[name], line[f"{name}_interval"] = with_interval([one[name] for one in group])
         line |= {name: with_interval([one[name] for one in group])[0]
-                 for name in ("updates", "passes", "minutes")}
-        line["passes"] = None if line["passes"] is None else round(line["passes"])
-        summary.append(line | {"seeds": len(group)})
+                 for name in ("updates", "passes", "with_pairs", "minutes")}
+        for name in ("passes", "with_pairs"):
+            line[name] = None if line[name] is None else round(line[name])
+        summary.append(line | {"learning_rate": group[0]["learning_rate"], "seeds": len(group)})
+        by_seed[row, steps] = {one["seed"]: one["frechet"] for one in group}
+    ranked = [line for line in summary if line["row"] in RANKED]
+    for line in summary:
+        for name in ("passes", "with_pairs"):
+            rivals = [one for one in ranked if one["a_picture"] == line["a_picture"]
+                      and one[name] <= SAME_COST * line[name]] if line in ranked else []
+            line[f"rank_by_{name}"] = 1 + sum(
+                is_better(by_seed[one["row"], one["steps"]], by_seed[line["row"], line["steps"]])
+                for one in rivals) if rivals else None
     return sorted(summary, key=lambda line: (ORDER.index(line["row"]), line["steps"] or 0))
 
 
 def save_curves(path: Path, rows: list[dict]) -> None:
     """Fréchet distance against the passes of an image: points for seeds, lines through means."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(17, 8), layout="constrained")
     axes = figure.subplots(2, len(PANELS) // 2, sharex=True, sharey=True)
     means = {(line["row"], line["steps"]): line["frechet"] for line in summary_of(rows)}
     by_row = grouped(rows, ("row",))
@@ -377,23 +501,24 @@ def save_curves(path: Path, rows: list[dict]) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
-def save_losses(path: Path, seeds: range) -> None:
+def save_losses(path: Path, rows: list[dict]) -> None:
     """The loss against iterations: a panel for each trained row, a colour for each seed."""
     lines = {}  # row -> (iterations, losses, colour) of each round
-    for row in ROWS:
-        folders = [""]
-        if row in METHODS:
-            shortest = TrainingOptions(len(progressive.ROUNDS), 1)
-            folders = [round_.folder for round_ in rounds_of(METHODS[row], shortest)]
-        for seed in seeds:
-            done = 0
-            for folder in folders:
-                logged = read_metrics(path.parent / f"seed-{seed}" / folder_of(row) / folder)
-                if logged:
-                    iterations = [done + one["step"] for one in logged]
-                    losses = [one["loss"] for one in logged]
-                    lines.setdefault(row, []).append((iterations, losses, f"C{seed % 10}"))
-                    done = iterations[-1]
+    for (row, seed, rate), _ in grouped(rows, ("row", "seed", "learning_rate")).items():
+        if rate is None:
+            continue
+        method, folders = VARIANTS.get(row) or METHODS.get(row), [""]
+        if method:
+            folders = [round_.folder for round_ in rounds_of(method, TrainingOptions(1000, 1))]
+        done = 0
+        for folder in folders:
+            own = cell_folder(path.parent / f"seed-{seed}", rate) / folder_of(row) / folder
+            logged = read_metrics(own)
+            if logged:
+                iterations = [done + one["step"] for one in logged]
+                losses = [one["loss"] for one in logged]
+                lines.setdefault(row, []).append((iterations, losses, f"C{seed % 10}"))
+                done = iterations[-1]
     if not lines:
         return
     columns = min(4, len(lines))
@@ -418,19 +543,29 @@ def main():
     add("--rows", nargs="+", choices=ROWS, default=ROWS, help="rows to measure")
     add("--passes", type=positive, default=80_000,
         help="of samples through the U-Net, for each row")
-    add("--learning-rate", type=non_negative, default=5e-4, help="of each row")
     args = parser.parse_args()
     folder, device = Path(args.out), pick_device(args.device)
     rows, write = open_table(folder / "compare.json", args)
+    tuning = study_of(TUNING_SEED, args, device, rows, write)
+
+    @cache
+    def rate_of(row: str) -> float | None:
+        if row == "teacher" or row in EXACT:
+            return None
+        base = VARIANTS[row].name if row in VARIANTS else SAME_MODEL.get(row, row)
+        return rate_of(base) if base != row else best_rate(tuning, row)
+
     for seed in range(args.seed, args.seed + args.num_seeds):
         study = study_of(seed, args, device, rows, write)
-        measure_seed(study)
+        measure_seed(study, rate_of)
         if study.shown:
             save_images(folder / f"compare-pictures-{seed}.png", study)
-        table = markdown_table(summary_of(rows)) + footer("fewstep/compare.py", args, device, rows)
+        reported = [row for row in rows if row["seed"] != TUNING_SEED]
+        table = markdown_table(summary_of(reported)) + footer("fewstep/compare.py", args, device,
+                                                              reported)
         write_text(folder / "compare.md", table)
-        save_curves(folder / "compare.png", rows)
-        save_losses(folder / "compare-losses.png", range(args.seed, seed + 1))
+        save_curves(folder / "compare.png", reported)
+        save_losses(folder / "compare-losses.png", reported)
     print(table + f"{folder}: compare.json, compare.md and figures")
 
 

@@ -827,44 +827,118 @@ def test_counted_passes_of_known_computations(teacher):
     assert passes == [0]
 
 
+def test_an_exact_consistency_function_ends_where_the_teachers_walk_does(teacher):
+    """In one step by LCM's sampler; and a guided U-Net in the U-Net's place is guidance."""
+    prompts, seeds = ["a red circle", "a shape"], [0, 1]
+    exact = replace(teacher, few_step=FewStep("renoise", 4),
+                    unet=compare.ExactConsistency(teacher, 2.5))
+    latents = sample_latents(exact, prompts, seeds, 1)
+    zero = torch.zeros(2)
+    start = diffusion_start(sample.noise_from_seeds(seeds, (4, 8, 8)), steps.SCHEDULE)
+    context = teacher.encode_prompts(prompts)
+    with torch.no_grad():
+        walked = steps.euler_steps(steps.guided_velocity(teacher, 2.5), start, zero, zero + 1,
+                                   consistency.GRID, context)
+    torch.testing.assert_close(latents, walked, rtol=1e-3, atol=1e-3)
+    assert relative_error(sample_latents(exact, prompts, seeds, 2), latents) > 1e-2
+    wrapped = compare.Guided(teacher.unet, teacher.encode_prompts([""]), 2.5)
+    few = replace(teacher, few_step=FewStep("euler", 4), unet=wrapped)
+    torch.testing.assert_close(sample_latents(few, prompts, seeds, 4),
+                               sample_latents(teacher, prompts, seeds, 4, 2.5, solver="ddim"),
+                               rtol=1e-3, atol=1e-3)
+
+
+def test_tied_rows_share_a_rank_and_cost_limits_the_rivals():
+    def row(name, seed, frechet, passes, with_pairs, nfe=4):
+        return dict.fromkeys(figures.GRADES, 0.5) | {
+            "row": name, "seed": seed, "frechet": frechet, "passes": passes, "steps": nfe,
+            "with_pairs": with_pairs, "a_picture": nfe, "updates": 1, "minutes": 1.0,
+            "learning_rate": 5e-4}
+
+    table = [row(name, seed, value, 80_000 + seed, with_pairs) for name, values, with_pairs in (
+        ("lcm", (30, 31, 32), 240_000), ("scott", (32, 30, 31), 240_000),
+        ("perflow", (50, 51, 53), 240_000), ("mlcm", (90, 91, 92), 80_000),
+        ("hipa, convolutions", (1, 1, 1), 80_000)) for seed, value in enumerate(values)]
+    table += [row("freeflow", seed, 1, 80_000, 80_000, nfe=1) for seed in range(3)]
+    ranks = {line["row"]: (line["rank_by_passes"], line["rank_by_with_pairs"])
+             for line in compare.summary_of(table)}
+    assert ranks == {"lcm": (1, 1), "scott": (1, 1), "perflow": (3, 3), "mlcm": (4, 1),
+                     "freeflow": (1, 1), "hipa, convolutions": (None, None)}
+
+
 def test_compare_trains_all_rows_at_one_cost_and_resumes(call, monkeypatch):
     monkeypatch.setattr(figures, "STRAIGHTNESS_STEPS", 3)
-    rows = ["2-RF + distill", "progressive", *compare.VARIANTS]
-    flags = ["--rows", *rows, "--passes", 160, "--num-pairs", 12, "--num-samples", 8,
+    monkeypatch.setattr(compare, "RATES", (1e-4, 5e-4))
+    monkeypatch.setattr(consistency, "GRID", 4)
+    models_of, dtypes = compare.models_of, set()
+
+    def spy(study, row, teacher, *rest):
+        dtypes.add(teacher.dtype)
+        return models_of(study, row, teacher, *rest)
+
+    monkeypatch.setattr(compare, "models_of", spy)
+    own_steps = {"2-RF + distill": [1], "progressive": [8, 4, 2, 1], "exact consistency": [1, 2, 4],
+                 "rectified-diffusion, guided": [1, 2, 4, 8], "perflow, guided": [4, 8],
+                 "perflow, halving": [2, 4, 8], "progressive, velocity": [8, 4, 2, 1],
+                 "scott, no noise": [1, 2, 4, 8], "re-meanflow, difference": [1, 2, 4, 8]}
+    flags = ["--rows", *own_steps, "--passes", 160, "--num-pairs", 12, "--num-samples", 8,
              "--batch-size", 2, "--teacher-steps", 2, "--num-seeds", 1, "--out", "runs/few"]
     code, _, err = call(compare.main, *flags)
     assert code == 0, err
+    assert dtypes == {torch.float32}
     table = json.loads(Path("runs/few/compare.json").read_text())
-    steps_of = {row: [entry["steps"] for entry in table if entry["row"] == row]
-                for row in ("drawn", *rows)}
-    variants = dict.fromkeys(compare.VARIANTS, [1, 2, 4, 8])
-    others = {"drawn": [None], "2-RF + distill": [1], "progressive": [8, 4, 2, 1]}
-    assert steps_of == others | variants
-    round_passes = [entry["passes"] for entry in table if entry["row"] == "progressive"]
-    assert round_passes == sorted(round_passes) and round_passes[0] < round_passes[-1] / 2
-    for entry in table:
-        if entry["row"] in rows and (entry["row"], entry["steps"]) not in (
-                ("progressive", 8), ("progressive", 4), ("progressive", 2)):
+    reported = [entry for entry in table if entry["seed"] == 0]
+    assert {row: [entry["steps"] for entry in reported if entry["row"] == row]
+            for row in ("drawn", *own_steps)} == {"drawn": [None]} | own_steps
+    # Tuned on another seed, at the method's own number of steps; a variant takes its method's.
+    for row, base, steps_ in (("perflow, halving", "perflow", 4), ("progressive", None, 1),
+                              ("rectified-diffusion, guided", "rectified-diffusion", 4)):
+        tuned = {entry["learning_rate"]: entry["frechet"] for entry in table
+                 if entry["seed"] == compare.TUNING_SEED and entry["row"] == (base or row)
+                 and entry["steps"] == steps_}
+        assert tuned.keys() == {1e-4, 5e-4}
+        assert {entry["learning_rate"] for entry in reported if entry["row"] == row} == {
+            min(tuned, key=tuned.get)}
+    assert str(compare.TUNING_SEED) not in Path("runs/few/compare.md").read_text().split()
+    for entry in reported:
+        of_pairs = 0 if entry["row"] == "exact consistency" else 12 * 2 * 2
+        if entry["row"] in own_steps:
+            assert entry["with_pairs"] == entry["passes"] + of_pairs
+        if entry["row"] in own_steps and not entry["row"].startswith(("progressive", "exact")):
+            assert 130 <= entry["passes"] <= 190, entry
+        if entry["row"].startswith("progressive") and entry["steps"] == 1:
             assert 135 <= entry["passes"] <= 185, entry
+    round_passes = [entry["passes"] for entry in reported if entry["row"] == "progressive"]
+    assert round_passes == sorted(round_passes) and round_passes[0] < round_passes[-1] / 2
+    nfe = {entry["row"]: entry["a_picture"] for entry in reported if entry["steps"] == 4}
+    assert nfe["perflow, guided"] == nfe["rectified-diffusion, guided"] == 8
+    assert nfe["perflow, halving"] == 4 and nfe["exact consistency"] is None
     assert all(Path("runs/few", f"compare{end}").exists()
                for end in (".md", ".png", "-losses.png", "-pictures-0.png"))
     before = Path("runs/few/compare.json").read_bytes()
     assert call(compare.main, *flags)[0] == 0
     assert Path("runs/few/compare.json").read_bytes() == before
-    for other in (("--passes", 400), ("--learning-rate", 0.005)):
-        code, _, err = call(compare.main, *flags, *other)
-        assert code == 2 and "another study" in err
+    # A lost cell is measured again from its states, to the same figures.
+    kept = [entry for entry in table if entry["row"] != "scott, no noise"]
+    Path("runs/few/compare.json").write_text(json.dumps(kept))
+    assert call(compare.main, *flags)[0] == 0
+    again = json.loads(Path("runs/few/compare.json").read_text())
+    by_key = lambda entry: [entry[name] or 0 for name in ("row", "seed", "steps", "learning_rate")]
+    assert sorted(again, key=by_key) == sorted(table, key=by_key)
+    code, _, err = call(compare.main, *flags, "--passes", 400)
+    assert code == 2 and "another study" in err
 
 
 def test_loss_figure_has_one_panel_per_trained_row(tmp_path):
-    path, widths = tmp_path / "losses.png", []
-    compare.save_losses(path, range(2))
+    path, widths, rows = tmp_path / "losses.png", [], []
+    compare.save_losses(path, [{"row": "teacher", "seed": 1, "learning_rate": None}])
     assert not path.exists()
     for row in ("lcm", "velocity, picture loss"):
-        folder = tmp_path / "seed-1" / compare.folder_of(row)
+        rows.append({"row": row, "seed": 1, "learning_rate": 5e-4})
+        folder = tmp_path / "seed-1-rate-0.0005" / compare.folder_of(row)
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')
-        compare.save_losses(path, range(2))
+        compare.save_losses(path, rows)
         widths.append(Image.open(path).width)
     assert widths[1] == pytest.approx(2 * widths[0], abs=2)
 
