@@ -8,9 +8,9 @@ The cost is counted in passes of a sample through the U-Net: 1 without gradients
 It is measured on a few training iterations of each row. A row may spend --passes on its training
 and on pairs of its own flow; HiPA's decoder and LPIPS are not counted. All rows share the teacher's
 pairs, 16 passes each, in 8 guided steps of DPM-Solver++, which also samples the teacher's row. The
-teachers inside losses take DDIM's steps, as published, in fp32: towards the noise their prediction
-is divided by t. "passes" leaves the pairs out, "with pairs" adds them where a row needs them or
-their images; mlcm and freeflow train on prompts alone.
+teachers inside losses take DDIM's steps, as published. All teachers are in fp32: their prediction
+is divided by t, towards the noise. "passes" leaves the pairs out, "with pairs" adds them where a
+row needs them or their images.
 
     2-RF                    reflow.py, sampled as in sample.py: with guidance
     2-RF, unguided          the same model, without guidance
@@ -34,6 +34,7 @@ and ablations of the methods, which take the learning rate of their method:
     perflow, on path            windows that start on the teacher's path (FlowSteer)
     perflow, halving            8, 4, then 2 windows, and the angle in the loss (ProReflow)
     progressive, velocity       students that predict v, from t = 0
+    mlcm, edges alone           MLCM's second half, with all iterations and the whole rate
     hipa, convolutions          HiPA's LoRA on all convolutions and linear maps
     scott, no critic            SCott without its adversarial loss
     scott, no noise             also without its noise: η = 0, still three solver steps
@@ -126,6 +127,7 @@ VARIANTS = {
     "progressive, velocity": replace(
         METHODS["progressive"], kind="flow",
         rounds=halvings(partial(progressive.loss, times=lambda fraction: fraction))),
+    "mlcm, edges alone": replace(METHODS["mlcm"], rounds=(Part("edges", consistency.mlcm_edges),)),
     "hipa, convolutions": replace(METHODS["hipa"], lora="everywhere"),
     "scott, no critic": replace(METHODS["scott"], critic=False),
     "scott, no noise": replace(
@@ -141,14 +143,14 @@ ROWS = (*RANKED, *EXACT, *VARIANTS)
 ORDER = ("drawn", *ROWS)
 PANELS = {  # of the figure, by the kind of loss; the last four are ablations
     "InstaFlow": INSTAFLOW,
-    "regression": ("perflow", "rectified-diffusion", "hipa"),
+    "regression": ("perflow", "rectified-diffusion", "hipa", "hipa, convolutions"),
     "compositional": ("progressive", "lcm", "mlcm", "scott"),
     "Eulerian; Lagrangian": ("re-meanflow", "freeflow"),
     "form and loss": (UNGUIDED, "velocity, picture loss", "velocity, squared",
                       "rectified-diffusion", "noise prediction, squared"),
     "of PeRFlow": ("perflow", "perflow, guided", "perflow, on path", "perflow, halving"),
-    "of SCott and HiPA": ("scott", "scott, no critic", "scott, no noise", "hipa",
-                          "hipa, convolutions"),
+    "of SCott and MLCM": ("scott", "scott, no critic", "scott, no noise", "mlcm",
+                          "mlcm, edges alone"),
     "of MeanFlow, progressive": ("re-meanflow", "re-meanflow, difference", "meanflow, fresh noise",
                                  "progressive", "progressive, velocity"),
 }
@@ -217,19 +219,16 @@ def folder_of(row: str) -> str:
     return row.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
 
 
-def options_for(
-    study: Study, network: nn.Module, iterations: int, name: str, rate: float,
-) -> TrainingOptions:
+def options_for(study: Study, network: nn.Module, iterations: int, name: str) -> TrainingOptions:
     """The study's, with a warm-up that depends on the length."""
-    options = study.options(network, iterations, name, rate)
+    options = study.options(network, iterations, name, study.args.learning_rate)
     return replace(options, warmup_samples=round(WARMUP * iterations) * study.args.batch_size)
 
 
-def by_method(
-    study: Study, row: str, teacher: StableDiffusion, pairs: Pairs, rate: float,
-) -> list[Trained]:
+def by_method(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]:
     """The models of a method or a variant: one for each round that has its own steps."""
-    method, name = VARIANTS.get(row) or METHODS[row], folder_of(row)
+    method = VARIANTS.get(row) or METHODS[row]
+    pairs, name = study.pairs_of(teacher), folder_of(row)
     if method.data == "prompts":
         pairs = Prompts([prompt for shard in pairs.prompts for prompt in shard])
     student = study.new_student(teacher, method.init)
@@ -243,14 +242,14 @@ def by_method(
     )
 
     costs, inputs, per_sample, length = [], first_inputs, 0.0, 1000  # length: any long one
-    for round_ in rounds_of(method, options_for(study, unet, length, name, rate)):
+    for round_ in rounds_of(method, options_for(study, unet, length, name)):
         costs.append(passes_of(unet, batch_of(round_), loss_of(round_, inputs), round_.options))
         per_sample += costs[-1] * round_.options.iterations / length
         inputs = next_inputs(inputs, student, round_)
     iterations = iterations_for(study, study.args.passes, per_sample)
 
     trained, inputs, done, spent, minutes = [], first_inputs, 0, 0.0, 0.0
-    rounds = rounds_of(method, options_for(study, unet, iterations, name, rate))
+    rounds = rounds_of(method, options_for(study, unet, iterations, name))
     for round_, cost in zip(rounds, costs):
         student, folder = replace(student, few_step=round_.method.few_step), study.folder / name
         train(unet, ema, batch_of(round_), loss_of(round_, inputs), round_.options,
@@ -273,13 +272,12 @@ def saved(study: Study, name: str, model: StableDiffusion) -> StableDiffusion:
 
 
 def in_fp32(study: Study, path: str | Path) -> StableDiffusion:
-    """A model to measure: a single step from t = 0.064 multiplies the noise's rounding by 15."""
+    """A model for use: a step from t = 0.064 multiplies the rounding of its noise by 15."""
     return checkpoint.load(path, study.device)
 
 
 def trained_for(
     study: Study, passes: float, teacher: StableDiffusion, pairs: Pairs, kind: str, name: str,
-    rate: float,
 ) -> Trained:
     """What so many passes train on the pairs: by reflow a "flow", by distillation a "one-step"."""
     model = replace(study.new_student(teacher), kind=kind)
@@ -290,29 +288,28 @@ def trained_for(
     else:
         batch = partial(distill.batch, pairs, study.seed, 0)
         loss = partial(distill.loss, encode_prompts, squared)
-    cost = passes_of(unet, batch, loss, options_for(study, unet, 1, name, rate))
+    cost = passes_of(unet, batch, loss, options_for(study, unet, 1, name))
     iterations = iterations_for(study, passes, cost)
-    train(unet, ema_copy(unet), batch, loss, options_for(study, unet, iterations, name, rate),
+    train(unet, ema_copy(unet), batch, loss, options_for(study, unet, iterations, name),
           study.folder / name, {})
     spent = iterations * cost * study.args.batch_size
     return Trained(saved(study, name, model), iterations, spent, minutes_of(study.folder / name))
 
 
-def by_instaflow(
-    study: Study, row: str, teacher: StableDiffusion, pairs: Pairs, rate: float,
-) -> list[Trained]:
+def by_instaflow(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]:
     """The model of a row that reflow or distillation makes."""
-    passes, kind = study.args.passes, "flow" if row == "2-RF" else "one-step"
+    passes, pairs = study.args.passes, study.pairs_of(teacher)
+    kind = "flow" if row == "2-RF" else "one-step"
     if row != "2-RF + distill":
-        return [trained_for(study, passes, teacher, pairs, kind, folder_of(row), rate)]
-    flow = trained_for(study, passes * FLOW_SHARE, teacher, pairs, "flow", "2rf", rate)
+        return [trained_for(study, passes, teacher, pairs, kind, folder_of(row))]
+    flow = trained_for(study, passes * FLOW_SHARE, teacher, pairs, "flow", "2rf")
     per_pair = FLOW_STEPS * passes_of_a_step(flow.model.guidance)
     count = max(1, round(passes * PAIRS_SHARE / per_pair))
     args = vars(study.args) | {"num_pairs": count, "teacher_steps": FLOW_STEPS}
     few = replace(study, args=argparse.Namespace(**args))
     pairs = few.pairs_of(study.load(flow.model.path))
     spent = flow.passes + count * per_pair
-    end = trained_for(study, passes - spent, flow.model, pairs, kind, folder_of(row), rate)
+    end = trained_for(study, passes - spent, flow.model, pairs, kind, folder_of(row))
     return [Trained(end.model, flow.iterations + end.iterations, spent + end.passes,
                     flow.minutes + end.minutes)]
 
@@ -350,9 +347,7 @@ class ExactConsistency(nn.Module):
         return x - broadcast_over(t / (1 - t), x) * (end - x)
 
 
-def models_of(
-    study: Study, row: str, teacher: StableDiffusion, pairs: Pairs, rate: float | None,
-) -> list[Trained]:
+def models_of(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]:
     """What a row measures: one model, or one for each number of steps."""
     if row == "teacher":
         return [Trained(teacher, 0, 0.0, 0.0)]
@@ -362,7 +357,7 @@ def models_of(
         exact = replace(teacher, unet=ExactConsistency(teacher, scale), few_step=few_step)
         return [Trained(exact, 0, 0.0, 0.0)]
     name = SAME_MODEL.get(row, row)
-    trained = (by_instaflow if name in INSTAFLOW else by_method)(study, name, teacher, pairs, rate)
+    trained = (by_instaflow if name in INSTAFLOW else by_method)(study, name, teacher)
     for each in trained if row in GUIDED else ():
         scale = FAMILIES[teacher.family].guidance[GUIDED[row]]
         each.model.unet = Guided(each.model.unet, each.model.encode_prompts([""]), scale)
@@ -377,22 +372,19 @@ def pairs_cost(args: argparse.Namespace, row: str, guidance: float) -> int:
     return args.num_pairs * args.teacher_steps * passes_of_a_step(guidance)
 
 
-def cell_folder(folder: Path, rate: float) -> Path:
-    """Of the models of one seed at one learning rate. folder: the seed's, beside the pairs."""
-    return folder.with_name(f"{folder.name}-rate-{rate:g}")
-
-
 def measure_cell(study: Study, row: str, rate: float | None, steps: list[int]) -> None:
     """Train and measure one row of one seed at one learning rate, unless the table has it."""
     key = {"row": row, "seed": study.seed, "learning_rate": rate}
     if study.rows_with(key):
         return
-    teacher = study.load_teacher()
-    pairs, teacher = study.pairs_of(teacher), in_fp32(study, teacher.path)
-    cell = replace(study, folder=cell_folder(study.folder, rate)) if rate else study
-    measured, of_pairs = [], pairs_cost(study.args, row, teacher.guidance)
-    for trained in models_of(cell, row, teacher, pairs, rate):
+    teacher = in_fp32(study, study.load_teacher().path)
+    args = argparse.Namespace(**vars(study.args) | {"learning_rate": rate})
+    folder = study.folder.with_name(f"{study.folder.name}-rate-{rate or 0:g}")  # beside the pairs
+    measured, of_pairs = [], pairs_cost(args, row, teacher.guidance)
+    for trained in models_of(replace(study, args=args, folder=folder), row, teacher):
         model, passes = trained.model, round(trained.passes)
+        is_own = rate and row not in (*SAME_MODEL, *GUIDED)
+        file = f"{folder.name}/{Path(model.path).name}" if is_own else None
         guidance = 1.0 if row == UNGUIDED else model.guidance
         per_step = None if row in EXACT else 2 if row in GUIDED else passes_of_a_step(guidance)
         allowed = [number for number in steps if model.allows(number)]
@@ -402,7 +394,7 @@ def measure_cell(study: Study, row: str, rate: float | None, steps: list[int]) -
                 key | {"steps": number, "a_picture": per_step and number * per_step}
                 | {name: figures[name] for name in GRADES}
                 | {"updates": trained.iterations, "minutes": trained.minutes, "passes": passes,
-                   "with_pairs": passes + of_pairs, "file": Path(model.path).name}
+                   "with_pairs": passes + of_pairs, "file": file}
             )
     study.rows.extend(measured)
     study.write()
@@ -429,15 +421,15 @@ def measure_seed(study: Study, rate_of: Callable) -> None:
                           | study.evaluation_set.real_grades | dict.fromkeys(empty))
     for row in study.args.rows:
         measure_cell(study, row, rate_of(row), STEPS)
+    if "teacher" in study.args.rows:
+        teacher = in_fp32(study, study.load_teacher().path)
+        study.shown += [(f"teacher\n{steps_label(n)}", teacher, n) for n in (1, 4)]
     for row in sorted(study.rows, key=lambda row: ORDER.index(row["row"])):
-        name, rate = row["row"], row["learning_rate"]
-        if (row["seed"] == study.seed and row["steps"] in (1, 4)
-                and name not in (*SAME_MODEL, *GUIDED, *EXACT)):
-            teacher = study.load_teacher().path
-            path = cell_folder(study.folder, rate) / row["file"] if rate else Path(teacher)
+        if row["seed"] == study.seed and row["steps"] in (1, 4) and row["file"]:
+            path = Path(study.args.out, row["file"])
+            label = f"{row['row']}\n{steps_label(row['steps'])}"
             if path.exists():
-                study.shown.append((f"{name}\n{steps_label(row['steps'])}", in_fp32(study, path),
-                                    row["steps"]))
+                study.shown.append((label, in_fp32(study, path), row["steps"]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -504,16 +496,13 @@ def save_curves(path: Path, rows: list[dict]) -> None:
 def save_losses(path: Path, rows: list[dict]) -> None:
     """The loss against iterations: a panel for each trained row, a colour for each seed."""
     lines = {}  # row -> (iterations, losses, colour) of each round
-    for (row, seed, rate), _ in grouped(rows, ("row", "seed", "learning_rate")).items():
-        if rate is None:
+    for (row, seed), (first, *_) in grouped(rows, ("row", "seed")).items():
+        if not first["file"]:
             continue
-        method, folders = VARIANTS.get(row) or METHODS.get(row), [""]
-        if method:
-            folders = [round_.folder for round_ in rounds_of(method, TrainingOptions(1000, 1))]
-        done = 0
-        for folder in folders:
-            own = cell_folder(path.parent / f"seed-{seed}", rate) / folder_of(row) / folder
-            logged = read_metrics(own)
+        method, done = VARIANTS.get(row) or METHODS.get(row), 0
+        for part in method and method.rounds or (Part("", None),):
+            cell = (path.parent / first["file"]).parent
+            logged = read_metrics(cell / folder_of(row) / part.name)
             if logged:
                 iterations = [done + one["step"] for one in logged]
                 losses = [one["loss"] for one in logged]

@@ -10,18 +10,15 @@ for each pair, 50 forward passes; PeRFlow needs one window from a noised image. 
 takes one step per window. With one window of a flow from t = 0, this is reflow on the teacher's X1.
 Four windows have no one-step mode.
 
-t² makes this the squared error of the noise ε̂ = X_t - t v, as published: without it, the first
-window would count 244 times as much as the last.
-
-Two later ideas are options of the loss. FlowSteer starts a window on the teacher's own path from
-noise, where a sampler arrives, not at a noised image. ProReflow halves the windows in rounds, each
-with the last round's student as teacher, and adds a (1 - cos(v, (X_b - X_a) / (b - a))).
+t² makes this the squared error of the noise ε̂ = X_t - t v, as published; without it, an error at
+t = 0.064 would count 244 times. Two later ideas are options of the loss. FlowSteer starts a window
+on the teacher's own path from noise, where a sampler arrives. ProReflow halves the windows in
+rounds, each with the last round's student as teacher, and adds the angle between v and its target.
 
 Differs from the paper: the images are the teacher's own (X1 of the pairs), not a dataset's; the
 official code draws the line in Stable Diffusion's x_s, not in X, and predicts the window's own
 noise, x_a = γ x_b + √(1 - γ²) ε; the teacher's guidance is distilled without caption dropout.
-compare.py has a row with the published guidance: dropped captions, a teacher without guidance, the
-student sampled with it.
+compare.py has a row with the published guidance.
 
 Yan et al. 2024 (arXiv 2405.07510), sections 3.1 and 3.2; FlowSteer, 2511.18834; Ke et al. 2025
 (ProReflow, 2503.04824).

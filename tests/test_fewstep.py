@@ -662,6 +662,8 @@ def test_passes_per_sample_of_each_method(method, teacher):
     assert cost(first, extras) == COSTS[method.name]
     if method.name == "progressive":  # a later round's teacher has learned guidance
         assert cost(later[0], fewstep.train.next_inputs(extras, student, first)) == 2 + 3
+    if method.name == "mlcm":  # its own sample, three guided steps, target, student
+        assert cost(later[0], extras) == 4 + 3 * 2 + 1 + 3
     after = student.unet.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
@@ -872,9 +874,9 @@ def test_compare_trains_all_rows_at_one_cost_and_resumes(call, monkeypatch):
     monkeypatch.setattr(consistency, "GRID", 4)
     models_of, dtypes = compare.models_of, set()
 
-    def spy(study, row, teacher, *rest):
+    def spy(study, row, teacher):
         dtypes.add(teacher.dtype)
-        return models_of(study, row, teacher, *rest)
+        return models_of(study, row, teacher)
 
     monkeypatch.setattr(compare, "models_of", spy)
     own_steps = {"2-RF + distill": [1], "progressive": [8, 4, 2, 1], "exact consistency": [1, 2, 4],
@@ -931,11 +933,11 @@ def test_compare_trains_all_rows_at_one_cost_and_resumes(call, monkeypatch):
 
 def test_loss_figure_has_one_panel_per_trained_row(tmp_path):
     path, widths, rows = tmp_path / "losses.png", [], []
-    compare.save_losses(path, [{"row": "teacher", "seed": 1, "learning_rate": None}])
+    compare.save_losses(path, [{"row": "teacher", "seed": 1, "file": None}])
     assert not path.exists()
     for row in ("lcm", "velocity, picture loss"):
-        rows.append({"row": row, "seed": 1, "learning_rate": 5e-4})
-        folder = tmp_path / "seed-1-rate-0.0005" / compare.folder_of(row)
+        rows.append({"row": row, "seed": 1, "file": "cell/model.safetensors"})
+        folder = tmp_path / "cell" / compare.folder_of(row)
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')
         compare.save_losses(path, rows)
