@@ -122,8 +122,8 @@ VARIANTS = {
         METHODS["perflow"], few_step=FewStep("euler", 4, tuple(range(2, 101, 2))),
         rounds=tuple(
             Part(f"{n}-windows", partial(perflow.loss, windows=n, cosine=perflow.COSINE_WEIGHT,
-                                         **({} if n == 8 else {"steps": 2})), teaches=True)
-            for n in (8, 4, 2))),
+                                         steps=8 if n == 8 else 2), teaches=True)
+            for n in (8, 4, 2))),  # later teachers take one step in each of two old windows
     "progressive, velocity": replace(
         METHODS["progressive"], kind="flow",
         rounds=halvings(partial(progressive.loss, times=lambda fraction: fraction))),
