@@ -75,7 +75,7 @@ def match_times(unet: UNet, schedule: NoiseSchedule, fastest: float = math.inf) 
     """Make the U-Net answer at 1000 (1 - t) as it did at the timestep of t's signal-to-noise ratio.
 
     In place: the second linear layer of the time embedding is refitted, by least squares over all
-    whole timesteps. fastest: waves of more radians a timestep are left out.
+    whole timesteps. fastest: waves of more radians a timestep are left out, and stay out.
     """
     embedding, channels = unet.time_embedding, unet.config.block_out_channels[0]
     waves = lambda s: timestep_embedding(s, channels).to(embedding.linear_1.weight)
@@ -84,13 +84,16 @@ def match_times(unet: UNet, schedule: NoiseSchedule, fastest: float = math.inf) 
     with torch.no_grad():
         wanted = embedding(waves(meant)).cpu().double()
         frequencies = 10_000 ** -(torch.arange(channels) % (channels // 2) / (channels // 2))
-        embedding.linear_1.weight[:, frequencies > fastest] = 0
+        slow = (frequencies <= fastest).to(embedding.linear_1.weight)
+        embedding.linear_1.weight *= slow
         hidden = F.silu(embedding.linear_1(waves(given))).cpu().double()
         inputs = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=hidden.dtype)], dim=1)
         penalty = RIDGE * torch.eye(inputs.shape[1], dtype=inputs.dtype)
         fitted = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ wanted)  # (in + 1, out)
         embedding.linear_2.weight.copy_(fitted[:-1].T)
         embedding.linear_2.bias.copy_(fitted[-1])
+    if fastest < math.inf:  # Adam would bring the waves back in a few steps
+        embedding.linear_1.weight.register_hook(lambda gradient: gradient * slow)
 
 
 @torch.no_grad()

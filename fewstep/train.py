@@ -68,9 +68,9 @@ def student_of(
 ) -> StableDiffusion:
     """The method's student, from a model with the initial weights `init`; changes the model."""
     torch.manual_seed(seed)  # for new weights: the second time's embedding, LoRA
-    if method.matched and init in ("teacher", "negated"):  # another flow's times are right
-        meanflow.match_times(model.unet, SCHEDULE, meanflow.SLOW)
     unet = meanflow.with_second_time(model.unet) if method.second_time else model.unet
+    if method.matched and init in ("teacher", "negated"):  # another flow's times are right
+        meanflow.match_times(unet, SCHEDULE, meanflow.SLOW)
     if method.critic:
         unet.critic = make_heads(unet.config).to(next(unet.parameters()))
     if method.lora:

@@ -431,7 +431,7 @@ def test_refitted_time_embedding_is_slow_and_keeps_its_values(teacher):
     over 0.02 of time agrees with the derivative."""
     t = torch.linspace(0.02, 0.95, 200)
     channels = teacher.unet.config.block_out_channels[0]
-    refitted = copy.deepcopy(teacher.unet)
+    refitted = copy.deepcopy(teacher.unet).requires_grad_(True)
     meanflow.match_times(refitted, steps.SCHEDULE, meanflow.SLOW)
 
     def embedding(network, x, t, *_):
@@ -449,6 +449,10 @@ def test_refitted_time_embedding_is_slow_and_keeps_its_values(teacher):
     assert relative_error(embedding(refitted, None, t), wanted) < 0.2
     student = new_student(teacher, METHODS["re-meanflow"]).unet.time_embedding
     assert torch.equal(student.linear_2.weight, refitted.time_embedding.linear_2.weight)
+    student(unet.timestep_embedding(1000 * (1 - t), channels)).square().sum().backward()
+    fast = (student.linear_1.weight == 0).all(0)
+    assert fast.any() and not student.linear_1.weight.grad[:, fast].any()
+    assert student.linear_1.weight.grad[:, ~fast].any()
     negated = replace(teacher, unet=copy.deepcopy(teacher.unet))
     kept = fewstep.train.student_of(negated, METHODS["re-meanflow"], "runs/2rf.safetensors", 0)
     assert torch.equal(kept.unet.time_embedding.linear_2.weight,
