@@ -122,7 +122,7 @@ VARIANTS = {
         METHODS["perflow"], few_step=FewStep("euler", 4, tuple(range(2, 101, 2))),
         rounds=tuple(
             Part(f"{n}-windows", partial(perflow.loss, windows=n, cosine=perflow.COSINE_WEIGHT,
-                                         steps=8 if n == 8 else 2), teaches=True)
+                                         steps=8 if n == 8 else 2), teaches=n > 2)
             for n in (8, 4, 2))),  # later teachers take one step in each of two old windows
     "progressive, velocity": replace(
         METHODS["progressive"], kind="flow",

@@ -72,7 +72,7 @@ class Method:
 def halvings(loss: Callable) -> tuple[Part, ...]:
     """The rounds of progressive distillation."""
     return tuple(Part(f"{n}-steps", partial(loss, steps=n, diffusion=n == progressive.ROUNDS[0]),
-                      few_step=FewStep("euler", n, (n,)), teaches=True)
+                      few_step=FewStep("euler", n, (n,)), teaches=n > 1)
                  for n in progressive.ROUNDS)
 
 
@@ -113,7 +113,7 @@ class Round:
     folder: str  # of its state, in OUT.state
     suffix: str  # of its model's name, if another round makes OUT
     before: int  # iterations of earlier rounds
-    teaches: bool
+    teaches: bool  # is its student the next round's teacher?
 
 
 def rounds_of(method: Method, options: TrainingOptions) -> list[Round]:

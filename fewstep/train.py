@@ -63,9 +63,7 @@ class Prompts:
         return none, none, [self.prompts[i] for i in indices.tolist()]
 
 
-def student_of(
-    model: StableDiffusion, method: Method, init: str, seed: int,
-) -> StableDiffusion:
+def student_of(model: StableDiffusion, method: Method, init: str, seed: int) -> StableDiffusion:
     """The method's student, from a model with the initial weights `init`; changes the model."""
     torch.manual_seed(seed)  # for new weights: the second time's embedding, LoRA
     unet = meanflow.with_second_time(model.unet) if method.second_time else model.unet
