@@ -1002,3 +1002,13 @@ def test_derivatives_do_not_change_under_autocast(teacher):
         expected = derivative(u, x, v, t, r, context)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(derivative(u, x, v, t, r, context), expected)
+
+
+def test_u_shaped_times_have_their_density():
+    t = meanflow.u_shaped(torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
+    assert 0 <= t.min() and t.max() <= 1 and abs(t.mean() - 0.5) < 0.005
+    # For a density ∝ cosh(4 (t - 1/2)), the fraction below x is
+    # (sinh(2) + sinh(4 (x - 1/2))) / (2 sinh(2)).
+    for x in (0.1, 0.3, 0.5, 0.8):
+        fraction = (math.sinh(2) + math.sinh(4 * (x - 0.5))) / (2 * math.sinh(2))
+        assert (t < x).double().mean().item() == pytest.approx(fraction, abs=0.005)
