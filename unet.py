@@ -88,26 +88,30 @@ class ResnetBlock(nn.Module):
         return h + self.conv_shortcut(x)
 
 
-LONG = 1024  # tokens from which attention_by_parts pays
-QUERIES = 512  # their scores for 4096 keys take 4 MB in bf16 and stay in a CPU's cache
+LONG = 1024  # queries from which `attention_by_parts` pays
+PART = 512  # queries: their scores for 4096 keys take 4 MB in bf16 and stay in a CPU's cache
 
 
-# An operator of its own: torch.compile would unroll the loop.
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v of (B, heads, tokens, d)."""
+    long_in_bf16 = q.is_cpu and q.dtype == torch.bfloat16 and q.shape[2] >= LONG
+    if long_in_bf16 and not torch.is_grad_enabled():
+        return attention_by_parts(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+# On a CPU PyTorch's attention is no faster in bf16 than in fp32; plain products are. An operator of
+# its own, since torch.compile would unroll the loop; it has no backward pass.
 @torch.library.custom_op("instaflow::attention_by_parts", mutates_args=())
 def attention_by_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v of (B, heads, tokens, d), one head and QUERIES at a time.
-
-    PyTorch's own attention is no faster on a CPU in bf16 than in fp32; plain products are.
-    """
+    """`attention` of one head and PART queries at a time."""
     k = k.transpose(2, 3) / math.sqrt(q.shape[3])
     by_head = zip(*(tensor.flatten(0, 1) for tensor in (q, k, v)))
-    return torch.stack([torch.cat([(part @ k).softmax(-1) @ v for part in q.split(QUERIES)])
+    return torch.stack([torch.cat([(part @ k).softmax(-1) @ v for part in q.split(PART)])
                         for q, k, v in by_head]).view(q.shape)
 
 
-@attention_by_parts.register_fake
-def _(q, k, v):
-    return q.new_empty(q.shape)
+attention_by_parts.register_fake(lambda q, k, v: q.new_empty(q.shape))
 
 
 class Attention(nn.Module):
@@ -126,9 +130,7 @@ class Attention(nn.Module):
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         # (B, tokens, C) -> (B, heads, tokens, C / heads)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        by_parts = q.is_cpu and q.dtype == torch.bfloat16 and q.shape[2] >= LONG
-        by_parts = by_parts and not torch.is_grad_enabled()  # it has no backward pass
-        h = (attention_by_parts if by_parts else F.scaled_dot_product_attention)(q, k, v)
+        h = attention(q, k, v)  # softmax(q kᵀ / √d) v
         return self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, tokens, C)
 
 
