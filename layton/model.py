@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from rectified_flow import flow_velocity, squared
 from sample import noise_from_seeds, sample_images
-from stable_diffusion import StableDiffusion
 from text_encoder import TextEncoderConfig, TextTransformer
 from unet import UNet
 from vae import Encoder, VAEConfig
@@ -80,9 +79,7 @@ class Layton(nn.Module):
 
 
 @torch.no_grad()
-def decode(
-    model: StableDiffusion, network: Layton, tokens: Tensor, seeds: Sequence[int], steps: int,
-) -> Tensor:
+def decode(model, network: Layton, tokens: Tensor, seeds: Sequence[int], steps: int) -> Tensor:
     """Images (B, 3, 32, 32) of tokens (B, 16) in so many Euler steps. model: has the VAE."""
     context = network.context(F.normalize(network.codebook, dim=-1)[tokens])
     return sample_images(replace(model, unet=network.unet, kind="flow"), context, seeds, steps, 1.0)
@@ -91,8 +88,7 @@ def decode(
 class LaytonGen(TextTransformer):
     """gen(context (B, L, 128), tokens (B, n)) -> logits (B, n + 1, 256): of the tokens, the next.
 
-    The text encoder's causal transformer, with the encoded caption as a prefix of the tokens. The
-    caption's last position predicts the first token.
+    The text encoder's causal transformer, on the encoded caption and then the tokens.
     """
 
     def __init__(self, config: TextEncoderConfig = GEN):
@@ -104,18 +100,17 @@ class LaytonGen(TextTransformer):
         x = x + self.embeddings.position_embedding.weight[: x.shape[1]]
         for layer in self.encoder["layers"]:
             x = layer(x)
+        # The caption's last position predicts the first token.
         return self.head(self.final_layer_norm(x[:, context.shape[1] - 1 :]))
 
 
 @torch.no_grad()
 def sample_tokens(
-    gen: LaytonGen, context: Tensor, null: Tensor, seeds: Sequence[int], guidance: float = 2.0,
-    top_k: int = 16,
+    gen: LaytonGen, context: Tensor, null: Tensor, seeds: Sequence[int], guidance=2.0, top_k=16,
 ) -> Tensor:
     """Tokens (B, 16) for encoded captions (B, L, 128), a seed each. null (1, L, 128): of "".
 
-    guidance is the paper's; so is top_k, as a fraction: 1,000 of 16,384 entries. By Gumbel-max: the
-    entry with the largest logit + Gumbel noise is a sample of the softmax.
+    guidance is the paper's; so is top_k, as a fraction: 1,000 of 16,384 entries.
     """
     normal = noise_from_seeds(seeds, (TOKENS, top_k)).double()  # fp32 would round uniforms to 1
     gumbel = -(-torch.special.ndtr(normal).log()).log().to(context)
@@ -123,6 +118,6 @@ def sample_tokens(
     for k in range(TOKENS):
         text, no_text = (gen(each, tokens)[:, -1] for each in (context, null.expand_as(context)))
         logits, entries = (no_text + guidance * (text - no_text)).topk(top_k)
-        best = (logits + gumbel[:, k]).argmax(1, keepdim=True)
+        best = (logits + gumbel[:, k]).argmax(1, keepdim=True)  # a sample of the softmax
         tokens = torch.cat([tokens, entries.gather(1, best)], dim=1)
     return tokens

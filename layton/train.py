@@ -1,8 +1,7 @@
 """Layton in miniature: an image in 16 tokens, decoded in one step, and written from a caption.
 
-    python layton/train.py                                      shapes, seed 0
-    python layton/train.py --dataset emoji                      after python toy/emoji.py
-    python layton/train.py --num-seeds 3 --num-samples 1000     and measure (measure.py)
+    python layton/train.py --dataset emoji          after python toy/emoji.py; default: shapes
+    python layton/train.py --num-samples 1000       train what is missing, then measure
 
 Stop the command and run it again: it continues. Each of its three stages is a run of training.py:
 
@@ -14,6 +13,9 @@ Stop the command and run it again: it continues. Each of its three stages is a r
     laytongen    a causal transformer learns p(q_k | q_<k, caption) by cross entropy
 
 The U-Net starts from the teacher, negated as in reflow.py. Source: Layton (arXiv 2503.08377).
+
+Metrics: psnr in dB; lpips_random is stage 2's own loss, lpips_efficientnet is not; evaluate.py has
+the others. Rebuilt images are new shapes or held-out emoji, and compared with their originals.
 """
 
 import copy
@@ -29,39 +31,43 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-from command import Parser, add_machine_options, at_least, pick_device, positive, run
+from command import Parser, add_machine_options, at_least, pick_device, positive, run, write_text
 from distill import LPIPS_SLOWER
-from evaluation.figures import NEIGHBOURS, minutes_of
+from editing import psnr
+from evaluate import NUM_SHOWN
+from evaluation.figures import NEIGHBOURS, minutes_of, with_interval
+from evaluation.judge import judged_set
 from evaluation.perceptual import perceptual_distance
-from evaluation.study import dataset_of
-from layton.measure import LPIPS_NETS, measure
-from layton.model import CODES, Layton, LaytonGen, quantize
+from evaluation.plots import grouped, markdown_table, save_comparison
+from evaluation.study import dataset_of, footer, open_table
+from layton.model import CODES, Layton, LaytonGen, decode, quantize, sample_tokens
 from pairs import shuffled
 from rectified_flow import interpolate, squared
 from reflow import CAPTION_DROPOUT
-from sample import run_seed
-from stable_diffusion import initial_student
+from sample import RUN_SEEDS, run_seed, sample_images, seed_range
+from stable_diffusion import TOY, initial_student
 from training import (
     TrainingOptions, append_metrics, autocast_dtype, ema_copy, generator_for, read_metrics, train,
 )
 
-ITERATIONS = {"shapes": [4000, 1000, 3000], "emoji": [3000, 600, 3000]}  # of the three stages
+ITERATIONS = {"shapes": [4000, 1000, 3000], "emoji": [3000, 700, 3000]}  # of the three stages
 RATES = (5e-4, 5e-4 / LPIPS_SLOWER, 1e-3)  # their learning rates
 BATCH_SIZE = 64
 CAPTIONED = 20_000  # images that LaytonGen learns from; of emoji all, some 1,600
-SAVE_EVERY = 250  # iterations; at each save the unused entries restart
+SAVE_EVERY = 100  # iterations; at each save the unused entries restart
 CENSUS = 1024  # images whose tokens show which entries are used
+INSTAFLOW = {"shapes": "tiny_instaflow.safetensors", "emoji": "tiny_emoji_instaflow.safetensors"}
+NEW_IMAGES = {"shapes": "mixed", "emoji": "held-out pictures"}  # their captions in dataset.KINDS
 
 
 @torch.no_grad()
 def restart_unused(network, ema, dataset, last: int, seed: int, folder: Path, step: int, _) -> None:
     """Log the fraction of entries in use; move the others, at step 0 all, to encoder outputs.
 
-    An output's probability is ∝ its squared distance to its entry, as in k-means++ (Arthur and
-    Vassilvitskii 2007). The loop calls this after a save, and again when it resumes from there:
-    all depends on the state and the step. last: iterations of the run.
+    Which: drawn by squared distance to their entries (k-means++, Arthur & Vassilvitskii 2007). The
+    loop calls this after a save, and again when it resumes from that save.
     """
-    generator = generator_for(seed, step, 1)  # the batch has (seed, step)
+    generator = generator_for(seed, step, 1)  # the batch's is of (seed, step)
     z = network.encode(dataset.random_images(CENSUS, generator).to(network.codebook.device))
     codes, tokens, _ = quantize(z, network.codebook)
     unused = tokens.flatten().bincount(minlength=CODES) == 0
@@ -75,14 +81,15 @@ def restart_unused(network, ema, dataset, last: int, seed: int, folder: Path, st
             each.codebook[unused] = z.flatten(0, 1)[chosen]
 
 
-def train_layton(args, device: torch.device, seed: int) -> tuple:
+def train_layton(args, device: torch.device) -> tuple:
     """The teacher, Layton after stages 1 and 2, LaytonGen; finished stages are loaded.
 
     BadInput: a folder holds another run; and what training.train and the dataset refuse.
     """
-    (dataset, path), folder = dataset_of(args.dataset), Path(args.out, f"seed-{seed}")
+    (dataset, path), seed = dataset_of(args.dataset), args.seed
     teacher, lpips = checkpoint.load(path, device), perceptual_distance("random", device)
     vae, settings = teacher.vae.requires_grad_(False), {"model": checkpoint.fingerprint(path)}
+    folder = Path(args.out, f"seed-{seed}")
 
     def learn(stage: int, name: str, network, ema, batch, loss, validate=None) -> None:
         options = TrainingOptions(  # as reflow.py trains tiny models
@@ -142,24 +149,78 @@ def train_layton(args, device: torch.device, seed: int) -> tuple:
     return teacher, network, one_step, gen
 
 
+@torch.inference_mode()
+def measure(args, distances: dict, teacher, tokenizer: Layton, one_step: Layton, gen) -> None:
+    """Add to OUT's tables the rows that they lack of --seed. distances: LPIPS by network."""
+    (dataset, path), vae, device = dataset_of(args.dataset), teacher.vae, teacher.device
+    seeds, kind = seed_range("evaluation", args.seed, args.num_samples), NEW_IMAGES[args.dataset]
+    captions, originals = (judged_set(dataset, make(len(seeds), seeds[0]), seeds, args.seed)
+                           for make in (dataset.measuring_captions, dataset.KINDS[kind]))
+    models = [checkpoint.load(each, device) for each in (path, TOY / INSTAFLOW[args.dataset])]
+
+    def rebuilt(network, steps, images, seeds):
+        return decode(teacher, network, network.tokens(images.to(device)), seeds, steps)
+
+    def generated(network, steps, prompts, seeds):
+        context, null = teacher.encode_prompts(prompts), teacher.encode_prompts([""])
+        others = [each + RUN_SEEDS // 2 for each in seeds]  # `seeds` are the decoder's noises
+        return decode(teacher, network, sample_tokens(gen, context, null, others), seeds, steps)
+
+    tables = {  # name: evaluation set, inputs, and rows as functions (inputs, seeds) -> images
+        "reconstruction": (originals, originals.real_images, {
+            "VAE alone": lambda images, _: vae.decode(vae.encode_latents(images.to(device))),
+            "tokens, 25 diffusion steps": partial(rebuilt, tokenizer, 25),
+            "tokens, one step after stage 1": partial(rebuilt, tokenizer, 1),
+            "tokens, one step after stage 2": partial(rebuilt, one_step, 1)}),
+        "generation": (captions, captions.prompts, {
+            "teacher, 25 steps": partial(sample_images, models[0]),
+            "InstaFlow, one step": partial(sample_images, models[1]),
+            "LaytonGen, 25 diffusion steps": partial(generated, tokenizer, 25),
+            "LaytonGen, one step": partial(generated, one_step, 1)})}
+    for name, (judged, inputs, ways) in tables.items():
+        stem = Path(args.out, name)
+        rows, write = open_table(stem.with_suffix(".json"), args, ("iterations", "num_samples"))
+        for label, way in tqdm(ways.items(), f"{name}, seed {args.seed}"):
+            if any((row["row"], row["seed"]) == (label, args.seed) for row in rows):
+                continue
+            images = way(inputs, seeds).float().cpu()
+            row = {"row": label, "seed": args.seed} | judged.grade(images)
+            for net, distance in distances.items() if judged is originals else ():
+                apart = map(distance, images.split(BATCH_SIZE), inputs.split(BATCH_SIZE))
+                row[f"lpips_{net}"] = torch.cat([*apart]).mean().item()
+                row["psnr"] = psnr(images, inputs).mean().item()
+            rows.append(row)
+            write()
+        sheet = [("real", judged.real_images)] + [
+            (label.replace(", ", "\n"), way(inputs[:NUM_SHOWN], seeds[:NUM_SHOWN]).cpu())
+            for label, way in ways.items()]
+        save_comparison(f"{stem}-{args.seed}.png", sheet, judged.prompts[:NUM_SHOWN])
+        table = []
+        for (label,), group in grouped(rows, ("row",)).items():
+            line = {"row": label, "seeds": len(group)}
+            for key in list(group[0])[2:]:
+                line[key], line[f"{key}_interval"] = with_interval([each[key] for each in group])
+            table.append(line)
+        table = markdown_table(table) + footer("layton/train.py", args, device, rows)
+        write_text(stem.with_suffix(".md"), table)
+
+
 def main():
     parser = Parser("Train Layton: an image in 16 tokens.")
     add = parser.add_argument
     add("--dataset", choices=ITERATIONS, default="shapes")
-    add("--iterations", type=positive, nargs=3, metavar="N", help=f"default: {ITERATIONS}")
-    add("--num-seeds", type=positive, default=1, help="whole runs, from --seed on")
+    add("--iterations", type=positive, nargs=3, metavar="N", help=f"stages; default: {ITERATIONS}")
     add("--num-samples", type=at_least(NEIGHBOURS + 2), help="images to measure; default: none")
     add("--out", help="folder of states and tables; default: runs/layton/DATASET")
     add_machine_options(parser, run_seed)
     args = parser.parse_args()
     args.iterations = args.iterations or ITERATIONS[args.dataset]
     args.out, device = args.out or f"runs/layton/{args.dataset}", pick_device(args.device)
-    # Before hours of training: the networks of LPIPS may be missing.
-    distances = {net: perceptual_distance(net, device) for net in LPIPS_NETS if args.num_samples}
-    for seed in range(args.seed, args.seed + args.num_seeds):
-        trained = train_layton(args, device, seed)
-        if args.num_samples:
-            measure(args, seed, distances, *trained)
+    nets = ("random", "efficientnet") if args.num_samples else ()
+    distances = {net: perceptual_distance(net, device) for net in nets}  # before hours of training
+    trained = train_layton(args, device)
+    if args.num_samples:
+        measure(args, distances, *trained)
 
 
 if __name__ == "__main__":
