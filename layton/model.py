@@ -55,7 +55,7 @@ class Layton(nn.Module):
         width = unet.config.cross_attention_dim
         self.encoder = Encoder(ENCODER)
         self.codebook = nn.Parameter(torch.randn(CODES, CODE_SIZE))
-        self.embedding = nn.Linear(CODE_SIZE, width)
+        self.embedding = nn.Parameter(torch.randn(CODE_SIZE, width))  # unit vectors: unit variance
         self.positions = nn.Parameter(torch.randn(TOKENS, width))  # attention sees no order
         self.norm = nn.LayerNorm(width)  # the text encoder ends in one too
         self.unet = unet
@@ -70,7 +70,7 @@ class Layton(nn.Module):
 
     def context(self, codes: Tensor) -> Tensor:
         """Codes (B, 16, 8) -> what the U-Net attends to, (B, 16, D)."""
-        return self.norm(self.embedding(codes) + self.positions)
+        return self.norm(codes @ self.embedding + self.positions)
 
     def forward(self, images: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """v(x, t | the images' tokens), shaped like x (B, 4, h, w), and quantize's loss (B,)."""

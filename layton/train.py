@@ -216,8 +216,8 @@ def main():
     args = parser.parse_args()
     args.iterations = args.iterations or ITERATIONS[args.dataset]
     args.out, device = args.out or f"runs/layton/{args.dataset}", pick_device(args.device)
-    nets = ("random", "efficientnet") if args.num_samples else ()
-    distances = {net: perceptual_distance(net, device) for net in nets}  # before hours of training
+    cpu, nets = torch.device("cpu"), ("random", "efficientnet") if args.num_samples else ()
+    distances = {net: perceptual_distance(net, cpu) for net in nets}  # before hours of training
     trained = train_layton(args, device)
     if args.num_samples:
         measure(args, distances, *trained)
