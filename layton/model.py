@@ -34,7 +34,7 @@ GEN = TextEncoderConfig(vocab_size=CODES, max_position_embeddings=32, hidden_siz
 def quantize(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Replace unit vectors z (B, N, 8) by the nearest entries of the codebook (K, 8), normalised.
 
-    Returns codes (B, N, 8), tokens (B, N) int64 and the loss (B,) of VQ-VAE, equation 3:
+    Returns codes (B, N, 8), tokens (B, N) int64 and two terms (B,) of VQ-VAE's equation 3:
 
         ‖sg(z) - e‖² + β ‖z - sg(e)‖²         sg: no gradient; means over all numbers
 

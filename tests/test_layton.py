@@ -255,9 +255,25 @@ def test_the_model_that_comes_back_is_the_trained_one(call, small, monkeypatch, 
     decode(model, one_step, one_step.tokens(images), [0, 1], 1)
 
 
-def test_the_loops_options_are_the_modules(monkeypatch, call):
-    """A run of the defaults starts with what the documentation says."""
+def test_batches_are_shared_out_and_no_caption_is_one_to_measure_on(call, small, monkeypatch):
+    batches = []
+    monkeypatch.setattr(layton.train, "train", lambda net, ema, batch, *_: batches.append(batch))
+    monkeypatch.setattr(layton.train, "minutes_of", lambda folder: 0)
+    monkeypatch.setattr(layton.train, "CAPTIONED", 40)
+    assert call(layton.train.main)[0] == 0
+    for batch in batches:
+        whole, part = (batch(torch.arange(100), share, torch.Generator().manual_seed(0))
+                       for share in (slice(None), slice(20, 30)))
+        for all_of_it, some in zip(whole, part):
+            same = torch.equal if isinstance(some, torch.Tensor) else list.__eq__
+            assert same(all_of_it[20:30], some) and len(all_of_it) == 100
+    captions = set(whole[1])
+    assert "" in captions and len(captions) > 10
+    assert not any(map(shapes.is_for_measuring, captions))
+    assert any(map(shapes.is_for_measuring, shapes.random_captions(40, 0)))
 
+
+def test_defaults(monkeypatch, call):
     class Enough(Exception):
         pass
 

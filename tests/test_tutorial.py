@@ -22,10 +22,12 @@ from rectified_flow import (
 from sample import sample_latents
 from test_method import CROSSING, ENDS, NOISES, best_velocity, sample_pairs
 
-TUTORIAL, README, FEWSTEP = (
-    (ROOT / name).read_text() for name in ("TUTORIAL.md", "README.md", "fewstep/README.md")
+TUTORIAL, README, FEWSTEP, LAYTON = (
+    (ROOT / name).read_text()
+    for name in ("TUTORIAL.md", "README.md", "fewstep/README.md", "layton/README.md")
 )
-QUOTES = re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", TUTORIAL + FEWSTEP, re.DOTALL)
+QUOTING = TUTORIAL + FEWSTEP + LAYTON
+QUOTES = re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", QUOTING, re.DOTALL)
 CHAPTERS = re.split(r"\n## (?=\d+\. |Appendix)", TUTORIAL)[1:]
 PAGES = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.rglob("*.md"))
          if not {"runs", ".venv", ".pytest_cache"} & set(path.relative_to(ROOT).parts)]
@@ -52,7 +54,7 @@ def test_quoted_code_is_in_its_file(file, quoted):
 
 def test_every_code_block_is_a_quote():
     assert len(CHAPTERS) == 10  # nine, and the appendix
-    assert (TUTORIAL + FEWSTEP).count("```python") == len(QUOTES) >= 15
+    assert QUOTING.count("```python") == len(QUOTES) >= 15
 
 
 def test_every_chapter_has_an_image_code_and_an_exercise():
