@@ -62,7 +62,7 @@ class Layton(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, 32, 32) in [-1, 1] -> unit vectors (B, 16, 8)."""
-        return F.normalize(self.encoder(images).flatten(2).transpose(1, 2), dim=-1)
+        return F.normalize(self.encoder(images).float().flatten(2).transpose(1, 2), dim=-1)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Images (B, 3, 32, 32) in [-1, 1] -> (B, 16) int64."""

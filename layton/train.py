@@ -64,8 +64,8 @@ NEW_IMAGES = {"shapes": "mixed", "emoji": "held-out pictures"}  # their captions
 def restart_unused(network, ema, dataset, last: int, seed: int, folder: Path, step: int, _) -> None:
     """Log the fraction of entries in use; move the others, at step 0 all, to encoder outputs.
 
-    Which: drawn by squared distance to their entries (k-means++, Arthur & Vassilvitskii 2007). The
-    loop calls this after a save, and again when it resumes from that save.
+    Outputs are drawn in proportion to their squared distance to their entries (k-means++, Arthur &
+    Vassilvitskii 2007). The loop calls this after a save, and again if it resumes from that save.
     """
     generator = generator_for(seed, step, 1)  # the batch's is of (seed, step)
     z = network.encode(dataset.random_images(CENSUS, generator).to(network.codebook.device))
