@@ -191,7 +191,7 @@ def measure(args, distances: dict, teacher, tokenizer: Layton, one_step: Layton,
                 row["psnr"] = psnr(images, inputs).mean().item()
             rows.append(row)
             write()
-        sheet = [("real", judged.real_images)] + [
+        sheet = [("original" if judged is originals else "real", judged.real_images)] + [
             (label.replace(", ", "\n"), way(inputs[:NUM_SHOWN], seeds[:NUM_SHOWN]).cpu())
             for label, way in ways.items()]
         save_comparison(f"{stem}-{args.seed}.png", sheet, judged.prompts[:NUM_SHOWN])
