@@ -265,6 +265,16 @@ def write_json(path: str | os.PathLike, content) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_our_json(path: str | os.PathLike, missing):
+    """What `write_json` wrote; `missing` without a file. BadInput: damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return missing
+    except ValueError:
+        raise BadInput(f"{path}: damaged; delete it to start again") from None
+
+
 def check_same_settings(path: str | os.PathLike, now: dict, what: str, remedy: str) -> None:
     """BadInput if the JSON file at `path` has other settings. what, remedy: for the error line."""
     path = Path(path)

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from checkpoint import fingerprint
 from command import (
     TINY_TEACHER, BadInput, DefaultByModel, all_gather, barrier, check_same_settings, dtype_name,
-    lock_folder, non_negative, note, positive, rank, solver_steps, unlock_folder, world_size,
-    write_atomically, write_json,
+    lock_folder, non_negative, note, positive, rank, read_our_json, solver_steps, unlock_folder,
+    world_size, write_atomically, write_json,
 )
 from formats.prompts import built_in_prompts, read_prompts, split_prompts
 from sample import noise_from_seeds, sample_latents, seed_range
@@ -97,8 +97,8 @@ def requested_pairs(
 
 
 def read_spec(folder: str | Path) -> dict:
-    path = Path(folder, "pairs.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What pairs.json says, {} without one. BadInput: damaged."""
+    return read_our_json(Path(folder, "pairs.json"), {})
 
 
 def check_same_pairs(folder: str | Path, spec: dict) -> None:

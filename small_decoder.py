@@ -32,8 +32,8 @@ from torch import Tensor, nn
 import checkpoint
 from command import (
     TINY_TEACHER, BadInput, DefaultByModel, Parser, add_machine_options, barrier,
-    check_not_overwriting, non_negative_int, note, pick_device, pick_dtype, positive, rank,
-    resolve_defaults, run,
+    check_not_overwriting, dtype_name, non_negative_int, note, pick_device, pick_dtype, positive,
+    rank, resolve_defaults, run,
 )
 from editing import psnr
 from evaluation.perceptual import NETS, perceptual_distance
@@ -172,8 +172,8 @@ def settings_for(args: argparse.Namespace, model, pairs: Pairs, small: SmallDeco
         note(f"{args.pairs}: made by {pairs.spec['teacher']}, which must have the autoencoder of "
              f"{args.model}")
     init = args.init if args.init == "random" else checkpoint.fingerprint(args.init)
-    return {"model": model_hash, "pairs": pairs.spec, "init": init, "crop": args.crop,
-            "net": args.lpips_net, "config": asdict(small.config)}
+    return {"model": model_hash, "target": dtype_name(model.dtype), "pairs": pairs.spec,
+            "init": init, "crop": args.crop, "net": args.lpips_net, "config": asdict(small.config)}
 
 
 def main():

@@ -104,7 +104,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # its own, since torch.compile would unroll the loop; it has no backward pass.
 @torch.library.custom_op("instaflow::attention_by_parts", mutates_args=())
 def attention_by_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` of one head and PART queries at a time."""
+    """`attention` of one head and PART queries at a time.
+
+    The products q kᵀ are rounded to bf16: of 16 to 32, by up to 0.06.
+    """
     k = k.transpose(2, 3) / math.sqrt(q.shape[3])
     by_head = zip(*(tensor.flatten(0, 1) for tensor in (q, k, v)))
     return torch.stack([torch.cat([(part @ k).softmax(-1) @ v for part in q.split(PART)])

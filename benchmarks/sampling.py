@@ -24,7 +24,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop_count,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,8 +42,11 @@ from rectified_flow import flow_velocity, one_step
 
 MATRIX = 4096  # side of the matrices that measure the limit
 
-register_flop_formula(torch.ops.instaflow.attention_by_parts)(
-    lambda q, k, v, **_: sdpa_flop_count(q, k, v))
+# torch 2.14 does not count the second, its own attention on CPUs.
+for attention in (torch.ops.instaflow.attention_by_parts,
+                  torch.ops.aten._scaled_dot_product_flash_attention_for_cpu):
+    if attention not in flop_registry:
+        register_flop_formula(attention)(lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v))
 
 
 class TensorFunction(nn.Module):

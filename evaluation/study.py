@@ -11,7 +11,6 @@ pairs.
 
 import argparse
 import functools
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from torch import nn
 import checkpoint
 from command import (
     TINY_TEACHER, Parser, add_machine_options, check_output, check_same_settings,
-    fraction, pick_dtype, positive, solver_steps, write_json,
+    fraction, pick_dtype, positive, read_our_json, solver_steps, write_json,
 )
 from evaluate import NUM_SHOWN, evaluate
 from evaluation.figures import GRADES, machine_name
@@ -193,7 +192,7 @@ def open_table(
     settings_path = path.with_suffix(".settings.json")
     check_same_settings(settings_path, settings, "another study", "name another folder with --out")
     write_json(settings_path, settings)
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_our_json(path, [])
     return rows, lambda: write_json(path, rows)
 
 

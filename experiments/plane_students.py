@@ -14,7 +14,6 @@ teacher. A row's "updates" are its iterations.
 """
 
 import copy
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -24,7 +23,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import Parser, check_output, positive, run, write_atomically, write_json, write_text
+from command import (
+    Parser, check_output, positive, read_our_json, run, write_atomically, write_json, write_text,
+)
 from evaluation.plots import COLOURS, grouped, markdown_table
 from toy.demo import MLP, Model, Probe, add_options, distill, rings, student_row, up_to_second_flow
 
@@ -138,7 +139,7 @@ def main():
     args = parser.parse_args()
     path = Path(args.out) / "students.json"
     check_output(path)
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_our_json(path, [])
     for seed in range(args.seed, args.seed + args.num_seeds):
         measure_seed(Namespace(**vars(args) | {"seed": seed}), rows, path)
     summary = summarise(rows)

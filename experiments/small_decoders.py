@@ -32,7 +32,8 @@ from evaluation.figures import GRADES, with_interval
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import markdown_table, save_comparison
 from evaluation.study import (
-    Study, add_pairs_option, add_table_options, footer, open_table, study_of, study_parser,
+    SETTINGS, Study, add_pairs_option, add_table_options, footer, open_table, study_of,
+    study_parser,
 )
 from formats.small_decoder import SmallDecoder, SmallDecoderConfig, load_decoder, save_decoder
 from sample import sample_images
@@ -106,7 +107,7 @@ def main():
     args = parser.parse_args()
     data = "emoji" if args.captions == "emoji" else "shapes"
     path = Path(args.out) / data / "small_decoders.json"
-    rows, write = open_table(path, args)
+    rows, write = open_table(path, args, (*SETTINGS, "width"))
     for seed in range(args.seed, args.seed + args.num_seeds):
         study = study_of(seed, args, pick_device(args.device), rows, write)
         study.folder = path.parent / f"seed-{seed}"

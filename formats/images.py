@@ -11,7 +11,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from command import (
-    BadInput, first_line, lock_folder, note, unlock_folder, write_atomically, write_json,
+    BadInput, first_line, lock_folder, note, read_our_json, unlock_folder, write_atomically,
+    write_json,
 )
 from vae import to_bytes
 
@@ -62,7 +63,7 @@ def save_each(
     paths = [folder / f"{k:06d}-{seed}.png" for k, seed in enumerate(seeds)]
     lock_folder(folder)
     record = folder / "settings.json"
-    before = json.loads(record.read_text()) if record.exists() else {}
+    before = read_our_json(record, {})
     other = [key for key in before | settings if before.get(key) != settings.get(key)]
     if other and (before or any(path.exists() for path in paths)):
         raise BadInput(f"{folder}: holds other images ({', '.join(other)} differ); name another "

@@ -14,8 +14,9 @@ Stop the command and run it again: it continues. Each of its three stages is a r
 
 The U-Net starts from the teacher, negated as in reflow.py. Source: Layton (arXiv 2503.08377).
 
-Metrics: psnr in dB; lpips_random is stage 2's own loss, lpips_efficientnet is not; evaluate.py has
-the others. Rebuilt images are new shapes or held-out emoji, and compared with their originals.
+Metrics: psnr in dB; lpips_random is the loss of stage 2 and of the VAE's training,
+lpips_efficientnet of neither; used is the fraction of entries that the originals take; evaluate.py
+has the others. Rebuilt images are new shapes or held-out emoji, and compared with their originals.
 """
 
 import copy
@@ -55,6 +56,7 @@ RATES = (5e-4, 5e-4 / LPIPS_SLOWER, 1e-3)  # their learning rates
 BATCH_SIZE = 64
 CAPTIONED = 20_000  # images that LaytonGen learns from; of emoji all, some 1,600
 SAVE_EVERY = 100  # iterations; at each save the unused entries restart
+SETTINGS = ("dataset", "dtype", "iterations", "num_samples")  # that decide the tables
 CENSUS = 1024  # images whose tokens show which entries are used
 INSTAFLOW = {"shapes": "tiny_instaflow.safetensors", "emoji": "tiny_emoji_instaflow.safetensors"}
 NEW_IMAGES = {"shapes": "mixed", "emoji": "held-out pictures"}  # their captions in dataset.KINDS
@@ -64,8 +66,8 @@ NEW_IMAGES = {"shapes": "mixed", "emoji": "held-out pictures"}  # their captions
 def restart_unused(network, ema, dataset, last: int, seed: int, folder: Path, step: int, _) -> None:
     """Log the fraction of entries in use; move the others, at step 0 all, to encoder outputs.
 
-    Outputs are drawn in proportion to their squared distance to their entries (k-means++, Arthur &
-    Vassilvitskii 2007). The loop calls this after a save, and again if it resumes from that save.
+    Outputs are drawn in proportion to their squared distance to their entries, all at once. The
+    loop calls this after a save, and again if it resumes from that save. For one process.
     """
     generator = generator_for(seed, step, 1)  # the batch's is of (seed, step)
     z = network.encode(dataset.random_images(CENSUS, generator).to(network.codebook.device))
@@ -105,7 +107,8 @@ def train_layton(args, device: torch.device) -> tuple:
         return images[share], x0[share], torch.rand(len(samples), generator=generator)[share]
 
     def tokenizer_loss(network, images, x0, t):
-        x1 = vae.encode_latents(images).float()
+        with torch.autocast(device.type, enabled=False):
+            x1 = vae.encode_latents(images)
         velocity, codebook_loss = network(images, interpolate(x0, x1, t), t)
         return squared(velocity, x1 - x0) + codebook_loss, t
 
@@ -166,6 +169,7 @@ def measure(args, distances: dict, teacher, tokenizer: Layton, one_step: Layton,
         others = [each + RUN_SEEDS // 2 for each in seeds]  # `seeds` are the decoder's noises
         return decode(teacher, network, sample_tokens(gen, context, null, others), seeds, steps)
 
+    used = tokenizer.tokens(originals.real_images.to(device)).unique().numel() / CODES
     tables = {  # name: evaluation set, inputs, and rows as functions (inputs, seeds) -> images
         "reconstruction": (originals, originals.real_images, {
             "VAE alone": lambda images, _: vae.decode(vae.encode_latents(images.to(device))),
@@ -179,16 +183,16 @@ def measure(args, distances: dict, teacher, tokenizer: Layton, one_step: Layton,
             "LaytonGen, one step": partial(generated, one_step, 1)})}
     for name, (judged, inputs, ways) in tables.items():
         stem = Path(args.out, name)
-        rows, write = open_table(stem.with_suffix(".json"), args, ("iterations", "num_samples"))
+        rows, write = open_table(stem.with_suffix(".json"), args, SETTINGS)
         for label, way in tqdm(ways.items(), f"{name}, seed {args.seed}"):
             if any((row["row"], row["seed"]) == (label, args.seed) for row in rows):
                 continue
-            images = way(inputs, seeds).float().cpu()
+            images = way(inputs, seeds).float().cpu().clamp(-1, 1)
             row = {"row": label, "seed": args.seed} | judged.grade(images)
             for net, distance in distances.items() if judged is originals else ():
                 apart = map(distance, images.split(BATCH_SIZE), inputs.split(BATCH_SIZE))
                 row[f"lpips_{net}"] = torch.cat([*apart]).mean().item()
-                row["psnr"] = psnr(images, inputs).mean().item()
+                row |= {"psnr": psnr(images, inputs).mean().item(), "used": used}
             rows.append(row)
             write()
         sheet = [("original" if judged is originals else "real", judged.real_images)] + [
@@ -218,6 +222,8 @@ def main():
     args.out, device = args.out or f"runs/layton/{args.dataset}", pick_device(args.device)
     cpu, nets = torch.device("cpu"), ("random", "efficientnet") if args.num_samples else ()
     distances = {net: perceptual_distance(net, cpu) for net in nets}  # before hours of training
+    if args.num_samples:  # the same settings for both tables
+        open_table(Path(args.out, "reconstruction.json"), args, SETTINGS)
     trained = train_layton(args, device)
     if args.num_samples:
         measure(args, distances, *trained)

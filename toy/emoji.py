@@ -235,12 +235,17 @@ def teacher_data(count: int, seed: int) -> tuple[Sequence[Tensor], Callable]:
     return pictures()[chosen].split(500), lambda index, rng: training_caption(chosen[index], rng)
 
 
+def held_out_pictures(count: int, seed: int) -> list[str]:
+    """Captions that allow held-out images alone, in random order, each as often as the others."""
+    captions = [caption for caption in sorted(held_out_captions())
+                if all(map(is_held_out, matching_rows(caption)))]
+    random.Random(seed).shuffle(captions)
+    return [captions[k % len(captions)] for k in range(count)]
+
+
 # Captions that train_teacher.py evaluates a teacher on.
-KINDS = {
-    "trained on": training_captions, "not trained on": measuring_captions,
-    "held-out pictures":
-        lambda count, seed: random.Random(seed).choices(sorted(held_out_captions()), k=count),
-}
+KINDS = {"trained on": training_captions, "not trained on": measuring_captions,
+         "held-out pictures": held_out_pictures}
 
 
 # --------------------------------------------------------------------------------------------------
