@@ -34,6 +34,10 @@ class BadInput(Exception):
     """Something the user can fix. The message says what is wrong, where, and what to do."""
 
 
+class NotFinite(BadInput):
+    """A training or a model gave infinity or NaN."""
+
+
 @functools.cache
 def note(message: str) -> None:
     """Print a note to stderr, once."""

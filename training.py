@@ -33,9 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from command import (
-    BadInput, DefaultByModel, all_gather, barrier, check_same_settings, dtype_name, fraction,
-    is_out_of_memory, lock_folder, non_negative, non_negative_int, pick_dtype, positive, rank,
-    world_size, write_atomically, write_json, write_text,
+    BadInput, DefaultByModel, NotFinite, all_gather, barrier, check_same_settings, dtype_name,
+    fraction, is_out_of_memory, lock_folder, non_negative, non_negative_int, pick_dtype, positive,
+    rank, world_size, write_atomically, write_json, write_text,
 )
 
 PAPER_WARMUP, PAPER_HALF_LIFE = 1_000, 6_931  # iterations: EMA 0.9999 halves in 6,931
@@ -208,12 +208,14 @@ def learning_rate_at(step: int, options: TrainingOptions) -> float:
 @contextlib.contextmanager
 def errors_name_the_state(options: TrainingOptions, folder: Path):
     """What stops a run as one line, which says what of the run is kept."""
+    kind = BadInput
     try:
         yield
         return
     except FloatingPointError as problem:
-        what, remedy = str(problem), ("; try another run, with another --out, at a lower learning "
-                                      "rate or in --dtype fp32")
+        kind, what = NotFinite, str(problem)
+        remedy = ("; try another run, with another --out, at a lower learning rate or in --dtype "
+                  "fp32")
     except KeyboardInterrupt:
         what, remedy = "interrupted", ", run the same command again to continue"
     except (MemoryError, RuntimeError) as problem:
@@ -225,7 +227,7 @@ def errors_name_the_state(options: TrainingOptions, folder: Path):
             "--validation-pairs 0")
     step = saved_step(folder)
     kept = f"the state of step {step} is kept in {folder}" if step else "no state is saved yet"
-    raise BadInput(f"{options.name}: {what}; {kept}{remedy}")
+    raise kind(f"{options.name}: {what}; {kept}{remedy}")
 
 
 # --------------------------------------------------------------------------------------------------

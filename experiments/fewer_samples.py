@@ -128,8 +128,8 @@ def measure_seed(study: Study, lpips: Distance) -> None:
 def summary_of(rows: list[dict]) -> list[dict]:
     """A line for each way and number of iterations, with metrics at each number of steps."""
     summary = []
-    for (way, updates), group in grouped(rows, ("row", "updates")).items():
-        line = {"way": way, "updates": updates, "samples": group[0]["samples"]}
+    for (way, iterations), group in grouped(rows, ("row", "iterations")).items():
+        line = {"way": way, "iterations": iterations, "samples": group[0]["samples"]}
         for steps in sorted({row["steps"] for row in rows}):
             measured = [row for row in group if row["steps"] == steps]
             for name in ("frechet", "caption_accuracy"):

@@ -57,7 +57,8 @@ from evaluation.figures import GRADES, with_interval
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import COLOURS, grouped, markdown_table, save_comparison
 from evaluation.study import (
-    Study, add_table_options, footer, open_table, study_of, study_parser,
+    TUNING_SEED, Study, add_table_options, best_rate, footer, open_table, reported_seeds, study_of,
+    study_parser,
 )
 from formats.images import image_grid
 from rectified_flow import squared
@@ -66,9 +67,6 @@ from stable_diffusion import StableDiffusion
 from training import ema_copy, read_metrics, train
 
 STARTS, ARMS = ("teacher", "negated"), ("direct", "reflow first")
-RATES = (1e-4, 5e-4, 2e-3)
-LOWER, HIGHER = 2e-5, 8e-3  # where the best rate lies at the grid's edge
-TUNING_SEED = 100  # reported nowhere
 # At L2's 5e-4, the LPIPS of the training pairs rises from the first iterations.
 LPIPS_LEARNING_RATE = 1e-4
 FLOW_STEPS = 4  # of 2-RF's pairs, as in distill.py
@@ -191,9 +189,7 @@ def rate_for(cell: Cell, args: Namespace, rows: list[dict], write) -> float:
         key = asdict(candidate) | {"model": "one-step"}
         return next(row["frechet"] for row in rows if key.items() <= row.items())
 
-    best = min(RATES, key=frechet)
-    beyond = {RATES[0]: LOWER, RATES[-1]: HIGHER}.get(best, best)
-    return min(best, beyond, key=frechet)
+    return best_rate(frechet)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,7 +341,7 @@ def main():
     lpips = perceptual_distance("random", device) if args.lpips_iterations else None
     cells = []
     for iterations in args.iterations:
-        for seed in range(args.seed, args.seed + args.num_seeds):
+        for seed in reported_seeds(args):
             for start in args.starts:
                 for arm in args.arms:
                     cell = Cell(args.captions, args.guidance, start, arm, iterations, 0.0, seed)

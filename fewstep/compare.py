@@ -6,7 +6,8 @@
 The cost is counted in passes of a sample through the U-Net: 1 without gradients, 3 with gradients,
 2 with a forward derivative or with gradients of the input alone. A guided pass of the teacher is 2.
 It is measured on a few training iterations of each row. A row may spend --passes on its training
-and on pairs of its own flow; HiPA's decoder and LPIPS are not counted. All rows share the teacher's
+and on pairs of its own flow; text encoders, HiPA's decoder and LPIPS and SCott's head are not
+counted. All rows share the teacher's
 pairs, 16 passes each, in 8 guided steps of DPM-Solver++, which also samples the teacher's row. The
 teachers inside losses take DDIM's steps, as published. All teachers are in fp32: their prediction
 is divided by t, towards the noise. "passes" leaves the pairs out, "with pairs" adds them where a
@@ -27,31 +28,35 @@ two rows without training, for LCM's sampler,
 
 and ablations of the methods, which take the learning rate of their method:
 
-    velocity, picture loss      Rectified Diffusion's loss on a network that predicts v, from t = 0
+    velocity, image loss      Rectified Diffusion's loss on a network that predicts v, from t = 0
     velocity, squared           with the squared error of images: 2-RF's times (1 - t)^2
     noise prediction, squared   Rectified Diffusion with that error
     perflow, guided             with the published guidance: of the student, not of the teacher
     perflow, on path            windows that start on the teacher's path (FlowSteer)
     perflow, halving            8, 4, then 2 windows, and the angle in the loss (ProReflow)
     progressive, velocity       students that predict v, from t = 0
-    mlcm, edges alone           MLCM's second half, with all iterations and the whole rate
+    mlcm, edges alone           MLCM's second part, with all iterations and the whole rate
     hipa, convolutions          HiPA's LoRA on all convolutions and linear maps
     scott, no critic            SCott without its adversarial loss
     scott, no noise             also without its noise: η = 0, still three solver steps
     re-meanflow, difference     a difference for du/dt first, the exact derivative after
     meanflow, fresh noise       Re-MeanFlow on all pairs' images, with fresh noise
 
-Each row has the best of three learning rates, by the Fréchet distance at the method's own number of
-steps on a seed that is not reported. In every training the learning rate warms up over the same
-fraction and decays over the last part. Captions and noises of the measurements are in no pairs. For
-progressive distillation, each number of steps is its own round's model, which has cost what all
-rounds so far have spent.
+Each row has the best of three learning rates (or one more, where the best lies at the edge), by the
+Fréchet distance at the method's own number of steps on a seed that is not reported. In every
+training the learning rate warms up over the same fraction and decays over the last part. Captions
+and noises of the measurements are in no pairs. For progressive distillation, each number of steps
+is its own round's model, which has cost what all rounds so far have spent.
 
 A rank counts the rows that are better at the same passes of an image and at no more cost, of
-training alone or with pairs. Rows share a rank unless the 95 % interval of their difference, seed
-by seed, excludes 0. Ablations have no rank. Writes compare.json (a row for each seed), compare.md
-(means with 95 % intervals over seeds), compare.png (Fréchet distance against the passes of an
-image, where guided steps count 2), compare-losses.png and compare-pictures-SEED.png.
+training alone or with pairs; of progressive distillation all rounds count. Rows share a rank unless
+the 95 % interval of their difference, seed by seed, excludes 0. Ablations have no rank. After a
+change of a loss, delete its rows and its folders in OUT/seed-*-rate-*: a run continues their
+states.
+
+Writes compare.json (a row for each seed), compare.md (means with 95 % intervals over seeds),
+compare.png (Fréchet distance against the passes of an image, where guided steps count 2),
+compare-losses.png and compare-images-SEED.png.
 """
 
 import argparse
@@ -76,14 +81,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import distill
 import reflow
-from command import pick_device, positive, run, unlock_folder, write_atomically, write_text
+from command import (
+    NotFinite, pick_device, positive, run, unlock_folder, write_atomically, write_text,
+)
 from evaluate import evaluate
 from evaluation.figures import GRADES, minutes_of, with_interval
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import grouped, markdown_table, steps_label
 from evaluation.study import (
-    Study, add_pairs_option, add_table_options, footer, open_table, save_images, study_of,
-    study_parser,
+    TUNING_SEED, Study, add_pairs_option, add_table_options, best_rate, footer, open_table,
+    reported_seeds, save_images, study_of, study_parser,
 )
 from fewstep import consistency, meanflow, perflow, progressive, rectified_diffusion
 from fewstep.methods import METHODS, Part, halvings, rounds_of
@@ -98,8 +105,6 @@ from training import TrainingOptions, ema_copy, read_metrics, train
 from unet import UNet
 
 STEPS = [1, 2, 4, 8]
-RATES = (1e-4, 5e-4, 2e-3)
-TUNING_SEED = 100  # of the choice among them; reported nowhere
 SAME_COST = 1.1  # costs that differ by less are equal: iterations are whole numbers
 UNGUIDED = "2-RF, unguided"
 SAME_MODEL = {UNGUIDED: "2-RF", "rectified-diffusion, guided": "rectified-diffusion"}
@@ -107,7 +112,7 @@ GUIDED = {"rectified-diffusion, guided": "flow", "perflow, guided": "diffusion"}
 EXACT = {"exact consistency": None, "exact consistency, guidance 1": 1.0}  # None: the teacher's
 INSTAFLOW = ("2-RF", UNGUIDED, "2-RF + distill", "teacher + distill")
 VARIANTS = {
-    "velocity, picture loss": replace(
+    "velocity, image loss": replace(
         METHODS["rectified-diffusion"], kind="flow",
         loss=partial(rectified_diffusion.loss, times=lambda fraction: fraction)),
     "velocity, squared": replace(
@@ -140,13 +145,13 @@ VARIANTS = {
 }
 RANKED = ("teacher", *INSTAFLOW, *METHODS, "rectified-diffusion, guided")
 ROWS = (*RANKED, *EXACT, *VARIANTS)
-ORDER = ("drawn", *ROWS)
+ORDER = ("real", *ROWS)
 PANELS = {  # of the figure, by the kind of loss; the last four are ablations
     "InstaFlow": INSTAFLOW,
     "regression": ("perflow", "rectified-diffusion", "hipa", "hipa, convolutions"),
     "compositional": ("progressive", "lcm", "mlcm", "scott"),
     "Eulerian; Lagrangian": ("re-meanflow", "freeflow"),
-    "form and loss": (UNGUIDED, "velocity, picture loss", "velocity, squared",
+    "form and loss": (UNGUIDED, "velocity, image loss", "velocity, squared",
                       "rectified-diffusion", "noise prediction, squared"),
     "of PeRFlow": ("perflow", "perflow, guided", "perflow, on path", "perflow, halving"),
     "of SCott and MLCM": ("scott", "scott, no critic", "scott, no noise", "mlcm",
@@ -307,7 +312,7 @@ def by_instaflow(study: Study, row: str, teacher: StableDiffusion) -> list[Train
     count = max(1, round(passes * PAIRS_SHARE / per_pair))
     args = vars(study.args) | {"num_pairs": count, "teacher_steps": FLOW_STEPS}
     few = replace(study, args=argparse.Namespace(**args))
-    pairs = few.pairs_of(study.load(flow.model.path))
+    pairs = few.pairs_of(in_fp32(study, flow.model.path))
     spent = flow.passes + count * per_pair
     end = trained_for(study, passes - spent, flow.model, pairs, kind, folder_of(row))
     return [Trained(end.model, flow.iterations + end.iterations, spent + end.passes,
@@ -391,33 +396,36 @@ def measure_cell(study: Study, row: str, rate: float | None, steps: list[int]) -
         for figures, _ in evaluate(model, [study.evaluation_set], allowed, guidance):
             number = figures["steps"]
             measured.append(
-                key | {"steps": number, "a_picture": per_step and number * per_step}
+                key | {"steps": number, "nfe": per_step and number * per_step}
                 | {name: figures[name] for name in GRADES}
-                | {"updates": trained.iterations, "minutes": trained.minutes, "passes": passes,
+                | {"iterations": trained.iterations, "minutes": trained.minutes, "passes": passes,
                    "with_pairs": passes + of_pairs, "file": file}
             )
     study.rows.extend(measured)
     study.write()
 
 
-def best_rate(study: Study, row: str) -> float:
-    """The learning rate of RATES with the least Fréchet distance at the row's own steps."""
+def tuned_rate(study: Study, row: str) -> float:
+    """The learning rate with the least Fréchet distance at the row's own steps."""
     steps = METHODS[row].few_step.steps if row in METHODS else max(STEPS) if row == "2-RF" else 1
 
     def frechet(rate: float) -> float:
-        measure_cell(study, row, rate, [steps])
+        try:
+            measure_cell(study, row, rate, [steps])
+        except NotFinite:
+            return math.inf
         key = {"row": row, "seed": study.seed, "learning_rate": rate, "steps": steps}
         return study.rows_with(key)[0]["frechet"]
 
-    return min(RATES, key=frechet)
+    return best_rate(cache(frechet))
 
 
 def measure_seed(study: Study, rate_of: Callable) -> None:
     """Measure every row of one seed that the table lacks. rate_of(row): its learning rate."""
-    key = {"row": "drawn", "seed": study.seed, "learning_rate": None}
+    key = {"row": "real", "seed": study.seed, "learning_rate": None}
     if not study.rows_with(key):
-        empty = ("updates", "minutes", "passes", "with_pairs", "file")
-        study.rows.append(key | dict.fromkeys(("steps", "a_picture"))
+        empty = ("iterations", "minutes", "passes", "with_pairs", "file")
+        study.rows.append(key | dict.fromkeys(("steps", "nfe"))
                           | study.evaluation_set.real_grades | dict.fromkeys(empty))
     for row in study.args.rows:
         measure_cell(study, row, rate_of(row), STEPS)
@@ -439,19 +447,19 @@ def measure_seed(study: Study, rate_of: Callable) -> None:
 def is_better(one: dict[int, float], other: dict[int, float]) -> bool:
     """Is a distance lower, by more than the 95 % interval of the difference? Both by seed."""
     differences = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
-    mean, width = with_interval(differences) if differences else (0.0, None)
-    return mean < -(width or 0.0)
+    mean, width = with_interval(differences) if differences else (0.0, None)  # None: one seed
+    return width is not None and mean < -width
 
 
 def summary_of(rows: list[dict]) -> list[dict]:
     """A line for each row and number of steps: means with 95 % intervals over seeds, and ranks."""
     summary, by_seed = [], {}
     for (row, steps), group in grouped(rows, ("row", "steps")).items():
-        line = {"row": row, "steps": steps, "a_picture": group[0]["a_picture"]}
+        line = {"row": row, "steps": steps, "nfe": group[0]["nfe"]}
         for name in GRADES:
             line[name], line[f"{name}_interval"] = with_interval([one[name] for one in group])
         line |= {name: with_interval([one[name] for one in group])[0]
-                 for name in ("updates", "passes", "with_pairs", "minutes")}
+                 for name in ("iterations", "passes", "with_pairs", "minutes")}
         for name in ("passes", "with_pairs"):
             line[name] = None if line[name] is None else round(line[name])
         summary.append(line | {"learning_rate": group[0]["learning_rate"], "seeds": len(group)})
@@ -459,8 +467,9 @@ def summary_of(rows: list[dict]) -> list[dict]:
     ranked = [line for line in summary if line["row"] in RANKED]
     for line in summary:
         for name in ("passes", "with_pairs"):
-            rivals = [one for one in ranked if one["a_picture"] == line["a_picture"]
-                      and one[name] <= SAME_COST * line[name]] if line in ranked else []
+            spent = max(one[name] for one in summary if one["row"] == line["row"])  # all rounds
+            rivals = [one for one in ranked if one["nfe"] == line["nfe"]
+                      and one[name] <= SAME_COST * spent] if line in ranked else []
             line[f"rank_by_{name}"] = 1 + sum(
                 is_better(by_seed[one["row"], one["steps"]], by_seed[line["row"], line["steps"]])
                 for one in rivals) if rivals else None
@@ -474,15 +483,15 @@ def save_curves(path: Path, rows: list[dict]) -> None:
     means = {(line["row"], line["steps"]): line["frechet"] for line in summary_of(rows)}
     by_row = grouped(rows, ("row",))
     for axis, (title, shown) in zip(axes.flat, PANELS.items()):
-        axis.axhline(means["drawn", None], color="0.8", lw=1, label="real images")
+        axis.axhline(means["real", None], color="0.8", lw=1, label="real images")
         for k, row in enumerate(("teacher", *shown)):
             points = by_row.get((row,), [])
             if not points:
                 continue
             look = {"color": "0.5" if row == "teacher" else f"C{k - 1}", "marker": "xosv^D"[k]}
-            axis.scatter([one["a_picture"] for one in points], [one["frechet"] for one in points],
+            axis.scatter([one["nfe"] for one in points], [one["frechet"] for one in points],
                          s=12, alpha=0.5, **look)
-            line = {one["a_picture"]: means[row, one["steps"]] for one in points}
+            line = {one["nfe"]: means[row, one["steps"]] for one in points}
             axis.plot(*zip(*sorted(line.items())), label=row, **look)
         axis.set(title=title, xscale="log", yscale="log")
         axis.set_xticks([*STEPS, 16], [*STEPS, 16])
@@ -542,13 +551,13 @@ def main():
         if row == "teacher" or row in EXACT:
             return None
         base = VARIANTS[row].name if row in VARIANTS else SAME_MODEL.get(row, row)
-        return rate_of(base) if base != row else best_rate(tuning, row)
+        return rate_of(base) if base != row else tuned_rate(tuning, row)
 
-    for seed in range(args.seed, args.seed + args.num_seeds):
+    for seed in reported_seeds(args):
         study = study_of(seed, args, device, rows, write)
         measure_seed(study, rate_of)
         if study.shown:
-            save_images(folder / f"compare-pictures-{seed}.png", study)
+            save_images(folder / f"compare-images-{seed}.png", study)
         reported = [row for row in rows if row["seed"] != TUNING_SEED]
         table = markdown_table(summary_of(reported)) + footer("fewstep/compare.py", args, device,
                                                               reported)

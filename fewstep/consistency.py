@@ -12,7 +12,7 @@ several steps: predict the end, add new noise up to the next time, predict again
              X_t + (e - t) v(X_t, t):    min_v  E ‖jump(X_t, t → e) - jump'(y, u → e)‖²
              then with X_t on the segments' edges alone, y a whole segment later, and e = 1
 
-The teacher's own steps lead from noise to X_t. In the second half, X_t is the student's own sample
+The teacher's own steps lead from noise to X_t. In the second part, X_t is the student's own sample
 in four steps, with new noise up to the edge. So MLCM needs no images. Its target is the network
 itself.
 
@@ -99,7 +99,7 @@ def mlcm_segments(
     student: Velocity, x0: Tensor, x1: Tensor, context, segment: Tensor, position: Tensor,
     seeds: Tensor, *, teacher: Velocity, target: Velocity,
 ) -> Tensor:
-    """(B,), the first half of MLCM. x1 and seeds are not used; target: the student."""
+    """(B,), the first part of MLCM. x1 and seeds are not used; target: the student."""
     last = (segment + 1) / SEGMENTS
     here = segment / SEGMENTS + position * (1 / SEGMENTS - GAP)
     t, u, e = schedule_time(here), schedule_time(here + GAP), schedule_time(last)
@@ -127,7 +127,7 @@ def mlcm_edges(
     student: Velocity, x0: Tensor, x1: Tensor, context, segment: Tensor, position: Tensor,
     seeds: Tensor, *, teacher: Velocity, target: Velocity,
 ) -> Tensor:
-    """(B,), the second half: from a segment's edge, y three teacher steps later, both to the end.
+    """(B,), the second part: from a segment's edge, y three teacher steps later, both to the end.
 
     x1 and position are not used. TLCM, algorithm 2.
     """

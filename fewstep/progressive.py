@@ -4,9 +4,10 @@
     min_v  E max(t², (1 - t)²) ‖v(X_t, t) - (y - X_t) / (u - t)‖²
 
 with t and u the neighbours among the times of a sampler of N steps, for N = 8, 4, 2, 1. The student
-of a round is the teacher of the next. As published, it begins as a copy of its teacher and predicts
-noise, v = (X_t - ε̂) / t. A sample costs two teacher passes. The first round distills the guidance
-too. The weight is the paper's truncated signal-to-noise ratio in these coordinates.
+of a round is the teacher of the next. As published, it begins as a copy of its teacher, and so it
+predicts noise, v = (X_t - ε̂) / t; the paper's teachers predict the data or a velocity. A sample
+costs two teacher passes. The first round distills the guidance too. The weight is the paper's
+truncated signal-to-noise ratio in these coordinates.
 
 With `times` for a flow, the student predicts a velocity from t = 0; compare.py has this as a row.
 Then the first round turns one form of network into the other, besides distilling it.

@@ -11,8 +11,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from command import (
-    BadInput, first_line, lock_folder, note, read_our_json, unlock_folder, write_atomically,
-    write_json,
+    BadInput, NotFinite, first_line, lock_folder, note, read_our_json, unlock_folder,
+    write_atomically, write_json,
 )
 from vae import to_bytes
 
@@ -185,7 +185,7 @@ def decode_finite(model, latents: Tensor, prompts) -> Tensor:
     """
     if not torch.isfinite(latents).all():
         text = torch.isfinite(model.encode_prompts(prompts)).all()
-        raise BadInput(f"the {'U-Net' if text else 'text encoder'} overflows: its output is not "
+        raise NotFinite(f"the {'U-Net' if text else 'text encoder'} overflows: its output is not "
                        "finite; try --dtype fp32 or bf16")
     images = model.vae.decode(latents).float().cpu()
     if torch.isfinite(images).all():

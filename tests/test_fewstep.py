@@ -24,11 +24,11 @@ import reflow
 import sample
 import unet
 import validation
-from command import TINY_TEACHER
+from command import TINY_TEACHER, NotFinite
 from conftest import ROOT, relative_error
 from diffusion import diffusion_start, diffusion_velocity
 from evaluation.perceptual import perceptual_distance
-from evaluation import figures
+from evaluation import figures, study
 from fewstep import (
     compare, consistency, critic, freeflow, hipa, lora, meanflow, perflow, progressive,
     rectified_diffusion, steps,
@@ -858,7 +858,7 @@ def test_tied_rows_share_a_rank_and_cost_limits_the_rivals():
     def row(name, seed, frechet, passes, with_pairs, nfe=4):
         return dict.fromkeys(figures.GRADES, 0.5) | {
             "row": name, "seed": seed, "frechet": frechet, "passes": passes, "steps": nfe,
-            "with_pairs": with_pairs, "a_picture": nfe, "updates": 1, "minutes": 1.0,
+            "with_pairs": with_pairs, "nfe": nfe, "iterations": 1, "minutes": 1.0,
             "learning_rate": 5e-4}
 
     table = [row(name, seed, value, 80_000 + seed, with_pairs) for name, values, with_pairs in (
@@ -866,21 +866,25 @@ def test_tied_rows_share_a_rank_and_cost_limits_the_rivals():
         ("perflow", (50, 51, 53), 240_000), ("mlcm", (90, 91, 92), 80_000),
         ("hipa, convolutions", (1, 1, 1), 80_000)) for seed, value in enumerate(values)]
     table += [row("freeflow", seed, 1, 80_000, 80_000, nfe=1) for seed in range(3)]
+    # What all rounds cost counts, not what the round of these steps had cost.
+    table += [row("progressive", seed, 50, spent, spent, nfe=nfe) for seed in range(3)
+              for nfe, spent in ((4, 40_000), (1, 80_000))]
     ranks = {line["row"]: (line["rank_by_passes"], line["rank_by_with_pairs"])
              for line in compare.summary_of(table)}
-    assert ranks == {"lcm": (1, 1), "scott": (1, 1), "perflow": (3, 3), "mlcm": (4, 1),
-                     "freeflow": (1, 1), "hipa, convolutions": (None, None)}
+    assert ranks == {"lcm": (1, 1), "scott": (1, 1), "perflow": (3, 3), "mlcm": (5, 2),
+                     "freeflow": (1, 1), "hipa, convolutions": (None, None),
+                     "progressive": (3, 1)}  # in 4 steps
 
 
 def test_compare_trains_all_rows_at_one_cost_and_resumes(call, monkeypatch):
     monkeypatch.setattr(figures, "STRAIGHTNESS_STEPS", 3)
-    monkeypatch.setattr(compare, "RATES", (1e-4, 5e-4))
+    monkeypatch.setattr(study, "RATES", (5e-4,))  # at the edge, so one more is tried
     monkeypatch.setattr(consistency, "GRID", 4)
     models_of, dtypes = compare.models_of, set()
 
-    def spy(study, row, teacher):
+    def spy(one_seed, row, teacher):
         dtypes.add(teacher.dtype)
-        return models_of(study, row, teacher)
+        return models_of(one_seed, row, teacher)
 
     monkeypatch.setattr(compare, "models_of", spy)
     own_steps = {"2-RF + distill": [1], "progressive": [8, 4, 2, 1], "exact consistency": [1, 2, 4],
@@ -895,14 +899,14 @@ def test_compare_trains_all_rows_at_one_cost_and_resumes(call, monkeypatch):
     table = json.loads(Path("runs/few/compare.json").read_text())
     reported = [entry for entry in table if entry["seed"] == 0]
     assert {row: [entry["steps"] for entry in reported if entry["row"] == row]
-            for row in ("drawn", *own_steps)} == {"drawn": [None]} | own_steps
+            for row in ("real", *own_steps)} == {"real": [None]} | own_steps
     # Tuned on another seed, at the method's own number of steps; a variant takes its method's.
     for row, base, steps_ in (("perflow, halving", "perflow", 4), ("progressive", None, 1),
                               ("rectified-diffusion, guided", "rectified-diffusion", 4)):
         tuned = {entry["learning_rate"]: entry["frechet"] for entry in table
                  if entry["seed"] == compare.TUNING_SEED and entry["row"] == (base or row)
                  and entry["steps"] == steps_}
-        assert tuned.keys() == {1e-4, 5e-4}
+        assert tuned.keys() == {5e-4, study.HIGHER}
         assert {entry["learning_rate"] for entry in reported if entry["row"] == row} == {
             min(tuned, key=tuned.get)}
     assert str(compare.TUNING_SEED) not in Path("runs/few/compare.md").read_text().split()
@@ -916,11 +920,11 @@ def test_compare_trains_all_rows_at_one_cost_and_resumes(call, monkeypatch):
             assert 135 <= entry["passes"] <= 185, entry
     round_passes = [entry["passes"] for entry in reported if entry["row"] == "progressive"]
     assert round_passes == sorted(round_passes) and round_passes[0] < round_passes[-1] / 2
-    nfe = {entry["row"]: entry["a_picture"] for entry in reported if entry["steps"] == 4}
+    nfe = {entry["row"]: entry["nfe"] for entry in reported if entry["steps"] == 4}
     assert nfe["perflow, guided"] == nfe["rectified-diffusion, guided"] == 8
     assert nfe["perflow, halving"] == 4 and nfe["exact consistency"] is None
     assert all(Path("runs/few", f"compare{end}").exists()
-               for end in (".md", ".png", "-losses.png", "-pictures-0.png"))
+               for end in (".md", ".png", "-losses.png", "-images-0.png"))
     before = Path("runs/few/compare.json").read_bytes()
     assert call(compare.main, *flags)[0] == 0
     assert Path("runs/few/compare.json").read_bytes() == before
@@ -933,13 +937,28 @@ def test_compare_trains_all_rows_at_one_cost_and_resumes(call, monkeypatch):
     assert sorted(again, key=by_key) == sorted(table, key=by_key)
     code, _, err = call(compare.main, *flags, "--passes", 400)
     assert code == 2 and "another study" in err
+    code, _, err = call(compare.main, *flags, "--seed", 99, "--num-seeds", 3)
+    assert code == 2 and "seed 100 chooses the learning rates" in err
+
+
+def test_a_rate_whose_training_is_not_finite_is_not_chosen(monkeypatch):
+    one_seed = SimpleNamespace(seed=100, rows_with=lambda key: [{"frechet": 1 / rows[-1]}])
+    rows = []
+
+    def measure_cell(one_seed, row, rate, steps):
+        rows.append(rate)
+        if rate > 5e-4:
+            raise NotFinite("the loss is not finite")
+
+    monkeypatch.setattr(compare, "measure_cell", measure_cell)
+    assert compare.tuned_rate(one_seed, "lcm") == 5e-4 and rows == [1e-4, 5e-4, 2e-3]
 
 
 def test_loss_figure_has_one_panel_per_trained_row(tmp_path):
     path, widths, rows = tmp_path / "losses.png", [], []
     compare.save_losses(path, [{"row": "teacher", "seed": 1, "file": None}])
     assert not path.exists()
-    for row in ("lcm", "velocity, picture loss"):
+    for row in ("lcm", "velocity, image loss"):
         rows.append({"row": row, "seed": 1, "file": "cell/model.safetensors"})
         folder = tmp_path / "cell" / compare.folder_of(row)
         folder.mkdir(parents=True)
