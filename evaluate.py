@@ -44,10 +44,8 @@ from command import (
     TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, non_negative, pick_device,
     pick_dtype, positive, run, solver_steps, write_json, write_text,
 )
-from evaluation.figures import GRADES, STRAIGHT, straightness_figures
-from evaluation.judge import (
-    EvaluationSet, check_same_dataset, make_evaluation_set, mean_grades, with_intervals,
-)
+from evaluation.figures import GRADES, STRAIGHT, straightness_figures, with_intervals
+from evaluation.judge import EvaluationSet, check_same_dataset, make_evaluation_set, mean_grades
 from evaluation.plots import label_of, markdown_table, save_comparison, save_curves, steps_label
 from evaluation.real_images import add_real_image_options, check_real_image_options, load_gallery
 from sample import MAX_NUMBERS, check_no_guidance, run_seed, sample_images, seed_range

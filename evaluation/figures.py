@@ -96,6 +96,14 @@ def with_interval(values: list[float | None]) -> tuple[float | None, float | Non
     return mean, width * statistics.stdev(values) / count**0.5
 
 
+def with_intervals(rows: list[dict], names=GRADES) -> dict:
+    """The mean of each of these columns over the rows, and its interval as <name>_interval."""
+    means = {}
+    for name in names:
+        means[name], means[f"{name}_interval"] = with_interval([row[name] for row in rows])
+    return means
+
+
 def machine_name(device: torch.device) -> str:
     """The GPU, or the CPU and its threads, for reports of measurements."""
     if device.type == "cuda":

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from command import BadInput
-from evaluation.figures import GRADES, NEIGHBOURS, frechet_distance, precision_recall, with_interval
+from evaluation.figures import (
+    GRADES, NEIGHBOURS, frechet_distance, precision_recall, with_intervals,
+)
 from formats.diffusers_folder import read_index
 from formats.prompts import built_in_prompts, split_prompts
 from formats.single_file import read_metadata
@@ -104,15 +106,6 @@ def mean_grades(sets: list[EvaluationSet], images: list[Tensor]) -> dict:
     if sets[0].grade is None:
         return {}
     return with_intervals([each.grade(generated) for each, generated in zip(sets, images)])
-
-
-def with_intervals(grades: list[dict]) -> dict:
-    """Each grade's mean over repeats, and its interval as <grade>_interval."""
-    means = {}
-    for name in GRADES:
-        values = [grade[name] for grade in grades]
-        means[name], means[f"{name}_interval"] = with_interval(values)
-    return means
 
 
 def check_same_dataset(paths: list[str]) -> None:

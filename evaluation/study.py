@@ -40,6 +40,7 @@ CAPTIONS = {  # values of --captions, and the function in toy/shapes.py that mak
     "open": "open_captions", "full": "full_captions", "single": "single_captions",
     "mixed": "random_captions", "emoji": None,
 }
+ONE_STEP = {"shapes": "tiny_instaflow.safetensors", "emoji": "tiny_emoji_instaflow.safetensors"}
 NUM_CAPTIONS = 1000  # of the pairs; some occur more than once
 # Purpose of the noises of a teacher's pairs, by its file: no model is sampled where it was trained.
 # The diffusions' pairs serve all seeds.

@@ -23,7 +23,7 @@ from command import (
     positive, run, solver_steps, write_atomically, write_json,
 )
 from editing import encode_image, invert, psnr
-from evaluation.figures import with_interval
+from evaluation.figures import with_intervals
 from evaluation.judge import check_same_dataset, load_judge
 from evaluation.plots import COLOURS, grouped, markdown_table
 from formats.images import decode_finite, image_grid
@@ -108,9 +108,7 @@ def main():
         measured, *example = measure_set(*models, judge, seeds, args)
         rows += measured
     for (model, steps), group in grouped(rows, ("model", "steps")).items():
-        summary.append(line := {"model": model, "steps": steps})
-        for name in FIGURES:
-            line[name], line[f"{name}_interval"] = with_interval([row[name] for row in group])
+        summary.append({"model": model, "steps": steps} | with_intervals(group, FIGURES))
     write_json(path, summary)
     save_figure(path.with_suffix(".png"), summary, *example)
     print(markdown_table(summary) + f"{path} and .png")

@@ -33,7 +33,7 @@ from command import (
     run, write_atomically, write_json, write_text,
 )
 from diffusion import NoiseSchedule, noise_loss
-from evaluation.figures import with_interval
+from evaluation.figures import with_intervals
 from evaluation.plots import markdown_table, save_comparison, steps_label
 from fewstep.lora import LoRA, add_lora
 from formats.lora import merge_lora
@@ -88,7 +88,7 @@ def train_lora(teacher, style: str, args) -> dict[str, Tensor]:
 
 def measure(model, steps: int, style: str, judge: nn.Module, args) -> tuple[dict, Tensor]:
     """The two fractions with intervals, and the first images."""
-    grades, shown = {"in_style": [], "right": []}, None
+    grades, shown = [], None
     for repeat in range(REPEATS):
         seeds = seed_range("evaluation", args.seed, args.num_samples, repeat * args.num_samples)
         candidates = emoji.measuring_captions(4 * args.num_samples, seeds[0])
@@ -99,13 +99,10 @@ def measure(model, steps: int, style: str, judge: nn.Module, args) -> tuple[dict
         nearest = torch.cdist(features, judge.real).argmin(1).tolist()
         in_style = [emoji.rows()[row][1] == style for row in nearest]
         right = emoji.right(judge, features, captions)
-        grades["in_style"].append(sum(in_style) / len(captions))
-        grades["right"].append(sum(right) / len(captions))
+        grades.append({"in_style": sum(in_style) / len(captions),
+                       "right": sum(right) / len(captions)})
         shown = (images[:SHOWN], captions[:SHOWN]) if shown is None else shown
-    row = {}
-    for name, values in grades.items():
-        row[name], row[f"{name}_interval"] = with_interval(values)
-    return row, shown
+    return with_intervals(grades, ("in_style", "right")), shown
 
 
 def main():

@@ -53,7 +53,7 @@ from command import (
     non_negative, non_negative_int, pick_device, positive, run, write_atomically, write_text,
 )
 from evaluate import NUM_SHOWN, evaluate
-from evaluation.figures import GRADES, with_interval
+from evaluation.figures import GRADES, with_interval, with_intervals
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import COLOURS, grouped, markdown_table, save_comparison
 from evaluation.study import (
@@ -234,9 +234,7 @@ def summary_of(rows: list[dict]) -> list[dict]:
     summary = []
     for key, group in grouped(sorted(rows, key=order), KEYS).items():
         line = dict(zip(KEYS, key)) | {"learning_rate": group[0]["learning_rate"]}
-        for name in FIGURES:
-            line[name], line[f"{name}_interval"] = with_interval([row[name] for row in group])
-        summary.append(line | {"seeds": len(group)})
+        summary.append(line | with_intervals(group, FIGURES) | {"seeds": len(group)})
     return summary
 
 

@@ -28,11 +28,11 @@ import small_decoder
 from command import non_negative, pick_device, positive, run, write_text
 from editing import psnr
 from evaluate import NUM_SHOWN, evaluate
-from evaluation.figures import GRADES, with_interval
+from evaluation.figures import GRADES, with_intervals
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import markdown_table, save_comparison
 from evaluation.study import (
-    SETTINGS, Study, add_pairs_option, add_table_options, footer, open_table, study_of,
+    ONE_STEP, SETTINGS, Study, add_pairs_option, add_table_options, footer, open_table, study_of,
     study_parser,
 )
 from formats.small_decoder import SmallDecoder, SmallDecoderConfig, load_decoder, save_decoder
@@ -40,7 +40,6 @@ from sample import sample_images
 from stable_diffusion import TOY
 from training import ema_copy, train
 
-ONE_STEP = {"shapes": "tiny_instaflow.safetensors", "emoji": "tiny_emoji_instaflow.safetensors"}
 FIGURES = (*GRADES, "psnr", "seconds_per_image")
 
 
@@ -86,13 +85,9 @@ def summary_of(rows: list[dict]) -> list[dict]:
     full, small = ([row for row in rows if row["decoder"] == name] for name in ("full", "small"))
     minus = lambda a, b: None if a is None or b is None else a - b
     difference = [{name: minus(b[name], a[name]) for name in FIGURES} for a, b in zip(full, small)]
-    summary = []
-    for name, group in (("full", full), ("small", small), ("small - full", difference)):
-        line = {"decoder": name}
-        for figure in FIGURES:
-            line[figure], line[f"{figure}_interval"] = with_interval([row[figure] for row in group])
-        summary.append(line | {"seeds": len(group)})
-    return summary
+    groups = {"full": full, "small": small, "small - full": difference}
+    return [{"decoder": name} | with_intervals(group, FIGURES) | {"seeds": len(group)}
+            for name, group in groups.items()]
 
 
 def main():

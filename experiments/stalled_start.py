@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
 import reflow
 from command import non_negative, pick_device, positive, run, write_atomically, write_text
-from evaluation.figures import with_interval
+from evaluation.figures import with_intervals
 from evaluation.plots import grouped, markdown_table
 from evaluation.study import Study, footer, open_table, study_parser
 from pairs import Pairs
@@ -122,13 +122,10 @@ def measure_run(name: str, seed: int, args, rows: list[dict], write) -> None:
 
 def summary_of(rows: list[dict]) -> list[dict]:
     """The last step of each run: means with 95 % intervals over seeds."""
-    last, summary = max(row["step"] for row in rows), []
-    for (name,), group in grouped([row for row in rows if row["step"] == last], ("run",)).items():
-        line = {"run": name, "step": last}
-        for figure in FIGURES:
-            line[figure], line[f"{figure}_interval"] = with_interval([row[figure] for row in group])
-        summary.append(line | {"seeds": len(group)})
-    return summary
+    last = max(row["step"] for row in rows)
+    groups = grouped([row for row in rows if row["step"] == last], ("run",))
+    return [{"run": name, "step": last} | with_intervals(group, FIGURES) | {"seeds": len(group)}
+            for (name,), group in groups.items()]
 
 
 def save_curves(path: Path, rows: list[dict]) -> None:

@@ -85,7 +85,7 @@ from command import (
     NotFinite, pick_device, positive, run, unlock_folder, write_atomically, write_text,
 )
 from evaluate import evaluate
-from evaluation.figures import GRADES, minutes_of, with_interval
+from evaluation.figures import GRADES, minutes_of, with_interval, with_intervals
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import grouped, markdown_table, steps_label
 from evaluation.study import (
@@ -456,9 +456,7 @@ def summary_of(rows: list[dict]) -> list[dict]:
     summary, by_seed = [], {}
     for (row, steps), group in grouped(rows, ("row", "steps")).items():
         line = {"row": row, "steps": steps, "nfe": group[0]["nfe"]}
-        for name in GRADES:
-            line[name], line[f"{name}_interval"] = with_interval([one[name] for one in group])
-        line |= {name: with_interval([one[name] for one in group])[0]
+        line |= with_intervals(group) | {name: with_interval([one[name] for one in group])[0]
                  for name in ("iterations", "passes", "with_pairs", "minutes")}
         for name in ("passes", "with_pairs"):
             line[name] = None if line[name] is None else round(line[name])

@@ -36,11 +36,11 @@ from command import Parser, add_machine_options, at_least, pick_device, positive
 from distill import LPIPS_SLOWER
 from editing import psnr
 from evaluate import NUM_SHOWN
-from evaluation.figures import NEIGHBOURS, minutes_of, with_interval
+from evaluation.figures import NEIGHBOURS, with_intervals
 from evaluation.judge import judged_set
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import grouped, markdown_table, save_comparison
-from evaluation.study import dataset_of, footer, open_table
+from evaluation.study import ONE_STEP, dataset_of, footer, open_table
 from layton.model import CODES, Layton, LaytonGen, decode, quantize, sample_tokens
 from pairs import shuffled
 from rectified_flow import interpolate, squared
@@ -58,7 +58,6 @@ CAPTIONED = 20_000  # images that LaytonGen learns from; of emoji all, some 1,60
 SAVE_EVERY = 100  # iterations; at each save the unused entries restart
 SETTINGS = ("dataset", "dtype", "iterations", "num_samples")  # that decide the tables
 CENSUS = 1024  # images whose tokens show which entries are used
-INSTAFLOW = {"shapes": "tiny_instaflow.safetensors", "emoji": "tiny_emoji_instaflow.safetensors"}
 NEW_IMAGES = {"shapes": "mixed", "emoji": "held-out pictures"}  # their captions in dataset.KINDS
 
 
@@ -99,7 +98,7 @@ def train_layton(args, device: torch.device) -> tuple:
             ema_half_life=10_000, ema_ramp=0.05, seed=seed, save_every=SAVE_EVERY,
             dtype=autocast_dtype(args.dtype, device, network), name=f"{name}, seed {seed}")
         train(network, ema, batch, loss, options, folder / name, settings, validate)
-        print(f"{folder / name}: trained, in {minutes_of(folder / name)} minutes")
+        print(f"{folder / name}: trained")
 
     def image_batch(samples, share, generator):  # I, X0 and t of stages 1 and 2
         images = dataset.random_images(len(samples), generator)
@@ -130,7 +129,6 @@ def train_layton(args, device: torch.device) -> tuple:
     learn(1, "one-step", one_step, ema_copy(one_step), image_batch, one_step_loss)
 
     images, caption_of = dataset.teacher_data(CAPTIONED, seed)
-    images = tqdm(images, "tokens of images", unit="batch", leave=False)
     tokens = torch.cat([one_step.tokens(part.to(device)).cpu() for part in images])
     rng, is_held_out = random.Random(seed), dataset.is_for_measuring  # of captions
     rows = torch.tensor([k for k in range(len(tokens)) if not is_held_out(caption_of(k, rng))])
@@ -159,7 +157,7 @@ def measure(args, distances: dict, teacher, tokenizer: Layton, one_step: Layton,
     seeds, kind = seed_range("evaluation", args.seed, args.num_samples), NEW_IMAGES[args.dataset]
     captions, originals = (judged_set(dataset, make(len(seeds), seeds[0]), seeds, args.seed)
                            for make in (dataset.measuring_captions, dataset.KINDS[kind]))
-    models = [checkpoint.load(each, device) for each in (path, TOY / INSTAFLOW[args.dataset])]
+    models = [checkpoint.load(each, device) for each in (path, TOY / ONE_STEP[args.dataset])]
 
     def rebuilt(network, steps, images, seeds):
         return decode(teacher, network, network.tokens(images.to(device)), seeds, steps)
@@ -199,12 +197,8 @@ def measure(args, distances: dict, teacher, tokenizer: Layton, one_step: Layton,
             (label.replace(", ", "\n"), way(inputs[:NUM_SHOWN], seeds[:NUM_SHOWN]).cpu())
             for label, way in ways.items()]
         save_comparison(f"{stem}-{args.seed}.png", sheet, judged.prompts[:NUM_SHOWN])
-        table = []
-        for (label,), group in grouped(rows, ("row",)).items():
-            line = {"row": label, "seeds": len(group)}
-            for key in list(group[0])[2:]:
-                line[key], line[f"{key}_interval"] = with_interval([each[key] for each in group])
-            table.append(line)
+        table = [{"row": label, "seeds": len(group)} | with_intervals(group, list(group[0])[2:])
+                 for (label,), group in grouped(rows, ("row",)).items()]
         table = markdown_table(table) + footer("layton/train.py", args, device, rows)
         write_text(stem.with_suffix(".md"), table)
 
