@@ -10,10 +10,12 @@ torch.compile. The small decoder has TAESD's sizes (formats/small_decoder.py). "
 seconds over diffusers' in the same round. "of the limit" is our network's FLOP a second, as a
 fraction of this machine's in products of large matrices of that dtype. "differ by" is the largest
 difference of our outputs from diffusers' over their largest value. Writes
-results/sampling-batch<N>-<dtype>-<device>.json, with "-defaults" after N if that flag is given.
+results/sampling-batch<N>-<dtype>-<device>.json; after N come "defaults", if that flag is given,
+and the library in LD_PRELOAD, such as another memory allocator.
 """
 
 import gc
+import os
 import statistics
 import sys
 import warnings
@@ -177,8 +179,9 @@ def main():
         row["differ by"] = relative_difference(outputs["ours"], outputs["diffusers"])
         row |= {"TFLOP": flop / 1e12, "of the limit": flop / row["ours, s"] / peak}
         rows.append(row)
-    report(f"sampling-batch{batch}" + "-defaults" * args.defaults, device, dtype, rows,
-           limit_tflops=peak / 1e12)
+    library = Path(os.environ.get("LD_PRELOAD", "")).name.partition(".")[0]
+    name = "-".join(filter(None, (f"sampling-batch{batch}", "defaults" * args.defaults, library)))
+    report(name, device, dtype, rows, limit_tflops=peak / 1e12)
 
 
 if __name__ == "__main__":
