@@ -149,7 +149,7 @@ def load_decoder(path: str | Path, model, dtype: torch.dtype | None = None) -> S
                  dtype or model.dtype)
     unused = {name for name in set(files) - set(keys.values()) if not name.startswith("encoder.")}
     check_unused_tensors(path, unused, ("",))
-    # In bf16 on a CPU a third faster than contiguous weights (benchmarks/README.md).
+    # In bf16 on a CPU a third faster than contiguous weights (benchmarks/results/notes.md).
     return decoder.to(memory_format=torch.channels_last).eval()
 
 
