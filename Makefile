@@ -19,11 +19,11 @@ test: .venv/installed-dev lint chromium
 
 tests-a-e tests-f-z: tests-%:
 	@echo "tests/test_[$*]*: output at the end"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_[$*]*.py > .venv/tests-$*.log 2>&1; \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(MARK),-m "$(MARK)") tests/test_[$*]*.py > .venv/tests-$*.log 2>&1; \
 		status=$$?; cat .venv/tests-$*.log; exit $$status
 
 test-no-browser: .venv/installed-dev lint
-	$(BIN)/python -m pytest -m "not slow and not browser" tests
+	@$(MAKE) --no-print-directory -j2 tests-a-e tests-f-z MARK="not slow and not browser"
 
 chromium:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \

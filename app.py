@@ -105,7 +105,7 @@ def build_page(given: list[str], device, dtype, tokenizer: str | None = None, se
         return previous, *[gr.skip()] * 5
 
     def prompt_for(path: str, prompt: str):
-        """An example of another data set gives way to one of this model's; other prompts stay."""
+        """This model's first example, if the prompt is an example of another data set."""
         with problems_on_page():
             known = known_prompts(load_here(path).family)
             if prompt not in known and any(prompt in known_prompts(name) for name in FAMILIES):

@@ -77,8 +77,8 @@ def in_openvino(
     return lambda *given: torch.from_numpy(compiled([tensor.numpy() for tensor in given])[0])
 
 
-def diffusers_networks(model, small: SmallDecoder, device, dtype) -> dict[str, TensorFunction]:
-    """The networks of diffusers and transformers with our weights."""
+def diffusers_networks(model, small: SmallDecoder, device) -> dict[str, TensorFunction]:
+    """The networks of diffusers and transformers with our weights, in fp32."""
     from diffusers import AutoencoderKL, AutoencoderTiny
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -93,7 +93,7 @@ def diffusers_networks(model, small: SmallDecoder, device, dtype) -> dict[str, T
     return {
         "text": TensorFunction(text, lambda network, tokens: network(tokens).last_hidden_state),
         "U-Net": TensorFunction(
-            diffusers_unet(model.unet, device, dtype),
+            diffusers_unet(model.unet, device, torch.float32),
             lambda network, x, t, context: network(x, t, context, return_dict=False)[0],
         ),
         "decoder": TensorFunction(vae, lambda network, latents: decode(network, latents / scale)),
@@ -109,7 +109,8 @@ def in_dtype(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Ca
 
 
 def with_images(calls: dict[str, Callable], tokens: Tensor, noise: Tensor) -> dict[str, Callable]:
-    """Add the whole way to an image, with either decoder."""
+    """Add one-step sampling of an image, with each decoder."""
+
     def image(decoder: str) -> Tensor:
         start = one_step(flow_velocity(calls["U-Net"]), noise, calls["text"](tokens))
         return calls[decoder](start)
@@ -147,18 +148,18 @@ def main():
     context = torch.randn(batch, TOKENS, 768, device=device)
     inputs = {"text": (tokens,), "U-Net": (noise, time, context), "decoder": (noise,),
               "small decoder": (noise,)}
-    sides, theirs = {}, diffusers_networks(model, small, device, torch.float32)
+    sides, theirs = {}, diffusers_networks(model, small, device)
     if args.openvino:
         sides["OpenVINO"] = {name: in_openvino(network.eval(), inputs[name], dtype)
                              for name, network in theirs.items()}
     their_dtype = torch.float32 if args.defaults else dtype
     sides["diffusers"] = {name: in_dtype(network, device, their_dtype)
                           for name, network in theirs.items()}
-    networks = [network.to(device, dtype).eval()
-                for network in (model.text_encoder, model.unet, model.vae, small)]
-    set_memory_format(*networks[1:3], dtype)
-    networks[3].to(memory_format=torch.channels_last)  # as formats.small_decoder.load_decoder
-    ours = dict(zip(theirs, [*networks[:2], networks[2].decode, networks[3].decode]))
+    text, unet, vae = (network.to(device, dtype).eval()
+                       for network in (model.text_encoder, model.unet, model.vae))
+    set_memory_format(unet, vae, dtype)
+    small.to(device, dtype, memory_format=torch.channels_last).eval()  # as load_decoder does
+    ours = {"text": text, "U-Net": unet, "decoder": vae.decode, "small decoder": small.decode}
     sides["ours"] = ours
     if args.compile:
         sides["compiled"] = {name: torch.compile(call) for name, call in ours.items()}

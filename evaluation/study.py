@@ -228,7 +228,7 @@ def best_rate(frechet: Callable[[float], float]) -> float:
 
 
 def reported_seeds(args: argparse.Namespace) -> range:
-    """The seeds of the table. BadInput: the one that chooses the rates is among them."""
+    """The seeds that the table reports. BadInput: TUNING_SEED is among them."""
     seeds = range(args.seed, args.seed + args.num_seeds)
     if TUNING_SEED in seeds:
         raise BadInput(f"--seed {args.seed} --num-seeds {args.num_seeds}: seed {TUNING_SEED} "
