@@ -8,9 +8,8 @@ so that only the targets differ. At the teacher's width, students also start fro
 the paper; there, direct distillation also gets as many more iterations as reflow took, and another
 start: the teacher with its output negated, as reflow.py --init negated.
 
-Writes students.json (a row for each seed), students.md (means and ranges over seeds) and
-students.png. The columns are those of toy/demo.py, and endpoint_error is to the student's own
-teacher. A row's "updates" are its iterations.
+Writes students.json (a row for each seed), students.md (means with 95 % intervals over seeds) and
+students.png. The columns are those of toy/demo.py; endpoint_error is to the student's own teacher.
 """
 
 import copy
@@ -26,10 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command import (
     Parser, check_output, positive, read_our_json, run, write_atomically, write_json, write_text,
 )
+from evaluation.figures import with_intervals
 from evaluation.plots import COLOURS, grouped, markdown_table
+from evaluation.study import footer
 from toy.demo import MLP, Model, Probe, add_options, distill, rings, student_row, up_to_second_flow
 
-KEYS = ("teacher", "start", "width", "updates")
+KEYS = ("teacher", "start", "width", "iterations")
 FIGURES = {
     "endpoint_error": "squared error to its own teacher",
     "times_floor": "Wasserstein-2 to data, times the floor",
@@ -55,14 +56,13 @@ def negated(model: Model) -> Model:
 
 def measure_seed(args: Namespace, rows: list[dict], path: Path) -> None:
     """Add the students of --seed that are missing in the rows; write the rows after each."""
-    wanted = []  # of KEYS
+    wanted, counts = [], args.student_iterations  # wanted: of KEYS
     for teacher in ("teacher", "2-RF"):
-        more = [args.updates[-1] + args.iterations] * (teacher == "teacher")
-        wanted += [(teacher, "teacher", args.width, count) for count in args.updates + more]
+        more = [counts[-1] + args.iterations] * (teacher == "teacher")
+        wanted += [(teacher, "teacher", args.width, count) for count in counts + more]
         wanted += [(teacher, "negated", args.width, count)
-                   for count in args.updates if teacher == "teacher"]
-        wanted += [(teacher, "random", width, count)
-                   for width in args.widths for count in args.updates]
+                   for count in counts if teacher == "teacher"]
+        wanted += [(teacher, "random", width, count) for width in args.widths for count in counts]
     keys = [dict(zip(KEYS, key)) | {"seed": args.seed} for key in wanted]
     missing = [key for key in keys if not any(key.items() <= row.items() for row in rows)]
     if not missing:
@@ -75,42 +75,37 @@ def measure_seed(args: Namespace, rows: list[dict], path: Path) -> None:
         torch.manual_seed(args.seed)
         random = Model("", MLP(key["width"]), "flow")
         start = {"teacher": source, "negated": negated(source), "random": random}[key["start"]]
-        name = f"{source.name} + distill, {key['width']}, {key['updates']}"
-        measured = student_row(distill(start, pairs, args, key["updates"], name), source, probe)
+        name = f"{source.name} + distill, {key['width']}, {key['iterations']}"
+        measured = student_row(distill(start, pairs, args, key["iterations"], name), source, probe)
         figures = {name: measured[name] for name in FIGURES}
         rows.append(key | figures | {"samples": args.num_samples})
         write_json(path, rows)
 
 
-def summarise(rows: list[dict]) -> list[dict]:
-    """Mean, minimum and maximum over seeds of each figure."""
-    summary = []
-    for key, group in grouped(rows, KEYS).items():
-        line = dict(zip(KEYS, key)) | {"seeds": len(group)}
-        for name in FIGURES:
-            values = [row[name] for row in group]
-            line |= {name: sum(values) / len(values), f"{name}_min": min(values),
-                     f"{name}_max": max(values)}
-        summary.append(line)
-    return summary
+def summary_of(rows: list[dict]) -> list[dict]:
+    """A line for each student: means with 95 % intervals over seeds."""
+    return [dict(zip(KEYS, key)) | with_intervals(group, FIGURES) | {"seeds": len(group)}
+            for key, group in grouped(rows, KEYS).items()]
 
 
 def save_figure(path: Path, summary: list[dict], width: int, iterations: int) -> None:
     """Figures over the width, at that many iterations, and over iterations, at that width.
 
-    Lines are means over seeds, bands go from minimum to maximum.
+    Lines are means over seeds, bands their 95 % intervals.
     """
     figure = Figure(figsize=(13, 7), layout="constrained")
     columns = figure.subplots(2, 3)
     for column, (name, title) in zip(columns.T, FIGURES.items()):
-        fixed_by_row = ({"updates": iterations}, {"width": width})
-        for axis, variable, fixed in zip(column, ("width", "updates"), fixed_by_row):
+        fixed_by_row = ({"iterations": iterations}, {"width": width})
+        for axis, variable, fixed in zip(column, ("width", "iterations"), fixed_by_row):
             shown = [row for row in summary if fixed.items() <= row.items()]
             for teacher, start, legend, colour, marker, dashes in LINES:
                 mine = [row for row in shown if (row["teacher"], row["start"]) == (teacher, start)]
                 mine.sort(key=lambda row: row[variable])  # noqa: B023
                 x, y = [row[variable] for row in mine], [row[name] for row in mine]
-                low, high = ([row[f"{name}_{end}"] for row in mine] for end in ("min", "max"))
+                bands = [row[f"{name}_interval"] or 0 for row in mine]
+                low, high = ([mean + sign * band for mean, band in zip(y, bands)]
+                             for sign in (-1, 1))
                 axis.plot(x, y, dashes, color=colour, marker=marker, markersize=5, label=legend)
                 axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             ticks = sorted({row[variable] for row in shown})
@@ -131,8 +126,8 @@ def main():
     add("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
     add("--widths", type=positive, nargs="+", default=[8, 16, 32, 64, 128, 256],
         help="of the students")
-    add("--updates", type=positive, nargs="+", default=[125, 250, 500, 1000, 2000],
-        help="iterations of the students, increasing")
+    add("--student-iterations", type=positive, nargs="+", default=[125, 250, 500, 1000, 2000],
+        help="increasing")
     add("--distill-iterations", type=positive, default=250,
         help="iterations at which widths are compared")
     add("--out", default="runs/plane-students", help="folder")
@@ -142,12 +137,15 @@ def main():
     rows = read_our_json(path, [])
     for seed in range(args.seed, args.seed + args.num_seeds):
         measure_seed(Namespace(**vars(args) | {"seed": seed}), rows, path)
-    summary = summarise(rows)
-    write_text(path.with_suffix(".md"), markdown_table(summary))
+    summary = summary_of(rows)
+    device = torch.device("cpu")
+    table = markdown_table(summary) + footer("experiments/plane_students.py", args, device, rows)
+    write_text(path.with_suffix(".md"), table)
     # Widths are compared where the demo stops, or at the next measured number of iterations.
-    at = min((n for n in args.updates if n >= args.distill_iterations), default=args.updates[-1])
+    counts = args.student_iterations
+    at = min((n for n in counts if n >= args.distill_iterations), default=counts[-1])
     save_figure(path.with_suffix(".png"), summary, args.width, at)
-    print(markdown_table(summary) + f"{args.out}: students.json, students.md and students.png")
+    print(table + f"{args.out}: students.json, students.md and students.png")
 
 
 if __name__ == "__main__":

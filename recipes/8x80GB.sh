@@ -8,7 +8,7 @@ set -eu
 TEACHER=$1 PROMPTS=$2
 RUN="${RUN:-torchrun --nproc_per_node=8}"
 
-# Warm-up of 1,000 updates and EMA 0.9999 (6,931 updates) are the defaults at any batch.
+# Warm-up of 1,000 iterations and EMA 0.9999 (6,931 iterations) are the defaults at any batch.
 $RUN reflow.py --teacher "$TEACHER" --prompts "$PROMPTS" --num-pairs 1600000 \
     --iterations 70000 --batch-size 64 --out runs/2rf-64.safetensors
 $RUN reflow.py --teacher "$TEACHER" --prompts "$PROMPTS" --num-pairs 1600000 \

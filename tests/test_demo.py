@@ -61,7 +61,8 @@ def test_second_run_gives_the_same_table(call, tmp_path):
 
 
 def test_plane_students_writes_all_rows_and_resumes(call, tmp_path):
-    arguments = [*SMALL, "--num-seeds", 2, "--widths", 4, "--updates", 3, 6, "--out", "a"]
+    arguments = [*SMALL, "--num-seeds", 2, "--widths", 4, "--student-iterations", 3, 6,
+                 "--out", "a"]
     code, out, err = call(plane_students.main, *arguments)
     assert (code, err) == (0, "")
     rows = json.loads((tmp_path / "a/students.json").read_text())
@@ -69,7 +70,7 @@ def test_plane_students_writes_all_rows_and_resumes(call, tmp_path):
     # the negated start at both, and one student at a third number.
     assert len(rows) == 2 * (2 * 2 * 2 + 2 + 1)
     errors = {row["start"]: row["endpoint_error"] for row in rows
-              if row["teacher"] == "teacher" and row["width"] == 16 and row["updates"] == 3}
+              if row["teacher"] == "teacher" and row["width"] == 16 and row["iterations"] == 3}
     assert errors["negated"] != errors["teacher"]
     assert np.asarray(Image.open(tmp_path / "a/students.png").convert("L")).std() > 3
     assert (tmp_path / "a/students.md").read_text() in out
