@@ -1,11 +1,12 @@
-"""Benchmarks that need no timing: the cost of the recipe and the counted training memory."""
+"""The cost of the recipe, the counted training memory, the demo's lengths."""
 
 import json
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks import cost
+from benchmarks import cost, demo
 from benchmarks.memory import Kept
 
 
@@ -41,3 +42,24 @@ def test_memory_saved_for_the_backward_pass_is_counted():
     # while it is recomputed.
     assert saved.checkpointed() == 4 * (3 * 4 + 3 * 8 + 3 * 2 + 3 * 8)
     assert saved.checkpointed() == saved.plain() - 24
+
+
+def test_a_demo_length_is_measured_and_resumes(call, monkeypatch):
+    flags = ["--fractions", 0.004, "--num-seeds", 1, "--num-samples", 12]
+    code, out, err = call(demo.main, *flags)
+    assert code == 0, err
+    row, = rows = json.loads(Path("runs/demo-length/demo.json").read_text())
+    assert [row[name] for name in ("pairs", "reflow", "L2", "LPIPS")] == [40, 2, 2, 1]
+    assert row["minutes"] > 0 and row["frechet"] > 0
+    assert Path("runs/demo-length/demo.md").read_text() in out
+    monkeypatch.setattr(demo, "measure", None)  # nothing is measured again
+    assert call(demo.main, *flags)[0] == 0
+    assert json.loads(Path("runs/demo-length/demo.json").read_text()) == rows
+
+
+def test_demo_lengths_are_compared_seed_by_seed():
+    row = lambda fraction, seed, value: {
+        "fraction": fraction, "seed": seed} | demo.FULL | dict.fromkeys(demo.FIGURES, value)
+    summary = demo.summary_of([row(0.5, 1, 8), row(1.0, 0, 3), row(1.0, 1, 5), row(0.5, 0, 4)])
+    assert [line["row"] for line in summary] == ["1", "0.5", "0.5, difference"]
+    assert [line["frechet"] for line in summary] == [4, 6, 2]  # the mean of 4 - 3 and 8 - 5
