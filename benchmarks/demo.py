@@ -11,9 +11,7 @@ and the paired differences to the largest fraction) and demo.png.
 """
 
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -22,23 +20,15 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from command import (
-    HERE, BadInput, Parser, at_least, positive, read_our_json, run, write_atomically, write_text,
+    Parser, at_least, positive, read_our_json, run, write_atomically, write_text,
 )
-from evaluation.figures import with_intervals
+from evaluation.figures import machine_name, with_intervals
 from evaluation.plots import grouped, markdown_table
-from evaluation.study import footer, open_table
+from evaluation.study import footer, open_table, run_command
 from sample import run_seed
 
 FULL = {"pairs": 10_000, "reflow": 600, "L2": 500, "LPIPS": 150, "warm-up": 6_400}
 FIGURES = ("minutes", "frechet", "caption_accuracy", "precision", "recall")
-
-
-def minutes_of(*command) -> float:
-    """Run a command of this repository; its wall-clock minutes. BadInput: it failed."""
-    started = time.perf_counter()
-    if subprocess.run([sys.executable, HERE / command[0], *map(str, command[1:])]).returncode:
-        raise BadInput(f"{command[0]}: failed, see above")
-    return (time.perf_counter() - started) / 60
 
 
 def measure(fraction: float, seed: int, folder: Path, num_samples: int) -> dict:
@@ -49,17 +39,17 @@ def measure(fraction: float, seed: int, folder: Path, num_samples: int) -> dict:
         "2rf.safetensors", "instaflow.safetensors", "evaluate.json"))
     shared = ("--num-pairs", size["pairs"], "--warmup-samples", size["warm-up"],
               "--save-every", 200, "--seed", seed)
-    minutes = minutes_of("reflow.py", "--pairs", folder / "pairs", "--out", flow,
+    seconds = run_command("reflow.py", "--pairs", folder / "pairs", "--out", flow,
                          "--iterations", size["reflow"], *shared)
-    minutes += minutes_of("distill.py", "--teacher", flow, "--pairs", folder / "pairs-2rf",
+    seconds += run_command("distill.py", "--teacher", flow, "--pairs", folder / "pairs-2rf",
                           "--out", student, "--l2-iterations", size["L2"],
                           "--lpips-iterations", size["LPIPS"], *shared)
-    minutes_of("evaluate.py", "--model", student, "--steps", 1, "--seed", seed,
+    run_command("evaluate.py", "--model", student, "--steps", 1, "--seed", seed,
                "--num-samples", num_samples, "--out", result)
     row = next(row for row in read_our_json(result, []) if row["model"] == student.name)
     shutil.rmtree(folder)
     figures = {name: row[name] for name in FIGURES[1:]}
-    return {"fraction": fraction, "seed": seed} | size | {"minutes": minutes} | figures
+    return {"fraction": fraction, "seed": seed} | size | {"minutes": seconds / 60} | figures
 
 
 def summary_of(rows: list[dict]) -> list[dict]:
@@ -102,7 +92,8 @@ def main():
     add("--seed", type=run_seed, default=0, help="fixes everything random")
     args = parser.parse_args()
     path = Path(args.out) / "demo.json"
-    rows, write = open_table(path, args, ("num_samples",))
+    args.machine = machine_name(torch.device("cpu"))  # minutes of two machines do not compare
+    rows, write = open_table(path, args, ("num_samples", "machine"))
     for seed in range(args.seed, args.seed + args.num_seeds):
         for fraction in args.fractions:
             key = {"fraction": fraction, "seed": seed}

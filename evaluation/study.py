@@ -4,15 +4,14 @@ A study trains and measures several models for each seed. A row is written as so
 measured; pairs, models and training states stay in OUT/seed-SEED. Stop a study and run it again: it
 continues at the first row that its table lacks. Captions and noises of the measurements are in no
 pairs.
-
-    iterations          training iterations of the model
-    transport_cost      E‖Z1 - Z0‖²; the other metrics are those of evaluate.py
 """
 
 import argparse
 import functools
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +22,11 @@ from torch import nn
 
 import checkpoint
 from command import (
-    TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, check_same_settings,
+    HERE, TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, check_same_settings,
     fraction, pick_dtype, positive, read_our_json, solver_steps, write_json,
 )
-from evaluate import NUM_SHOWN, evaluate
-from evaluation.figures import GRADES, machine_name
+from evaluate import NUM_SHOWN
+from evaluation.figures import machine_name
 from evaluation.judge import EvaluationSet, judged_set, load_judge
 from evaluation.plots import save_comparison
 from pairs import Pairs, make_pair_spec, make_pairs
@@ -46,7 +45,6 @@ NUM_CAPTIONS = 1000  # of the pairs; some occur more than once
 # The diffusions' pairs serve all seeds.
 PURPOSE_OF = {"tiny_sd": "reflow", "tiny_emoji": "reflow", "2rf": "second reflow",
               "3rf": "distillation"}
-FIGURES = (*GRADES, "relative_straightness", "transport_cost")
 RATES = (1e-4, 5e-4, 2e-3)  # learning rates to choose from
 LOWER, HIGHER = 2e-5, 8e-3  # tried where the best lies at the grid's edge
 TUNING_SEED = 100  # of the choice; reported nowhere
@@ -135,19 +133,6 @@ class Study:
     def rows_with(self, key: dict) -> list[dict]:
         return [row for row in self.rows if key.items() <= row.items()]
 
-    def record(
-        self, row: str, model: StableDiffusion, iterations: int, steps: list[int],
-        guidance: float, **costs,
-    ) -> None:
-        """Measure a model at each number of steps that the table lacks."""
-        key = {"row": row, "iterations": iterations, "seed": self.seed}
-        known = {each["steps"] for each in self.rows_with(key)}
-        steps = [number for number in steps if number not in known]
-        for measured, _ in evaluate(model, [self.evaluation_set], steps, guidance) if steps else ():
-            figures = {name: measured[name] for name in FIGURES}
-            self.rows.append(key | {"steps": measured["steps"]} | figures | costs)
-        self.write()
-
     @torch.inference_mode()
     def error_on(self, pairs: Pairs, student: StableDiffusion) -> float:
         """The distillation loss per latent element, E‖X1 - (X0 + v(X0, 0))‖², on all pairs."""
@@ -157,8 +142,8 @@ class Study:
         return (x1.to(self.device) - z1).square().mean().item()
 
 
-def study_parser(description: str, captions: str = "open", out: str = "runs/study") -> Parser:
-    """The flags that all studies have."""
+def study_parser(description: str, captions: str, out: str) -> Parser:
+    """The flags that all studies have, with these defaults of --captions and --out."""
     parser = Parser(description)
     add = parser.add_argument
     add("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
@@ -208,6 +193,14 @@ def study_of(
     measured = captions_of(args.captions, args.num_samples, seeds[0], measuring=True)
     evaluation_set = judged_set(dataset_of(args.captions)[0], measured, seeds, seed)
     return Study(seed, Path(args.out) / f"seed-{seed}", args, device, evaluation_set, rows, write)
+
+
+def run_command(*command) -> float:
+    """Run a command of this repository; its wall-clock seconds. BadInput: it failed."""
+    started = time.perf_counter()
+    if subprocess.run([sys.executable, HERE / command[0], *map(str, command[1:])]).returncode:
+        raise BadInput(f"{command[0]}: failed, see above")
+    return time.perf_counter() - started
 
 
 def footer(script: str, args: argparse.Namespace, device: torch.device, rows: list[dict]) -> str:

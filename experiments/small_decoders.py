@@ -3,12 +3,9 @@
     python experiments/small_decoders.py                      shapes, 3 seeds; resumes
     python experiments/small_decoders.py --captions emoji     after python toy/emoji.py
 
-small_decoder.py's training, once for each seed, on latents of the teacher's pairs. The one-step
-model then makes the same images with its own decoder and with the small one, from captions and
-noises that nothing was trained on.
-
-    psnr                of the small decoder's images against the full decoder's, dB
-    seconds_per_image   of the one step with this decoder; includes text and U-Net
+small_decoder.py trains once for each seed, on latents of the teacher's pairs. The one-step model
+then makes the same images with its own decoder and with the small one, both in fp32, from captions
+and noises that nothing was trained on. psnr compares the two decoders' images, in dB.
 
 Writes small_decoders.json (a row for each seed), .md (means with 95 % intervals over seeds and of
 the paired differences, small minus full) and .png: full, small and their difference, of seed 0.
@@ -16,7 +13,6 @@ the paired differences, small minus full) and .png: full, small and their differ
 
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,48 +20,38 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-import small_decoder
-from command import non_negative, pick_device, positive, run, write_text
+from command import pick_device, positive, run, write_text
 from editing import psnr
 from evaluate import NUM_SHOWN, evaluate
 from evaluation.figures import GRADES, with_intervals
-from evaluation.perceptual import perceptual_distance
 from evaluation.plots import markdown_table, save_comparison
 from evaluation.study import (
-    ONE_STEP, SETTINGS, Study, add_pairs_option, add_table_options, footer, open_table, study_of,
+    ONE_STEP, SETTINGS, Study, add_pairs_option, footer, open_table, run_command, study_of,
     study_parser,
 )
-from formats.small_decoder import SmallDecoder, SmallDecoderConfig, load_decoder, save_decoder
+from formats.small_decoder import SmallDecoder, load_decoder
 from sample import sample_images
 from stable_diffusion import TOY
-from training import ema_copy, train
 
-FIGURES = (*GRADES, "psnr", "seconds_per_image")
+FIGURES = (*GRADES, "psnr")
 
 
 def trained_decoder(study: Study, model) -> SmallDecoder:
     """The small decoder of this seed: from its file, or distilled from the model's own."""
-    path, args = study.folder / "small.safetensors", study.args
+    path, args, teacher = study.folder / "small.safetensors", study.args, study.load_teacher()
     if not path.exists():
-        pairs = study.pairs_of(study.load_teacher())
-        torch.manual_seed(study.seed)
-        doublings = model.vae.config.downsampling.bit_length() - 1
-        small = SmallDecoder(SmallDecoderConfig(
-            model.family, model.unet.config.in_channels, args.width, doublings)).to(study.device)
-        lpips = perceptual_distance("random", study.device)
-        options = study.options(small, args.iterations, f"small decoder, seed {study.seed}",
-                                args.learning_rate)
-        full = checkpoint.load(model.path, study.device).vae  # fp32
-        train(small, ema_copy(small),
-              partial(small_decoder.batch, pairs, len(pairs), 0, study.seed),
-              partial(small_decoder.loss, full, lpips, 0), options, study.folder / "small", {})
-        save_decoder(small, path)
+        study.pairs_of(teacher)
+        pairs = study.folder.parent / f"pairs-{Path(teacher.path).stem}"
+        run_command("small_decoder.py", "--model", model.path, "--pairs", pairs, "--out", path,
+                    "--iterations", args.iterations, "--batch-size", args.batch_size,
+                    "--width", args.width, "--seed", study.seed, "--dtype", args.dtype,
+                    "--device", args.device)
     return load_decoder(path, model)
 
 
 def measure_seed(study: Study, path: Path) -> list[tuple[str, torch.Tensor]]:
     """Add the rows of both decoders, unless the table has them; the first images of both."""
-    model, asked = study.load(path), study.evaluation_set
+    model, asked = checkpoint.load(path, study.device), study.evaluation_set
     models = {"full": model, "small": replace(model, vae=trained_decoder(study, model))}
     if not study.rows_with({"seed": study.seed}):
         images = [sample_images(each, asked.prompts, asked.seeds) for each in models.values()]
@@ -93,11 +79,10 @@ def summary_of(rows: list[dict]) -> list[dict]:
 def main():
     parser = study_parser("Full against small decoder, with the one-step model.", "mixed",
                           "runs/small-decoders")
-    add_table_options(parser)
     add_pairs_option(parser)
     add = parser.add_argument
     add("--iterations", type=positive, default=1000, help="of a small decoder")
-    add("--learning-rate", type=non_negative, default=3e-4)
+    add("--num-samples", type=positive, default=1000, help="images for each row and seed")
     add("--width", type=positive, default=32, help="channels of the small decoder")
     args = parser.parse_args()
     data = "emoji" if args.captions == "emoji" else "shapes"

@@ -82,7 +82,7 @@ import checkpoint
 import distill
 import reflow
 from command import (
-    NotFinite, pick_device, positive, run, unlock_folder, write_atomically, write_text,
+    NotFinite, note, pick_device, positive, run, unlock_folder, write_atomically, write_text,
 )
 from evaluate import evaluate
 from evaluation.figures import GRADES, minutes_of, with_interval, with_intervals
@@ -428,7 +428,11 @@ def measure_seed(study: Study, rate_of: Callable) -> None:
         study.rows.append(key | dict.fromkeys(("steps", "nfe"))
                           | study.evaluation_set.real_grades | dict.fromkeys(empty))
     for row in study.args.rows:
-        measure_cell(study, row, rate_of(row), STEPS)
+        rate = rate_of(row)
+        try:
+            measure_cell(study, row, rate, STEPS)
+        except NotFinite as problem:  # the table then says: one seed less
+            note(f"{row}, seed {study.seed}, learning rate {rate:g}: {problem}")
     if "teacher" in study.args.rows:
         teacher = in_fp32(study, study.load_teacher().path)
         study.shown += [(f"teacher\n{steps_label(n)}", teacher, n) for n in (1, 4)]

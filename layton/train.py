@@ -15,8 +15,8 @@ Stop the command and run it again: it continues. Each of its three stages is a r
 The U-Net starts from the teacher, negated as in reflow.py. Source: Layton (arXiv 2503.08377).
 
 Metrics: psnr in dB; lpips_random is the loss of stage 2 and of the VAE's training,
-lpips_efficientnet of neither; used is the fraction of entries that the originals take; evaluate.py
-has the others. Rebuilt images are new shapes or held-out emoji, and compared with their originals.
+lpips_efficientnet of neither; used is the fraction of entries that the originals take, copied that
+of written images with all 16 tokens of a training image. Rebuilt: new shapes or held-out emoji.
 """
 
 import copy
@@ -53,11 +53,9 @@ from training import (
 
 ITERATIONS = {"shapes": [4000, 1000, 3000], "emoji": [3000, 700, 3000]}  # of the three stages
 RATES = (5e-4, 5e-4 / LPIPS_SLOWER, 1e-3)  # their learning rates
-BATCH_SIZE = 64
-CAPTIONED = 20_000  # images that LaytonGen learns from; of emoji all, some 1,600
-SAVE_EVERY = 100  # iterations; at each save the unused entries restart
+BATCH_SIZE, CAPTIONED = 64, 20_000  # images that LaytonGen learns from; of emoji all, some 1,600
+SAVE_EVERY, CENSUS = 100, 1024  # iterations; images whose tokens show which entries are used
 SETTINGS = ("dataset", "dtype", "iterations", "num_samples")  # that decide the tables
-CENSUS = 1024  # images whose tokens show which entries are used
 NEW_IMAGES = {"shapes": "mixed", "emoji": "held-out pictures"}  # their captions in dataset.KINDS
 
 
@@ -65,8 +63,7 @@ NEW_IMAGES = {"shapes": "mixed", "emoji": "held-out pictures"}  # their captions
 def restart_unused(network, ema, dataset, last: int, seed: int, folder: Path, step: int, _) -> None:
     """Log the fraction of entries in use; move the others, at step 0 all, to encoder outputs.
 
-    Outputs are drawn in proportion to their squared distance to their entries, all at once. The
-    loop calls this after a save, and again if it resumes from that save. For one process.
+    The loop calls this after a save, and again if it resumes from that save. For one process.
     """
     generator = generator_for(seed, step, 1)  # the batch's is of (seed, step)
     z = network.encode(dataset.random_images(CENSUS, generator).to(network.codebook.device))
@@ -76,14 +73,14 @@ def restart_unused(network, ema, dataset, last: int, seed: int, folder: Path, st
         append_metrics(folder, {"step": step, "used": 1 - unused.float().mean().item()})
     unused |= step == 0
     if unused.any() and step < last:
-        distances = (codes - z).square().sum(-1).flatten().cpu()  # (16 CENSUS,)
+        distances = (codes - z).square().sum(-1).flatten().cpu()
         chosen = torch.multinomial(distances, int(unused.sum()), generator=generator)
         for each in (network, ema):
             each.codebook[unused] = z.flatten(0, 1)[chosen]
 
 
 def train_layton(args, device: torch.device) -> tuple:
-    """The teacher, Layton after stages 1 and 2, LaytonGen; finished stages are loaded.
+    """The teacher, Layton after stages 1 and 2, LaytonGen, its tokens; finished stages are loaded.
 
     BadInput: a folder holds another run; and what training.train and the dataset refuse.
     """
@@ -147,50 +144,53 @@ def train_layton(args, device: torch.device) -> tuple:
     torch.manual_seed(seed)
     gen = LaytonGen().to(device)
     learn(2, "laytongen", gen, ema_copy(gen), caption_batch, gen_loss)
-    return teacher, network, one_step, gen
+    return teacher, network, one_step, gen, tokens[rows]
 
 
 @torch.inference_mode()
-def measure(args, distances: dict, teacher, tokenizer: Layton, one_step: Layton, gen) -> None:
-    """Add to OUT's tables the rows that they lack of --seed. distances: LPIPS by network."""
+def measure(args, distances: dict, teacher, tokenizer: Layton, one_step: Layton, gen, seen) -> None:
+    """Add OUT's missing rows of --seed. distances: LPIPS; seen (N, 16): LaytonGen trained on it."""
     (dataset, path), vae, device = dataset_of(args.dataset), teacher.vae, teacher.device
     seeds, kind = seed_range("evaluation", args.seed, args.num_samples), NEW_IMAGES[args.dataset]
     captions, originals = (judged_set(dataset, make(len(seeds), seeds[0]), seeds, args.seed)
                            for make in (dataset.measuring_captions, dataset.KINDS[kind]))
     models = [checkpoint.load(each, device) for each in (path, TOY / ONE_STEP[args.dataset])]
 
-    def rebuilt(network, steps, images, seeds):
-        return decode(teacher, network, network.tokens(images.to(device)), seeds, steps)
+    others = [each + RUN_SEEDS // 2 for each in seeds]  # `seeds` are the decoder's noises
+    written = sample_tokens(gen, *map(teacher.encode_prompts, (captions.prompts, [""])), others)
+    read, known = tokenizer.tokens(originals.real_images.to(device)), set(map(tuple, seen.tolist()))
+    copied = sum(tuple(each) in known for each in written.tolist()) / len(written)
 
-    def generated(network, steps, prompts, seeds):
-        context, null = teacher.encode_prompts(prompts), teacher.encode_prompts([""])
-        others = [each + RUN_SEEDS // 2 for each in seeds]  # `seeds` are the decoder's noises
-        return decode(teacher, network, sample_tokens(gen, context, null, others), seeds, steps)
+    def decoded(network, tokens, steps, _, seeds):
+        return decode(teacher, network, tokens[: len(seeds)], seeds, steps)
 
-    used = tokenizer.tokens(originals.real_images.to(device)).unique().numel() / CODES
     tables = {  # name: evaluation set, inputs, and rows as functions (inputs, seeds) -> images
         "reconstruction": (originals, originals.real_images, {
             "VAE alone": lambda images, _: vae.decode(vae.encode_latents(images.to(device))),
-            "tokens, 25 diffusion steps": partial(rebuilt, tokenizer, 25),
-            "tokens, one step after stage 1": partial(rebuilt, tokenizer, 1),
-            "tokens, one step after stage 2": partial(rebuilt, one_step, 1)}),
+            "tokens, 25 diffusion steps": partial(decoded, tokenizer, read, 25),
+            "tokens, one step after stage 1": partial(decoded, tokenizer, read, 1),
+            "tokens, one step after stage 2": partial(decoded, one_step, read, 1)}),
         "generation": (captions, captions.prompts, {
             "teacher, 25 steps": partial(sample_images, models[0]),
             "InstaFlow, one step": partial(sample_images, models[1]),
-            "LaytonGen, 25 diffusion steps": partial(generated, tokenizer, 25),
-            "LaytonGen, one step": partial(generated, one_step, 1)})}
+            "LaytonGen, 25 diffusion steps": partial(decoded, tokenizer, written, 25),
+            "LaytonGen, one step": partial(decoded, one_step, written, 1)})}
     for name, (judged, inputs, ways) in tables.items():
         stem = Path(args.out, name)
         rows, write = open_table(stem.with_suffix(".json"), args, SETTINGS)
+        if judged is captions and not any(row["seed"] == args.seed for row in rows):
+            rows.append({"row": "real", "seed": args.seed} | judged.real_grades | {"copied": None})
         for label, way in tqdm(ways.items(), f"{name}, seed {args.seed}"):
             if any((row["row"], row["seed"]) == (label, args.seed) for row in rows):
                 continue
             images = way(inputs, seeds).float().cpu().clamp(-1, 1)
             row = {"row": label, "seed": args.seed} | judged.grade(images)
+            row |= {"copied": copied if "Gen" in label else None} if judged is captions else {}
             for net, distance in distances.items() if judged is originals else ():
                 apart = map(distance, images.split(BATCH_SIZE), inputs.split(BATCH_SIZE))
                 row[f"lpips_{net}"] = torch.cat([*apart]).mean().item()
-                row |= {"psnr": psnr(images, inputs).mean().item(), "used": used}
+                row |= {"psnr": psnr(images, inputs).mean().item(),
+                        "used": read.unique().numel() / CODES}
             rows.append(row)
             write()
         sheet = [("original" if judged is originals else "real", judged.real_images)] + [

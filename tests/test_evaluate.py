@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,7 +165,7 @@ def test_gaps_are_to_the_own_teacher_and_differences_are_paired():
 
 def test_stalled_start_measures_where_the_step_points(call, monkeypatch):
     monkeypatch.setattr(stalled_start, "FIRST", 2)
-    arguments = ["--iterations", 4, "--measure-every", 2, "--batch-size", 2, "--num-seeds", 1,
+    arguments = ["--iterations", 4, "--measure-every", 2, "--batch-size", 32, "--num-seeds", 1,
                  "--held-out", 4, "--teacher-steps", 2]
     code, out, err = call(stalled_start.main, *arguments)
     assert code == 0, err
@@ -179,10 +178,28 @@ def test_stalled_start_measures_where_the_step_points(call, monkeypatch):
     assert at["teacher", 0]["loss"] == at["a tenth at random t", 0]["loss"] > 2
     # The flip comes after the same first steps; its control has none.
     assert at["flipped at 100", 0] | {"run": ""} == at["teacher", 0] | {"run": ""}
-    flipped, restarted = at["flipped at 100", 4], at["restarted at 100", 4]
-    assert flipped["loss"] != restarted["loss"]
+    # The break itself changes nothing but the sign and the optimizer.
+    assert at["restarted at 100", 2] | {"run": ""} == at["teacher", 2] | {"run": ""}
+    assert at["flipped at 100", 2]["loss"] != at["teacher", 2]["loss"]
+    assert len({at[name, 4]["loss"] for name in stalled_start.RUNS}) == 5
+    # What a network can say without reading its input, and the right answer.
+    assert at["constant v", None]["share_of_constant"] == pytest.approx(1)
+    assert at["target", None]["loss"] == 0 and at["target", None]["cosine_noise"] < 0
     assert np.asarray(Image.open(path.with_suffix(".png")).convert("L")).std() > 3
     assert call(stalled_start.main, *arguments)[0] == 0 and json.loads(path.read_text()) == rows
+    path.unlink()  # as if killed in the first run's last step: the curves are still whole
+    assert call(stalled_start.main, *arguments)[0] == 0 and json.loads(path.read_text()) == rows
+
+
+def test_a_run_leaves_the_plateau_where_its_loss_falls_below_that_of_a_constant():
+    x0, x1 = torch.randn(2, 6, 1, 2, 2)
+    constant, target = stalled_start.references(0, x0, x1)
+    half = stalled_start.figures_of((x1 - x0) / 2 + (x1 - x0).mean(0) / 2, x0, x1)
+    assert half["share_of_constant"] == pytest.approx(0.25) and half["loss"] < constant["loss"]
+    assert target["cosine_target"] == pytest.approx(1)
+    rows = [figures | {"run": "teacher", "seed": seed, "step": step} for seed, step, figures in (
+        (0, 0, constant), (1, 0, constant), (0, 20, half), (1, 20, constant), (0, 40, half))]
+    assert stalled_start.left_plateau(rows) == "20, never"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,38 +222,34 @@ def test_matched_times_give_the_teachers_output():
     assert error(matched).max() < 0.1 and error(matched).mean() < error(unmatched).mean() / 5
 
 
-def test_perceptual_loss_has_its_authors_weights():
-    """The Huber term is a mean over the latent, with weight t; LPIPS has weight 1 at every t."""
-    x0, x1, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.25, 1.0])
-    model = SimpleNamespace(vae=SimpleNamespace(decode=lambda latents: latents))
-    velocity = lambda x, t, context: x1 - x0 - 0.5  # off by ½ in each of 256 elements
-    loss = fewer_samples.perceptual_loss(
-        model, lambda a, b: torch.full((3,), 7.0), velocity, x0, x1, t, None
-    )
-    c = 0.00054 * 256
-    huber = ((256 / 4 + c**2) ** 0.5 - c) / 256
-    assert loss.tolist() == pytest.approx([7, 7 + huber / 4, 7 + huber])
-    landing = lambda a, b: (a - b).abs().flatten(1).mean(1)  # ends are off by (1 - t) / 2
-    loss = fewer_samples.perceptual_loss(model, landing, velocity, x0, x1, t, None)
-    assert loss.tolist() == pytest.approx([0.5, 0.375 + huber / 4, huber], rel=1e-4)
-
-
-def test_fewer_samples_writes_all_rows_and_repeats_nothing(call, short_paths):
-    ways = ["paper", "negated", "matched", "perceptual"]
-    few = [*FEW, "--iterations", 4, "--num-pairs", 20, "--teacher-steps", 4, "--num-seeds", 1,
+def test_fewer_samples_tunes_each_way_measures_it_and_repeats_nothing(
+    call, monkeypatch, short_paths,
+):
+    monkeypatch.setattr(study, "RATES", (5e-4,))  # at the edge, so one more is tried
+    ways = ["paper", "negated", "matched"]
+    few = [*FEW, "--iterations", 4, "--num-pairs", 20, "--teacher-steps", 2, "--num-seeds", 1,
            "--ways", *ways]
     code, out, err = call(fewer_samples.main, *few)
     assert code == 0, err
-    rows = json.loads(Path("runs/study/fewer_samples.json").read_text())
-    assert {row["row"] for row in rows} == set(ways)
+    folder = Path("runs/fewer-samples")
+    rows = json.loads((folder / "fewer_samples.json").read_text())
+    chosen = {}
     for way in ways:
-        iterations = [row["iterations"] for row in rows if row["row"] == way and row["steps"] == 1]
+        tried = {row["frechet"]: row["learning_rate"] for row in rows if row["way"] == way
+                 and row["seed"] == study.TUNING_SEED and row["steps"] == 1}
+        assert sorted(tried.values()) == [5e-4, study.HIGHER]
+        mine = [row for row in rows if row["way"] == way and row["seed"] == 0]
+        assert {row["learning_rate"] for row in mine} == {tried[min(tried)]}
+        iterations = [row["iterations"] for row in mine if row["steps"] == 1]
         assert iterations == ([1, 2, 4, 8, 16] if way == "paper" else [1, 2, 4])
-    last = [row["frechet"] for row in rows if row["iterations"] == 4 and row["steps"] == 1]
-    assert len(set(last)) == len(ways)  # all variants differ
-    assert np.asarray(Image.open("runs/study/fewer_samples.png").convert("L")).std() > 3
-    assert Path("runs/study/fewer_samples.md").read_text() in out
-    assert (
-        call(fewer_samples.main, *few)[0] == 0
-        and json.loads(Path("runs/study/fewer_samples.json").read_text()) == rows
-    )
+        chosen[way] = next(row["frechet"] for row in mine
+                           if (row["iterations"], row["steps"]) == (4, 1))
+    assert len(set(chosen.values())) == len(ways)  # all ways differ
+    difference = next(line for line in fewer_samples.differences_of(
+        [row for row in rows if row["seed"] == 0])
+        if (line["way"], line["iterations"], line["steps"]) == ("paper", 4, 1))
+    assert difference["frechet"] == pytest.approx(chosen["paper"] - chosen["negated"])
+    assert np.asarray(Image.open(folder / "fewer_samples.png").convert("L")).std() > 3
+    assert (folder / "fewer_samples.md").read_text() in out
+    assert call(fewer_samples.main, *few)[0] == 0
+    assert json.loads((folder / "fewer_samples.json").read_text()) == rows

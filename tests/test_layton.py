@@ -223,7 +223,9 @@ def test_killed_runs_resume_bit_for_bit_and_are_measured(call, small, monkeypatc
     for net in ("random", "efficientnet"):
         assert 0 < rows[0][f"lpips_{net}"] < min(row[f"lpips_{net}"] for row in rows[1:])
     others = json.loads(Path("calm/generation.json").read_text())
-    assert len(others) == 4 and others[0]["caption_accuracy"] >= 0.5
+    assert [row["row"] for row in others][:2] == ["real", "teacher, 25 steps"] and len(others) == 5
+    assert others[1]["caption_accuracy"] >= 0.5 and others[1]["copied"] is None
+    assert 0 <= others[3]["copied"] == others[4]["copied"] <= 1  # the same tokens, decoded twice
     assert "| LaytonGen, one step | 1 |" in Path("calm/generation.md").read_text()
     assert Image.open("calm/generation-0.png").size[0] > 1000
 

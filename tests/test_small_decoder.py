@@ -515,6 +515,6 @@ def test_study_compares_both_decoders_and_resumes(call, monkeypatch):
     assert summary[2]["frechet"] == pytest.approx(sum(gains) / 2)
     assert np.asarray(Image.open(folder / "small_decoders.png").convert("L")).std() > 3
     assert (folder / "small_decoders.md").read_text() in out
-    monkeypatch.setattr(small_decoders, "train", None)  # nothing is trained again
+    monkeypatch.setattr(small_decoders, "run_command", None)  # nothing is trained again
     assert call(small_decoders.main, *flags)[0] == 0
     assert json.loads((folder / "small_decoders.json").read_text()) == rows
