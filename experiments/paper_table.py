@@ -287,8 +287,8 @@ def save_losses(path: Path, rows: list[dict]) -> None:
     curves = (("direct", "losses", "direct distillation", COLOURS["diffusion"]),
               ("reflow first", "reflow_losses", "reflow", COLOURS["flow"]),
               ("reflow first", "losses", "distillation after reflow", COLOURS["one-step"]))
-    longest = max(row["iterations"] for row in rows)
     for axis, start in zip(figure.subplots(1, len(STARTS), sharey=True), STARTS):
+        longest = max((row["iterations"] for row in rows if row["start"] == start), default=0)
         for arm, column, label, colour in curves:
             for row in rows:
                 if (row["start"], row["arm"], row["model"]) == (start, arm, "one-step") and (
@@ -302,14 +302,26 @@ def save_losses(path: Path, rows: list[dict]) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
-def save_images(path: Path, args: Namespace, cells: list[Cell], study: Study, teacher) -> None:
-    """The same captions and noises for the teacher and each cell of the first seed."""
+def save_images(path: Path, args: Namespace, rows: list[dict], study: Study, teacher) -> None:
+    """The same captions and noises for the teacher and each student of the first seed.
+
+    With --lpips-iterations, only the students of --iterations and --starts, before and after LPIPS.
+    """
+    mine = [row for row in rows if (row["model"], row["seed"], row["captions"], row["guidance"])
+            == ("one-step", args.seed, args.captions, args.guidance)]
+    order = lambda cell: (cell.iterations, -STARTS.index(cell.start), ARMS.index(cell.arm))
+    cells = sorted((Cell(**{key: row[key] for key in Cell.__annotations__}) for row in mine),
+                   key=order)
+    suffixes = ("", "-lpips") if args.lpips_iterations else ("",)
+    if args.lpips_iterations:
+        cells = [cell for cell in cells if cell.iterations in args.iterations
+                 and cell.start in args.starts]
     asked = study.evaluation_set
     prompts, seeds = asked.prompts[:NUM_SHOWN], asked.seeds[:NUM_SHOWN]
     steps = study.args.teacher_steps
     sheet = [(f"teacher\n{steps} steps", sample_images(teacher, prompts, seeds, steps))]
     for cell in cells:
-        for suffix in ("", "-lpips"):
+        for suffix in suffixes:
             file = strip_path(args, study, cell, suffix)
             if file.exists():
                 pixels = np.array(Image.open(file))
@@ -337,7 +349,6 @@ def main():
     folder, device = Path(args.out), pick_device(args.device)
     rows, write = open_table(folder / "study.json", args, SETTINGS)
     lpips = perceptual_distance("random", device) if args.lpips_iterations else None
-    cells = []
     for iterations in args.iterations:
         for seed in reported_seeds(args):
             for start in args.starts:
@@ -345,7 +356,6 @@ def main():
                     cell = Cell(args.captions, args.guidance, start, arm, iterations, 0.0, seed)
                     cell = replace(cell, learning_rate=rate_for(cell, args, rows, write))
                     measure_cell(cell, args, rows, write, lpips)
-                    cells.append(cell)
 
     reported = with_gaps(rows, args.teacher_steps)
     table = markdown_table(summary_of(reported))
@@ -354,9 +364,8 @@ def main():
     write_text(folder / "differences.md", markdown_table(differences_of(reported)))
     save_gaps(folder / "study.png", reported)
     save_losses(folder / "losses.png", reported)
-    shown = [cell for cell in cells if cell.seed == args.seed]
-    study = study_for(shown[0], args, 1, rows, write)
-    save_images(folder / "images.png", args, shown, study, study.load_teacher())
+    study = study_for(replace(cell, seed=args.seed), args, 1, rows, write)
+    save_images(folder / "images.png", args, reported, study, study.load_teacher())
     print(table + f"{folder}: study.json, study.md, differences.md, study.png, losses.png and "
           "images.png")
 
