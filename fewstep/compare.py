@@ -7,11 +7,10 @@ The cost is counted in passes of a sample through the U-Net: 1 without gradients
 2 with a forward derivative or with gradients of the input alone. A guided pass of the teacher is 2.
 It is measured on a few training iterations of each row. A row may spend --passes on its training
 and on pairs of its own flow; text encoders, HiPA's decoder and LPIPS and SCott's head are not
-counted. All rows share the teacher's
-pairs, 16 passes each, in 8 guided steps of DPM-Solver++, which also samples the teacher's row. The
-teachers inside losses take DDIM's steps, as published. All teachers are in fp32: their prediction
-is divided by t, towards the noise. "passes" leaves the pairs out, "with pairs" adds them where a
-row needs them or their images.
+counted. All rows share the teacher's pairs, 16 passes each, in 8 guided steps of DPM-Solver++,
+which also samples the teacher's row. The teachers inside losses take DDIM's steps, as published.
+All teachers are in fp32: their prediction is divided by t, towards the noise. "passes" leaves the
+pairs out, "with pairs" adds them where a row needs them or their images.
 
     2-RF                    reflow.py, sampled as in sample.py: with guidance
     2-RF, unguided          the same model, without guidance
