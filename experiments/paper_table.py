@@ -24,7 +24,7 @@ the edge extends the grid by one.
 Every row goes to study.json as soon as it is measured: stop the study at any time, run it again, it
 continues. Captions and noises of the measurements are in no pairs. Writes study.md (means with 95 %
 intervals over seeds), differences.md (paired, seed by seed), study.png (gap to the own teacher),
-losses.png (first training steps) and images.png.
+losses.png (of the longest trainings) and images.png.
 
 With --lpips-iterations every student goes on in LPIPS (of random weights), as another row.
 
@@ -70,7 +70,7 @@ STARTS, ARMS = ("teacher", "negated"), ("direct", "reflow first")
 # At L2's 5e-4, the LPIPS of the training pairs rises from the first iterations.
 LPIPS_LEARNING_RATE = 1e-4
 FLOW_STEPS = 4  # of 2-RF's pairs, as in distill.py
-EARLY = 200  # steps of the loss curves
+EARLY, LATER = 200, 100  # the loss curves: all logged steps up to 200, then every 100th
 KEYS = ("captions", "guidance", "start", "arm", "iterations", "model", "steps")
 FIGURES = (*GRADES, "gap", "held_out_error", "relative_straightness")
 SETTINGS = ("batch_size", "cooldown", "teacher_steps", "num_samples", "held_out", "dtype")
@@ -133,7 +133,8 @@ def measure(study: Study, cell: Cell, name: str, model, steps: list[int], **colu
 
 
 def losses_of(folder: Path) -> list:
-    return [(row["step"], row["loss"]) for row in read_metrics(folder) if row["step"] <= EARLY]
+    return [(row["step"], row["loss"]) for row in read_metrics(folder)
+            if row["step"] <= EARLY or row["step"] % LATER == 0]
 
 
 def measure_cell(cell: Cell, args: Namespace, rows: list[dict], write, lpips=None) -> None:
@@ -282,7 +283,7 @@ def save_gaps(path: Path, rows: list[dict]) -> None:
 
 
 def save_losses(path: Path, rows: list[dict]) -> None:
-    """The loss of the first steps of each training, a panel for each start."""
+    """The loss of the longest trainings, a panel for each start."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     curves = (("direct", "losses", "direct distillation", COLOURS["diffusion"]),
               ("reflow first", "reflow_losses", "reflow", COLOURS["flow"]),
@@ -295,7 +296,8 @@ def save_losses(path: Path, rows: list[dict]) -> None:
                         row["iterations"] == longest and row["captions"] == "mixed"):
                     axis.plot(*zip(*row[column]), color=colour, label=label)
                     label = None
-        axis.set(yscale="log", xlabel="training steps", title=f"start: {start}")
+        axis.set(xscale="log", yscale="log", xlabel="training steps",
+                 title=f"start: {start}, {longest:,} steps in all")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("training loss")
     figure.axes[0].legend(fontsize=8)
