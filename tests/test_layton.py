@@ -246,7 +246,8 @@ def test_the_model_that_comes_back_is_the_trained_one(call, small, monkeypatch, 
                         lambda *a: returned.append(original(*a)) or returned[-1])
     for _ in range(2):
         assert run_layton(call, "out", iterations=(2, 2, 2))[0] == 0
-    (_, tokenizer, one_step, gen), loaded = returned
+    (_, tokenizer, one_step, gen, seen), loaded = returned
+    assert torch.equal(seen, loaded[-1]) and seen.shape[1] == 16
     for before, after in zip((tokenizer, one_step, gen), loaded[1:]):
         for one, other in zip(before.state_dict().values(), after.state_dict().values()):
             assert torch.equal(one, other)
