@@ -1,6 +1,6 @@
 """One-step students in the plane: where does direct distillation fall behind, and does it catch up?
 
-    python experiments/plane_students.py        3 seeds, 15 minutes; if stopped, run it again
+    python experiments/plane_students.py        3 seeds, 5 minutes; if stopped, run it again
 
 Distils the teacher and 2-RF (toy/demo.py) into students of several widths, iterations, initial
 weights and seeds; each seed is a whole run. Random initial weights are the same for both teachers,
