@@ -191,7 +191,7 @@ class Pairs:
     """A folder of pairs, memory-mapped: pairs[indices], or shuffled with pairs.batch()."""
 
     def __init__(self, folder: str | Path):
-        self.spec = read_spec(folder)
+        self.folder, self.spec = folder, read_spec(folder)
         self.shards, self.prompts = [], []
         for i in range(-(-self.spec["count"] // PAIRS_PER_SHARD)):
             self.shards.append(load_file(shard_path(folder, i)))

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command import (
     Parser, at_least, positive, read_our_json, run, write_atomically, write_text,
 )
-from evaluation.figures import machine_name, with_intervals
+from evaluation.figures import differences, machine_name, with_intervals
 from evaluation.plots import grouped, markdown_table
 from evaluation.study import footer, open_table, run_command
 from sample import run_seed
@@ -40,12 +40,12 @@ def measure(fraction: float, seed: int, folder: Path, num_samples: int) -> dict:
     shared = ("--num-pairs", size["pairs"], "--warmup-samples", size["warm-up"],
               "--save-every", 200, "--seed", seed)
     seconds = run_command("reflow.py", "--pairs", folder / "pairs", "--out", flow,
-                         "--iterations", size["reflow"], *shared)
+                          "--iterations", size["reflow"], *shared)
     seconds += run_command("distill.py", "--teacher", flow, "--pairs", folder / "pairs-2rf",
-                          "--out", student, "--l2-iterations", size["L2"],
-                          "--lpips-iterations", size["LPIPS"], *shared)
+                           "--out", student, "--l2-iterations", size["L2"],
+                           "--lpips-iterations", size["LPIPS"], *shared)
     run_command("evaluate.py", "--model", student, "--steps", 1, "--seed", seed,
-               "--num-samples", num_samples, "--out", result)
+                "--num-samples", num_samples, "--out", result)
     row = next(row for row in read_our_json(result, []) if row["model"] == student.name)
     shutil.rmtree(folder)
     figures = {name: row[name] for name in FIGURES[1:]}
@@ -56,12 +56,10 @@ def summary_of(rows: list[dict]) -> list[dict]:
     """A line for each fraction, and one for its difference to the largest, seed by seed."""
     lines, groups = [], grouped(sorted(rows, key=lambda row: -row["fraction"]), ("fraction",))
     longest = next(iter(groups))
-    full = {row["seed"]: row for row in groups[longest]}
     for key, group in groups.items():
         size = {name: group[0][name] for name in FULL}
         lines.append({"row": f"{key[0]:g}"} | size | with_intervals(group, FIGURES))
-        paired = [{name: row[name] - full[row["seed"]][name] for name in FIGURES}
-                  for row in group if row["seed"] in full]
+        paired = differences(group, groups[longest], FIGURES)
         if key != longest and paired:
             lines.append({"row": f"{key[0]:g}, difference"} | dict.fromkeys(FULL)
                          | with_intervals(paired, FIGURES))

@@ -104,6 +104,14 @@ def with_intervals(rows: list[dict], names=GRADES) -> dict:
     return means
 
 
+def differences(rows: list[dict], others: list[dict], names=GRADES) -> list[dict]:
+    """These columns of rows minus those of others, paired by seed: a row for each seed in both."""
+    by_seed = {row["seed"]: row for row in others}
+    minus = lambda a, b: None if a is None or b is None else a - b
+    return [{name: minus(row[name], by_seed[row["seed"]][name]) for name in names}
+            for row in sorted(rows, key=lambda row: row["seed"]) if row["seed"] in by_seed]
+
+
 def machine_name(device: torch.device) -> str:
     """The GPU, or the CPU and its threads, for reports of measurements."""
     if device.type == "cuda":

@@ -8,6 +8,7 @@ pairs.
 
 import argparse
 import functools
+import math
 import shlex
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from torch import nn
 
 import checkpoint
 from command import (
-    HERE, TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, check_same_settings,
-    fraction, pick_dtype, positive, read_our_json, solver_steps, write_json,
+    HERE, TINY_TEACHER, BadInput, NotFinite, Parser, add_machine_options, check_output,
+    check_same_settings, fraction, pick_dtype, positive, read_our_json, solver_steps, write_json,
 )
 from evaluate import NUM_SHOWN
 from evaluation.figures import machine_name
@@ -214,10 +215,18 @@ def footer(script: str, args: argparse.Namespace, device: torch.device, rows: li
 
 
 def best_rate(frechet: Callable[[float], float]) -> float:
-    """The learning rate with the least Fréchet distance on TUNING_SEED."""
-    best = min(RATES, key=frechet)
+    """The learning rate with the least Fréchet distance on TUNING_SEED; none that diverges."""
+
+    @functools.cache
+    def distance(rate: float) -> float:
+        try:
+            return frechet(rate)
+        except NotFinite:
+            return math.inf
+
+    best = min(RATES, key=distance)
     beyond = {RATES[0]: LOWER, RATES[-1]: HIGHER}.get(best, best)
-    return min(best, beyond, key=frechet)
+    return min(best, beyond, key=distance)
 
 
 def reported_seeds(args: argparse.Namespace) -> range:

@@ -24,7 +24,6 @@ two NFE. Writes fewer_samples.json (a row for each seed), fewer_samples.md (mean
 intervals over seeds), differences.md (paired, each way minus "negated") and fewer_samples.png.
 """
 
-import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -36,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 import reflow
-from command import NotFinite, pick_device, positive, run, write_atomically, write_text
+from command import pick_device, positive, run, write_atomically, write_text
 from diffusion import NoiseSchedule
 from evaluate import evaluate
-from evaluation.figures import GRADES, with_intervals
+from evaluation.figures import GRADES, differences, with_intervals
 from evaluation.plots import grouped, markdown_table, steps_label
 from evaluation.study import (
     SETTINGS, TUNING_SEED, Study, add_pairs_option, add_table_options, best_rate, footer,
@@ -97,14 +96,8 @@ def measure_cell(study: Study, way: str, iterations: int, rate: float) -> float:
 
 
 def rate_for(study: Study, way: str) -> float:
-    """The learning rate of this way, tuned on the study's seed."""
-    def frechet(rate: float) -> float:
-        try:
-            return measure_cell(study, way, study.args.iterations, rate)
-        except NotFinite:
-            return math.inf
-
-    return best_rate(frechet)
+    """The best learning rate of this way, by its Fréchet distances on the study's seed."""
+    return best_rate(lambda rate: measure_cell(study, way, study.args.iterations, rate))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,13 +113,9 @@ def summary_of(rows: list[dict]) -> list[dict]:
 
 def differences_of(rows: list[dict]) -> list[dict]:
     """Each way minus "negated", seed by seed: a negative Fréchet distance is an improvement."""
-    lines, names = [], ("frechet", "caption_accuracy")
-    by_seed = {key: {row["seed"]: row for row in group}
-               for key, group in grouped(rows, KEYS).items()}
-    for (way, *rest), mine in by_seed.items():
-        base = by_seed.get(("negated", *rest), {})
-        paired = [{name: row[name] - base[seed][name] for name in names}
-                  for seed, row in mine.items() if seed in base]
+    lines, names, groups = [], ("frechet", "caption_accuracy"), grouped(rows, KEYS)
+    for (way, *rest), mine in groups.items():
+        paired = differences(mine, groups.get(("negated", *rest), []), names)
         if paired and way != "negated":
             lines.append(dict(zip(KEYS, (way, *rest))) | with_intervals(paired, names) | {
                 f"{name}_by_seed": ", ".join(f"{each[name]:.3g}" for each in paired)
@@ -177,9 +166,9 @@ def main():
     summary = summary_of(reported)
     table = markdown_table(summary) + footer("experiments/fewer_samples.py", args, device, reported)
     write_text(folder / "fewer_samples.md", table)
-    differences = differences_of(reported)
-    if differences:
-        write_text(folder / "differences.md", markdown_table(differences))
+    paired = differences_of(reported)
+    if paired:
+        write_text(folder / "differences.md", markdown_table(paired))
     save_curves(folder / "fewer_samples.png", summary)
     print(table + f"{folder}: fewer_samples.json, .md, .png and differences.md")
 

@@ -53,7 +53,7 @@ from command import (
     non_negative, non_negative_int, pick_device, positive, run, write_atomically, write_text,
 )
 from evaluate import NUM_SHOWN, evaluate
-from evaluation.figures import GRADES, with_interval, with_intervals
+from evaluation.figures import GRADES, differences, with_interval, with_intervals
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import COLOURS, grouped, markdown_table, save_comparison
 from evaluation.study import (
@@ -243,25 +243,29 @@ def differences_of(rows: list[dict]) -> list[dict]:
     """Direct minus reflow first, seed by seed: positive where reflow first is better."""
     students = [row for row in rows if row["model"] == "one-step"]
     keys, lines = ("captions", "guidance", "start", "iterations"), []
+    names = ("frechet", "gap", "caption_accuracy")
     for key, group in grouped(students, keys).items():
-        by_arm = {arm: {row["seed"]: row for row in group if row["arm"] == arm} for arm in ARMS}
-        seeds = sorted(by_arm[ARMS[0]].keys() & by_arm[ARMS[1]].keys())
+        paired = differences(*([row for row in group if row["arm"] == arm] for arm in ARMS), names)
         line = dict(zip(keys, key))
-        for name in ("frechet", "gap", "caption_accuracy") if seeds else ():
-            each = [by_arm[ARMS[0]][seed][name] - by_arm[ARMS[1]][seed][name] for seed in seeds]
-            line[name], line[f"{name}_interval"] = with_interval(each)
-            line |= {f"{name}_by_seed": ", ".join(f"{value:.4g}" for value in each)}
-        if seeds:
-            lines.append(line | {"seeds": len(seeds)})
+        for name in names if paired else ():
+            line |= with_intervals(paired, [name])
+            line |= {f"{name}_by_seed": ", ".join(f"{each[name]:.4g}" for each in paired)}
+        if paired:
+            lines.append(line | {"seeds": len(paired)})
     return lines
+
+
+def main_students(rows: list[dict]) -> list[dict]:
+    """The one-step students of the main study: captions `mixed`, the teacher's own guidance."""
+    main = {"model": "one-step", "captions": "mixed", "guidance": None}
+    return [row for row in rows if main.items() <= row.items()]
 
 
 def save_gaps(path: Path, rows: list[dict]) -> None:
     """The gap to the own teacher against N: a panel for each start, a line for each arm."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots(1, len(STARTS), sharey=True)
-    main = [row for row in rows if row["model"] == "one-step" and row["captions"] == "mixed"
-            and row["guidance"] is None]
+    main = main_students(rows)
     for axis, start in zip(axes, STARTS):
         for arm, colour in zip(ARMS, (COLOURS["diffusion"], COLOURS["flow"])):
             mine = [row for row in main if (row["start"], row["arm"]) == (start, arm)]
@@ -289,11 +293,11 @@ def save_losses(path: Path, rows: list[dict]) -> None:
               ("reflow first", "reflow_losses", "reflow", COLOURS["flow"]),
               ("reflow first", "losses", "distillation after reflow", COLOURS["one-step"]))
     for axis, start in zip(figure.subplots(1, len(STARTS), sharey=True), STARTS):
-        longest = max((row["iterations"] for row in rows if row["start"] == start), default=0)
+        mine = [row for row in main_students(rows) if row["start"] == start]
+        longest = max((row["iterations"] for row in mine), default=0)
         for arm, column, label, colour in curves:
-            for row in rows:
-                if (row["start"], row["arm"], row["model"]) == (start, arm, "one-step") and (
-                        row["iterations"] == longest and row["captions"] == "mixed"):
+            for row in mine:
+                if (row["arm"], row["iterations"]) == (arm, longest):
                     axis.plot(*zip(*row[column]), color=colour, label=label)
                     label = None
         axis.set(xscale="log", yscale="log", xlabel="training steps",
@@ -312,12 +316,13 @@ def save_images(path: Path, args: Namespace, rows: list[dict], study: Study, tea
     mine = [row for row in rows if (row["model"], row["seed"], row["captions"], row["guidance"])
             == ("one-step", args.seed, args.captions, args.guidance)]
     order = lambda cell: (cell.iterations, -STARTS.index(cell.start), ARMS.index(cell.arm))
+    suffixes = ("",)
+    if args.lpips_iterations:
+        suffixes = ("", "-lpips")
+        mine = [row for row in mine
+                if row["iterations"] in args.iterations and row["start"] in args.starts]
     cells = sorted((Cell(**{key: row[key] for key in Cell.__annotations__}) for row in mine),
                    key=order)
-    suffixes = ("", "-lpips") if args.lpips_iterations else ("",)
-    if args.lpips_iterations:
-        cells = [cell for cell in cells if cell.iterations in args.iterations
-                 and cell.start in args.starts]
     asked = study.evaluation_set
     prompts, seeds = asked.prompts[:NUM_SHOWN], asked.seeds[:NUM_SHOWN]
     steps = study.args.teacher_steps

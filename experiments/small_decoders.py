@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 from command import pick_device, positive, run, write_text
 from editing import psnr
-from evaluate import NUM_SHOWN, evaluate
-from evaluation.figures import GRADES, with_intervals
+from evaluate import NUM_SHOWN
+from evaluation.figures import GRADES, differences, with_intervals
 from evaluation.plots import markdown_table, save_comparison
 from evaluation.study import (
     ONE_STEP, SETTINGS, Study, add_pairs_option, footer, open_table, run_command, study_of,
@@ -38,10 +38,9 @@ FIGURES = (*GRADES, "psnr")
 
 def trained_decoder(study: Study, model) -> SmallDecoder:
     """The small decoder of this seed: from its file, or distilled from the model's own."""
-    path, args, teacher = study.folder / "small.safetensors", study.args, study.load_teacher()
+    path, args = study.folder / "small.safetensors", study.args
     if not path.exists():
-        study.pairs_of(teacher)
-        pairs = study.folder.parent / f"pairs-{Path(teacher.path).stem}"
+        pairs = study.pairs_of(study.load_teacher()).folder
         run_command("small_decoder.py", "--model", model.path, "--pairs", pairs, "--out", path,
                     "--iterations", args.iterations, "--batch-size", args.batch_size,
                     "--width", args.width, "--seed", study.seed, "--dtype", args.dtype,
@@ -56,10 +55,9 @@ def measure_seed(study: Study, path: Path) -> list[tuple[str, torch.Tensor]]:
     if not study.rows_with({"seed": study.seed}):
         images = [sample_images(each, asked.prompts, asked.seeds) for each in models.values()]
         close = {"full": None, "small": psnr(*reversed(images)).mean().item()}
-        for name, each in models.items():
-            (row, _), = evaluate(each, [asked], [1], 1.0)
-            figures = {figure: row[figure] for figure in FIGURES if figure != "psnr"}
-            study.rows.append({"decoder": name, "seed": study.seed, "psnr": close[name]} | figures)
+        for name, made in zip(models, images):
+            study.rows.append({"decoder": name, "seed": study.seed, "psnr": close[name]}
+                              | asked.grade(made))
         study.write()
     prompts, seeds = asked.prompts[:NUM_SHOWN], asked.seeds[:NUM_SHOWN]
     full, small = (sample_images(each, prompts, seeds) for each in models.values())
@@ -69,9 +67,7 @@ def measure_seed(study: Study, path: Path) -> list[tuple[str, torch.Tensor]]:
 def summary_of(rows: list[dict]) -> list[dict]:
     """Means with 95 % intervals over seeds, of each decoder and of small minus full."""
     full, small = ([row for row in rows if row["decoder"] == name] for name in ("full", "small"))
-    minus = lambda a, b: None if a is None or b is None else a - b
-    difference = [{name: minus(b[name], a[name]) for name in FIGURES} for a, b in zip(full, small)]
-    groups = {"full": full, "small": small, "small - full": difference}
+    groups = {"full": full, "small": small, "small - full": differences(small, full, FIGURES)}
     return [{"decoder": name} | with_intervals(group, FIGURES) | {"seeds": len(group)}
             for name, group in groups.items()]
 

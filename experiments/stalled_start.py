@@ -48,6 +48,7 @@ from evaluation.plots import grouped, markdown_table
 from evaluation.study import Study, footer, open_table, study_parser
 from pairs import Pairs
 from rectified_flow import flow_velocity, one_step, squared
+from stable_diffusion import initial_student
 from training import append_metrics, ema_copy, read_metrics, train
 
 RUNS = ("teacher", "negated", "flipped at 100", "restarted at 100", "a tenth at random t")
@@ -89,11 +90,6 @@ def measure(model, held_out: tuple, folder: Path, step: int) -> None:
     append_metrics(folder, {"step": step} | figures_of(end - x0, x0, x1))
 
 
-def flip(network) -> None:
-    for parameter in network.conv_out.parameters():
-        parameter.data.neg_()
-
-
 def measure_run(name: str, seed: int, args, rows: list[dict], write) -> None:
     """Train one run of this seed and add its rows, unless the table has them."""
     if any(row["run"] == name and row["seed"] == seed for row in rows):
@@ -118,7 +114,7 @@ def measure_run(name: str, seed: int, args, rows: list[dict], write) -> None:
         options = replace(options, save_every=args.measure_every, ema_half_life=1,
                           warmup_samples=0 if done else options.warmup_samples)
         if done and name.startswith("flipped"):
-            flip(model.unet)
+            initial_student(model.unet, "negated", teacher.kind, seed)
         part = study.folder / f"from-{done}"
         train(model.unet, ema_copy(model.unet),
               partial(batch_at_t, pairs, seed, done * args.batch_size, fraction),

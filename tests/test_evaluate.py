@@ -11,7 +11,7 @@ from PIL import Image
 import checkpoint
 import evaluate
 import pairs
-from command import TINY_TEACHER
+from command import TINY_TEACHER, NotFinite
 from diffusion import NoiseSchedule
 from evaluation import figures, study
 from evaluation.figures import GRADES
@@ -161,6 +161,26 @@ def test_gaps_are_to_the_own_teacher_and_differences_are_paired():
     line, = paper_table.differences_of(rows)
     assert (line["frechet"], line["frechet_by_seed"], line["seeds"]) == (20, "30, 10", 2)
     assert line["gap"] == (40 + 19) / 2
+
+
+def test_figures_of_the_main_study_leave_out_other_captions_and_guidance_scales():
+    rows = [{"model": model, "captions": captions, "guidance": guidance}
+            for model, captions, guidance in (
+                ("one-step", "mixed", None), ("one-step", "mixed", 6.0), ("one-step", "open", None),
+                ("one-step + LPIPS", "mixed", None), ("2-RF", "mixed", None))]
+    assert paper_table.main_students(rows) == rows[:1]
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen():
+    tried = []
+
+    def frechet(rate: float) -> float:
+        tried.append(rate)
+        if rate > 1e-3:
+            raise NotFinite("the loss is not finite")
+        return 1 / rate
+
+    assert study.best_rate(frechet) == 5e-4 and sorted(tried) == [1e-4, 5e-4, 2e-3]
 
 
 def test_stalled_start_measures_where_the_step_points(call, monkeypatch):
