@@ -6,11 +6,12 @@
 
 The list of models holds --model, runs/ and toy/. A tiny or few-step model samples at every
 keystroke, always from the noise of one seed; other models wait for Enter. "Compare" gives one
-prompt and one noise to a teacher, a 2-RF and a one-step model. Below stand the end-point estimates
-x_t + (1 - t) v of the many-step models' Euler paths: where a path would end if it went straight on.
-On a straight path they agree from the first step on, so one step is enough.
+prompt and one noise to a teacher, a 2-RF and a one-step model. The page shows the end-point
+estimates x_t + (1 - t) v of the many-step models' Euler paths: where a path would end if it
+continued straight. On a straight path the estimates agree from the first step on, so one step is
+enough.
 
-One worker computes, requests queue. The page loads nothing from other machines.
+One worker computes; requests wait in a queue. The page loads nothing from other machines.
 """
 
 import functools

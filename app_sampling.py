@@ -1,6 +1,6 @@
 """What app.py shows: the list of models, checked settings, images as files, paths as strips.
 
-Nothing here knows the page. Whatever the user can fix raises BadInput.
+Nothing here depends on the page. Errors that the user can fix raise BadInput.
 """
 
 import argparse

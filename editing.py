@@ -10,7 +10,7 @@ All of them work on the path X_t = (1 - t) X0 + t X1 from noise to latents:
     --init-image     begins at X_t, X0 the seed's noise, X1 the image's latents, t = 1 - strength;
                      SDEdit, Meng et al. 2021 (2108.01073)
     --invert         follows the ODE backwards, from the latents at t = 1 to their noise at t = 0;
-                     Liu et al. 2022 (2209.03003); of a diffusion, DDIM inversion (2010.02502)
+                     Liu et al. 2022 (2209.03003); for a diffusion, DDIM inversion (2010.02502)
     --interpolate    moves between two noises on a sphere, or between two contexts on a line
 
 sample.py imports this file, so `edit` gets the noise and the sampler as arguments.

@@ -14,7 +14,7 @@ seed range of their own (sample.seed_range), and captions are in no list that pa
 
 caption_accuracy   fraction of images that show what their caption says, as a classifier reads them
 frechet            Fréchet distance between the classifier's features of real and generated images;
-                   the row "real" compares two sets of real images: about the least possible
+                   the row "real" compares two sets of real images: about the lowest possible
 precision, recall  fraction of generated images that fall among real ones, and of real images that
                    fall among generated ones; recall falls when a model loses variety
 straightness       S of rectified_flow.py along the model's own path in 25 steps, if any of --steps

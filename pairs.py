@@ -8,7 +8,7 @@ Straight lines between such pairs hardly cross.
     shard-00001.safetensors    ...
 
 Pair i has prompt i (mod their number) and the noise of seed first_seed + i. The noise is not
-stored: its seed makes it again. A shard appears whole or not at all, and an interrupted run makes
+stored: its seed regenerates it. A shard appears whole or not at all, and an interrupted run makes
 only the missing ones. A pair at 512 px is 32 KB; InstaFlow's 1.6 million are 52 GB.
 """
 

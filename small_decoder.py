@@ -13,9 +13,10 @@ z are the latents X1 of existing pairs; no real image is needed. d has attention
 over the whole latent, so its image of a crop is not the crop of its image. Therefore d decodes the
 whole latent, and training crops z and d(z) at the same place: --crop 32 is 256 px.
 
-L1 + LPIPS cannot invent detail. Of several plausible details they prefer a compromise, so faces and
-text stay soft. TAESD (github.com/madebyollin/taesd) trains against a discriminator for that. Its
-published taesd_decoder.safetensors works with --decoder too, and with --init here.
+L1 + LPIPS cannot invent detail: they prefer a compromise between several plausible details, so
+faces and text stay soft. TAESD (github.com/madebyollin/taesd) trains against a discriminator to get
+sharp detail. Its published taesd_decoder.safetensors works with --decoder too, and with --init
+here.
 
 The last hundredth of the pairs is held out: OUT.state/metrics.jsonl has l1 and psnr (dB) against
 the full decoder, OUT.state/samples/ images, full | small. Network: formats/small_decoder.py.

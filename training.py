@@ -4,12 +4,12 @@ Each iteration: fetch a batch, set the learning rate, forward, backward, clip, A
 save, validate. Progress, warm-up and EMA half-life are counted in samples.
 
 Everything random in an iteration comes from a generator seeded by (seed, iteration), and samples
-are numbered from 0 over the whole run. One number is therefore the position in a run: after
-`kill -9` the same command continues, and on a CPU ends bit for bit as without stopping.
+are numbered from 0 over the whole run. A run's position is therefore one number: after `kill -9`
+the same command continues, and on a CPU the result equals an uninterrupted run bit for bit.
 
-Under torchrun each process computes its share of each batch, DistributedDataParallel averages the
-gradients, and the first process writes; the result is the same up to rounding. Beside activations a
-GPU holds 16 bytes a parameter (weights, gradients, two moments) and 4 of EMA, which --ema-device
+Under torchrun each process computes its part of each batch, DistributedDataParallel averages the
+gradients, and the first process writes; the result is the same up to rounding. Besides activations,
+a GPU holds 16 bytes a parameter (weights, gradients, two moments) and 4 of EMA, which --ema-device
 cpu moves to main memory. A run's folder: state.safetensors, settings.json, metrics.jsonl.
 """
 

@@ -17,7 +17,8 @@ path concatenates the skips in reverse order. At Stable Diffusion's sizes, for a
     out      320 ->    4     64         norm, SiLU, 3 x 3 convolution
 
 "Attention" is a transformer block: self-attention over the pixels, cross-attention to the prompt's
-tokens, a gated feed-forward layer. Attributes have diffusers' names: its folders load as they are.
+tokens, a gated feed-forward layer. Attributes have diffusers' names, so diffusers folders load
+without renaming.
 
 Sources: Rombach et al. 2022 (arXiv 2112.10752), U-Net and cross-attention; Ho et al. 2020
 (2006.11239), residual blocks and timestep embedding.

@@ -1,12 +1,12 @@
 """What InstaFlow's full recipe costs: GPU-days, wall-clock days, disk and network traffic.
 
-    python benchmarks/cost.py                      on 8 A100, at the rates of the paper's days
+    python benchmarks/cost.py                      on 8 A100, at the speeds of the paper's A100-days
     python benchmarks/cost.py --rates benchmarks/results/training_step-bf16-cuda.json \\
                               --gpus 4 --price 2.5
 
 The recipe is that of InstaFlow-0.9B (arXiv 2309.06380, table of training costs): 3.2 million pairs,
 two stages of reflow, distillation in L2 and in LPIPS; 199.2 A100-days. --rates takes the results
-of benchmarks/training_step.py: samples a second of one GPU in each stage. Counted are
+of benchmarks/training_step.py: samples a second of one GPU in each stage. The table counts
 
     disk       a pair is a latent in fp16 and a seed; a training state is weights, EMA and two
                moments in fp32, twice while one state replaces another

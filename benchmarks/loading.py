@@ -7,9 +7,9 @@ Seconds and peak memory, in new processes:
 
 diffusers needs configuration files, which it would download from the hub; they are written here
 from our own configs. Both sides load to --dtype on the CPU: diffusers the U-Net and the
-autoencoder, ours the text encoder too. Then follow one Euler step at 512 px from an encoded prompt
-and the decoder, unless --load-only. Imports are not counted. Memory is read from /proc, on Linux
-only. Writes benchmarks/results/loading-<dtype>-cpu.json.
+autoencoder, ours the text encoder too. Unless --load-only is given, each side then runs one Euler
+step at 512 px from an encoded prompt, and the decoder. Imports are not counted. Memory is read from
+/proc, on Linux only. Writes benchmarks/results/loading-<dtype>-cpu.json.
 """
 
 import json

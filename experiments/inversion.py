@@ -1,4 +1,4 @@
-"""How well do teacher, 2-RF and one-step model redraw an image from the image's own noise?
+"""How well do teacher, 2-RF and one-step model reconstruct an image from its inverted noise?
 
     python experiments/inversion.py        shapes, after reflow.py and distill.py with defaults
     python experiments/inversion.py --teacher toy/tiny_emoji.safetensors \\

@@ -10,8 +10,8 @@ InstaFlow compares two arms at N training steps in all (paper, table 1: 100,000)
     reflow first    N/2 steps of reflow on N/2 x 64 pairs of the teacher, then N/2 steps of
                     distillation on N/2 x 64 pairs of that 2-RF
 
-No pair is used twice, so no arm can memorise, and both arms take as many pairs. The teacher's pairs
-of a smaller N are the first of a larger N. Each arm begins from one of two starts
+No pair is used twice, so neither arm can memorise, and both arms use equally many pairs. The
+teacher's pairs of a smaller N are the first of a larger N. Each arm begins from one of two starts
 (stable_diffusion.initial_student):
 
     teacher         the weights as they are, the paper's start
@@ -22,15 +22,16 @@ and arm at --tune-at steps on seed TUNING_SEED, by the Fréchet distance in one 
 the edge extends the grid by one.
 
 Every row goes to study.json as soon as it is measured: stop the study at any time, run it again, it
-continues. Captions and noises of the measurements are in no pairs. Writes study.md (means with 95 %
-intervals over seeds), differences.md (paired, seed by seed), study.png (gap to the own teacher),
-losses.png (of the longest trainings) and images.png.
+continues. The captions and noises of the evaluation are held out from all pairs. Writes study.md
+(means with 95 % intervals over seeds), differences.md (paired, seed by seed), study.png (gap
+between student and teacher), losses.png (of the longest trainings) and images.png.
 
-With --lpips-iterations every student goes on in LPIPS (of random weights), as another row.
+With --lpips-iterations every student continues training in LPIPS (random weights), reported as
+another row.
 
-    gap             Fréchet distance in one step minus that of the own teacher: the diffusion for
-                    direct, 2-RF for reflow first, each with the steps that made its pairs
-    held_out_error  E‖X1 - (X0 + v(X0, 0))‖² per latent element on new pairs of the own teacher
+    gap             Fréchet distance in one step minus its teacher's: the diffusion for direct, 2-RF
+                    for reflow first, each with the steps that made its pairs
+    held_out_error  E‖X1 - (X0 + v(X0, 0))‖² per latent element on new pairs of its teacher
 """
 
 import sys

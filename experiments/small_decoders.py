@@ -4,8 +4,8 @@
     python experiments/small_decoders.py --captions emoji     after python toy/emoji.py
 
 small_decoder.py trains once for each seed, on latents of the teacher's pairs. The one-step model
-then makes the same images with its own decoder and with the small one, both in fp32, from captions
-and noises that nothing was trained on. psnr compares the two decoders' images, in dB.
+then makes the same images with its own decoder and with the small one, both in fp32, from held-out
+captions and noises. psnr compares the two decoders' images, in dB.
 
 Writes small_decoders.json (a row for each seed), .md (means with 95 % intervals over seeds and of
 the paired differences, small minus full) and .png: full, small and their difference, of seed 0.

@@ -3,9 +3,9 @@
     python experiments/stalled_start.py       3 seeds, 15 minutes each on one CPU core; resumes
 
 At t = 0 squared L2 of distillation is reflow's loss, ‖v(X0, 0) - (X1 - X0)‖². A noise predictor
-answers v ≈ X0 there: X0 + v lands at 2 X0, far from everything. Five trainings on the same pairs of
-the teacher in the same order, each of --iterations steps at t = 0 (but for the last) and a constant
-learning rate:
+gives v ≈ X0 there: X0 + v lands at 2 X0, far from any data. Five trainings use the same pairs of
+the teacher in the same order. Each has --iterations steps at t = 0 (except the last training) and a
+constant learning rate:
 
     teacher               from the weights as they are, the paper's start
     negated               the sign of the last convolution flipped first
@@ -13,10 +13,10 @@ learning rate:
     restarted at 100      its control: after 100 steps Adam's moments start again from zero
     a tenth at random t   as "teacher", with t ~ U[0, 1] for a tenth of the samples
 
-Every --measure-every steps, on pairs that nothing is trained on:
+Every --measure-every steps, on held-out pairs:
 
     loss               E‖X0 + v - X1‖² per latent element
-    share_of_constant  loss / that of the best constant v, E[X1 - X0]: 1 if v ignores its input
+    share_of_constant  loss / loss of the best constant v, E[X1 - X0]: 1 if v ignores its input
     share_of_zero      loss / E‖X1‖²: 1 if the step could as well land at 0
     cosine_noise       of v and X0
     cosine_target      of v and X1 - X0

@@ -4,8 +4,8 @@
     canny.safetensors    control_model.zero_convs.0.0.weight    the original file, ...
     canny.safetensors    zero_convs.0.0.weight                  ... and without the prefix
 
-A diffusers folder's weights alone are read too. A file has no config, so that the sizes are those
-of the U-Net that it controls.
+The weight file of a diffusers folder is also read by itself. A file has no config, so its sizes are
+taken from the U-Net that it controls.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Image files: a grid of ours out, real images of any kind in."""
+"""Image files: write generated images and grids of them; read real images of any kind."""
 
 import copy
 import json

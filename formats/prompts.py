@@ -1,4 +1,4 @@
-"""Lists of prompts: a file with a prompt a line, a column of a .tsv or .csv, a small grammar."""
+"""Lists of prompts: one prompt per line, a column of a .tsv or .csv, a small grammar."""
 
 import csv
 import io

@@ -4,8 +4,8 @@
     taesd_decoder.safetensors    N + 1 ...             module 0 is the tanh, which has no weights
     an AutoencoderTiny folder    decoder.layers.N...   sizes in config.json; the encoder is not read
 
-small_decoder.py trains the network. It stands here because checkpoint.py loads it for sample.py and
-evaluate.py. Its attributes have diffusers' names:
+small_decoder.py trains the network. The network is defined here because checkpoint.py loads it for
+sample.py and evaluate.py. Its attributes have diffusers' names:
 
                      TAESD           resolution (of 512)
     3 tanh(z / 3)      4              64

@@ -1,4 +1,4 @@
-"""CLIP tokenizers in and out: from a folder, from a vocabulary in a file's metadata, into both."""
+"""Read and write CLIP tokenizers, in a folder or as a vocabulary in a file's metadata."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""Tensors of foreign files into our networks, for single_file.py and diffusers_folder.py."""
+"""Load tensors of foreign files into our networks, for single_file.py and diffusers_folder.py."""
 
 import itertools
 import re

@@ -8,15 +8,16 @@ Stop the command and run it again: it continues. Each of its three stages is a r
     tokenizer    encoder, codebook and U-Net learn the velocity of real images' latents X1, given
                  the images' tokens q:  min E ‖v(X_t, t | q) - (X1 - X0)‖² + quantize's loss
     one-step     encoder and codebook are frozen. The U-Net makes the latent in one step, so a loss
-                 of images I can train it, through the VAE's frozen decoder d:
+                 on images I can train it, through the VAE's frozen decoder d:
                  min E LPIPS(y, I) + |y - I|,  y = d(X0 + v(X0, 0 | q))
     laytongen    a causal transformer learns p(q_k | q_<k, caption) by cross entropy
 
 The U-Net starts from the teacher, negated as in reflow.py. Source: Layton (arXiv 2503.08377).
 
-Metrics: psnr in dB; lpips_random is the loss of stage 2 and of the VAE's training,
-lpips_efficientnet of neither; used is the fraction of entries that the originals take, copied that
-of written images with all 16 tokens of a training image. Rebuilt: new shapes or held-out emoji.
+Metrics: psnr in dB; lpips_random is the loss of stage 2 and of the VAE's training; nothing trains
+on lpips_efficientnet. used is the fraction of codebook entries that the originals take; copied is
+the fraction of generated images with all 16 tokens of a training image. Reconstructions are of new
+shapes or held-out emoji.
 """
 
 import copy

@@ -15,8 +15,8 @@ The images stay in their packages (licences: toy/NOTICE). The repository holds t
 
 The judge compares features of EfficientNet (evaluation/efficientnet.py), which was not trained on
 emoji. An image is right when the real image with the nearest features shows a concept that the
-caption allows, in any style. Real images take the same test, each without itself. A generated copy
-of a real image finds that image, so it can score higher than real images.
+caption allows, in any style. Real images take the same test; each is compared with all others. A
+generated copy of a real image finds that image, so it can score higher than real images.
 """
 
 import hashlib

@@ -2,8 +2,8 @@
 
     python toy/picture.py            shapes, as runs/picture.png; for emoji, see toy/README.md
 
-The first row takes the teacher's 25 steps, the others one. The noise is of evaluation's seeds,
-which no training uses.
+The first row takes the teacher's 25 steps, the others one. The noise comes from the evaluation
+seeds, which no training uses.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Trained before a tiny teacher: its text transformer, and the classifier that judges shapes.
+"""Train, before a tiny teacher, its text transformer and the classifier that judges shapes.
 
     classifier   predicts count, arrangement, shapes and colours of shapes' images
     text         a causal transformer whose end token predicts what the caption says: for shapes,

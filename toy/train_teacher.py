@@ -1,9 +1,9 @@
-"""Train a miniature Stable Diffusion from nothing, on one of two tiny datasets.
+"""Train a miniature Stable Diffusion from scratch, on one of two tiny datasets.
 
     python toy/train_teacher.py                   shapes.py: toy/tiny_sd.safetensors and more
     python toy/train_teacher.py --world emoji     emoji.py: toy/tiny_emoji.safetensors and more
 
-The networks are those of the full-size model in smaller sizes. Each stage uses the project's
+The networks are smaller versions of the full-size model's networks. Each stage uses the project's
 training loop and resumes:
 
     1. reading       the meaning of the captions' words; for shapes also the judge (reading.py)
