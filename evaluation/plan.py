@@ -14,7 +14,8 @@ from training import TrainingOptions, check_run
 
 # GB a sample at 512 px in bf16, (without, with) gradient checkpointing: benchmarks/README.md.
 ACTIVATIONS = {"unet": (0.97, 0.36), "stacked": (1.93, 0.38), "unet, LPIPS": (7.5, 4.1),
-               "stacked, LPIPS": (8.4, 4.2)}
+               "stacked, LPIPS": (8.4, 4.2),
+               "hipa": (7.5, 4.1), "scott": (1.94, 0.72)}  # decoder and LPIPS; a second U-Net
 
 
 def check_request(args: argparse.Namespace, spec: dict, runs: list[tuple]) -> bool:
@@ -66,7 +67,8 @@ def print_plan(
         micro = -(-stage.batch_size // max(stage.accumulate, world_size()))
         memory = (16 if args.ema_device else 20) * parameters / 1e9  # see training.py
         if not model.is_tiny:
-            each = ACTIVATIONS[student + ", LPIPS" * ("LPIPS" in stage.name)]
+            network = student + ", LPIPS" * ("LPIPS" in stage.name)
+            each = ACTIVATIONS.get(stage.name, ACTIVATIONS[network])
             memory += micro * each[args.gradient_checkpointing]
         print(f"plan: {stage.name}, {stage.iterations:,} iterations of {stage.batch_size}, "
               f"{samples:,} samples, {samples / (count if paired else len(prompts)):.3g} epochs; "

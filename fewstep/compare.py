@@ -3,14 +3,17 @@
     python fewstep/compare.py                                   seeds 0, 1 and 2; hours; resumes
     python fewstep/compare.py --num-seeds 1 --rows lcm perflow  some rows; others are kept
 
-The cost is counted in passes of a sample through the U-Net: 1 without gradients, 3 with gradients,
-2 with a forward derivative or with gradients of the input alone. A guided pass of the teacher is 2.
-It is measured on a few training iterations of each row. A row may spend --passes on its training
-and on pairs of its own flow; text encoders, HiPA's decoder and LPIPS and SCott's head are not
-counted. All rows share the teacher's pairs, 16 passes each, in 8 guided steps of DPM-Solver++,
-which also samples the teacher's row. The teachers inside losses take DDIM's steps, as published.
-All teachers are in fp32: their prediction is divided by t, towards the noise. "passes" leaves the
-pairs out, "with pairs" adds them where a row needs them or their images.
+A cost counts passes of a sample through the U-Net, measured on a few iterations of each training:
+
+    1    without gradients
+    2    with guidance; with a forward derivative; with gradients of the input alone
+    3    with gradients; also through HiPA's frozen U-Net, whose decoder and LPIPS are not counted
+
+A row may spend --passes on its training and on pairs of its own flow. Text encoders and SCott's
+heads are not counted. All rows share the teacher's pairs, 16 passes each: 8 guided steps of
+DPM-Solver++, which also samples the teacher's row. The column "with pairs" adds their cost to the
+rows that need them. Teachers inside losses take DDIM's steps, as published. All teachers run in
+fp32, because their prediction is divided by t, which is small near the noise.
 
     2-RF                    reflow.py, sampled as in sample.py: with guidance
     2-RF, unguided          the same model, without guidance
@@ -34,7 +37,7 @@ and ablations of the methods, which take the learning rate of their method:
     perflow, on path            windows that start on the teacher's path (FlowSteer)
     perflow, halving            8, 4, then 2 windows, and the angle in the loss (ProReflow)
     progressive, velocity       students that predict v, from t = 0
-    mlcm, edges alone           MLCM's second part, with all iterations and the whole rate
+    mlcm, edges alone           MLCM's second part, with all iterations and the full learning rate
     hipa, convolutions          HiPA's LoRA on all convolutions and linear maps
     scott, no critic            SCott without its adversarial loss
     scott, no noise             also without its noise: η = 0, still three solver steps
@@ -43,15 +46,15 @@ and ablations of the methods, which take the learning rate of their method:
 
 Each row has the best of three learning rates (or one more, where the best lies at the edge), by the
 Fréchet distance at the method's own number of steps on a seed that is not reported. In every
-training the learning rate warms up over the same fraction and decays over the last part. Captions
-and noises of the measurements are in no pairs. For progressive distillation, each number of steps
-is its own round's model, which has cost what all rounds so far have spent.
+training the learning rate warms up over the same fraction and decays over the last part. The
+captions and noises of the evaluation are held out from all pairs. For progressive distillation,
+each number of steps is its own round's model, which has cost what all rounds so far have spent.
 
-A rank counts the rows that are better at the same passes of an image and at no more cost, of
-training alone or with pairs; of progressive distillation all rounds count. Rows share a rank unless
-the 95 % interval of their difference, seed by seed, excludes 0. Ablations have no rank. After a
-change of a loss, delete its rows and its folders in OUT/seed-*-rate-*: a run continues their
-states.
+A row's rank counts the rows that are better at the same passes per image and at no higher cost. The
+cost is of training alone, or with pairs; for progressive distillation it includes all rounds. Rows
+share a rank unless the 95 % interval of their difference, seed by seed, excludes 0. Ablations have
+no rank. After a change of a loss, delete its rows and its folders in OUT/seed-*-rate-*: a run
+continues their states.
 
 Writes compare.json (a row for each seed), compare.md (means with 95 % intervals over seeds),
 compare.png (Fréchet distance against the passes of an image, where guided steps count 2),
@@ -159,7 +162,7 @@ PANELS = {  # of the figure, by the kind of loss; the last four are ablations
                                  "progressive", "progressive, velocity"),
 }
 FLOW_SHARE, PAIRS_SHARE = 3 / 8, 1 / 4  # of the passes, for 2-RF and its pairs in distillation
-FLOW_STEPS = 4  # of those pairs
+FLOW_STEPS = 4  # of 2-RF, in those pairs and where its learning rate is chosen
 WARMUP = 0.06  # fraction of a training; rows with few iterations are not at a disadvantage
 TRIAL_ITERATIONS = 4  # to count the passes of a sample
 
@@ -215,8 +218,9 @@ class Trained:
 
 
 def iterations_for(study: Study, passes: float, per_sample: float) -> int:
-    """As many as the passes pay for, but at least one for each round."""
-    return max(len(progressive.ROUNDS), round(passes / per_sample / study.args.batch_size))
+    """As many as the passes pay for, but enough for each round of progressive distillation."""
+    fewest = sum(part.share for part in METHODS["progressive"].rounds)
+    return max(fewest, round(passes / per_sample / study.args.batch_size))
 
 
 def folder_of(row: str) -> str:
@@ -406,7 +410,7 @@ def measure_cell(study: Study, row: str, rate: float | None, steps: list[int]) -
 
 def tuned_rate(study: Study, row: str) -> float:
     """The learning rate with the least Fréchet distance at the row's own steps."""
-    steps = METHODS[row].few_step.steps if row in METHODS else max(STEPS) if row == "2-RF" else 1
+    steps = METHODS[row].few_step.steps if row in METHODS else FLOW_STEPS if row == "2-RF" else 1
 
     def frechet(rate: float) -> float:
         measure_cell(study, row, rate, [steps])

@@ -5,9 +5,10 @@
     student  min_v  E consistency - 0.4 D(end(X_t, t))
 
 The features are the U-Net's last before its output block, so they depend on caption and time. Both
-losses need them, so both are minimised in one step. No gradient of one reaches the other's weights,
-and Adam scales each weight by itself: but for clipping, these are two optimisers of one learning
-rate. The heads train beside the student, in the same loop and state, and are not part of its file.
+losses need them, so both are minimised in one step. No gradient of one loss reaches the other's
+weights, and Adam scales each weight separately. Except for clipping, this equals two optimisers
+with one learning rate. The heads train beside the student, in the same loop and state, and are not
+part of its file.
 
 Differs from the paper: there a LoRA in the U-Net learns too, and the critic has its own learning
 rate, which we could not find; here both gradients are clipped together.

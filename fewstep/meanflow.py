@@ -6,8 +6,8 @@
     min_u  E w ‖u(X_t, t, r) - (v + (r - t) du/dt)‖²,      v = X1 - X0,  w = 1 / √(‖·‖² + 0.01)
 
 The target needs du/dt along (X_t, t) -> (v, 1), without gradients. On random pairings v is one of
-many velocities through X_t, a noisy target. On the pairs of an ODE it is nearly the path's own. The
-network takes a second time, whose embedding is zero-initialised: at first u(x, t, r) = v(x, t).
+many velocities through X_t, a noisy target. On an ODE's pairs, v is close to the path's velocity.
+The network takes a second time, whose embedding is zero-initialised: at first u(x, t, r) = v(x, t).
 
 Stable Diffusion embeds the time in waves; the fastest turn by 1000 radians from noise to data and
 would dominate du/dt. So the time embedding is refitted first (`match_times`), as the authors do:
@@ -20,7 +20,7 @@ Differs from the paper: the refit keeps Stable Diffusion's waves below 20 radian
 of r starts at zero, where the authors train two new embeddings together; training starts from the
 teacher with its output negated, as in reflow; t is not kept 1/81 away from the noise; the longest
 tenth of the pairs is estimated from the first thousand; the second half's guidance within the
-target is left out, because guided pairs have it already. We know of no other text-to-image model
+target is left out, because the pairs are already guided. We know of no other text-to-image model
 trained like this.
 
 Geng et al. 2025 (MeanFlow, arXiv 2505.13447); Re-MeanFlow, 2511.23342.
@@ -71,16 +71,19 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return t, torch.where(same, t, r)
 
 
-def match_times(unet: UNet, schedule: NoiseSchedule, fastest: float = math.inf) -> None:
+def match_times(
+    unet: UNet, schedule: NoiseSchedule | None, fastest: float = math.inf,
+) -> None:
     """Make the U-Net answer at 1000 (1 - t) as it did at the timestep of t's signal-to-noise ratio.
 
     In place: the second linear layer of the time embedding is refitted, by least squares over all
-    whole timesteps. fastest: waves of more radians a timestep are left out, and stay out.
+    whole timesteps. schedule None: the U-Net is a flow's, whose times are right. fastest: waves of
+    more radians a timestep are left out, and stay out.
     """
     embedding, channels = unet.time_embedding, unet.config.block_out_channels[0]
     waves = lambda s: timestep_embedding(s, channels).to(embedding.linear_1.weight)
-    given = torch.arange(schedule.timesteps + 1, dtype=torch.float64)
-    meant = schedule.timestep(1 - given / schedule.timesteps)
+    given = torch.arange(1001, dtype=torch.float64)
+    meant = schedule.timestep(1 - given / 1000) if schedule else given
     with torch.no_grad():
         wanted = embedding(waves(meant)).cpu().double()
         frequencies = 10_000 ** -(torch.arange(channels) % (channels // 2) / (channels // 2))

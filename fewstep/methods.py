@@ -54,7 +54,7 @@ class Method:
     guidance: float | None = None  # of the teacher in the loss; None: the pairs'
     dropout: float = 0.0  # fraction of the captions left out, so that the student can be guided
     lora: str = ""  # where a LoRA trains in place of all weights: "attention" or "everywhere"
-    learning_rate: float = 1e-6  # for Stable Diffusion; reflow's where none is published
+    learning_rate: float = 1e-6  # for Stable Diffusion; reflow's where we found none published
     rounds: tuple[Part, ...] = ()  # (): a single one, with `loss`
 
     @property
@@ -70,9 +70,9 @@ class Method:
 
 
 def halvings(loss: Callable) -> tuple[Part, ...]:
-    """The rounds of progressive distillation."""
+    """The rounds of progressive distillation; those to 2 and 1 steps take twice as long."""
     return tuple(Part(f"{n}-steps", partial(loss, steps=n, diffusion=n == progressive.ROUNDS[0]),
-                      few_step=FewStep("euler", n, (n,)), teaches=n > 1)
+                      share=1 + (n <= 2), few_step=FewStep("euler", n, (n,)), teaches=n > 1)
                  for n in progressive.ROUNDS)
 
 
@@ -82,7 +82,7 @@ METHODS = {method.name: method for method in (
     Method("progressive", progressive.loss, progressive.draw, "diffusion", "images",
            FewStep("euler", 1, (1,)), rounds=halvings(progressive.loss)),
     Method("lcm", consistency.lcm, consistency.draw_lcm, "diffusion", "images",
-           FewStep("renoise", 4), target="ema"),
+           FewStep("renoise", 4), target="ema", learning_rate=8e-6),
     Method("mlcm", consistency.mlcm_segments, consistency.draw_mlcm, "diffusion", "prompts",
            FewStep("renoise", 4, (1, 2, 4, 8)), target="student", learning_rate=1e-4,
            # TLCM: 12,000 and 2,000 iterations at 1e-4 and 1e-5
@@ -127,7 +127,7 @@ def rounds_of(method: Method, options: TrainingOptions) -> list[Round]:
     for part, start, end in zip(parts, [0, *ends], ends):
         if start == end:
             raise BadInput(f"--iterations {options.iterations}: {method.name} trains in "
-                           f"{len(parts)} rounds; give at least one iteration for each")
+                           f"{len(parts)} rounds; give at least {total}")
         few_step = part.few_step or method.few_step
         own = replace(options, iterations=end - start, name=part.name or method.name,
                       learning_rate=options.learning_rate * part.rate,

@@ -10,7 +10,7 @@ costs two teacher passes. The first round distills the guidance too. The weight 
 truncated signal-to-noise ratio in these coordinates.
 
 With `times` for a flow, the student predicts a velocity from t = 0; compare.py has this as a row.
-Then the first round turns one form of network into the other, besides distilling it.
+The first round then converts noise prediction to velocity prediction, besides distilling.
 
 Differs from the paper: X1 are the teacher's own images, not data; a round ends with the averaged
 weights, which the decaying learning rate brings close to the last ones.

@@ -5,15 +5,16 @@
 
 Reflow turns a noise-predicting network into one that predicts velocity on all of [0, 1], and spends
 much of its training on this change. The paper claims that the pairing of noise and image helps, not
-the straight form. So the network keeps noise prediction and schedule, and relearns nothing. After
+the straight form. So the network keeps noise prediction and its schedule. After
 diffusion.py's change of variables this is reflow on t >= 0.064 with another distance: pseudo-Huber
-on data predictions, which weighs the noise end more.
+on data predictions, which gives the noise end more weight.
 
 A tenth of the captions is left out, so that the student can be guided too; compare.py measures it
 both ways. Differs from the paper: its second stage, a consistency loss, is not implemented; the
-fraction of captions left out is reflow's, because the released code does not give its own.
+fraction of captions left out is reflow's, because the released code does not give its own; that
+code also replaces Stable Diffusion's schedule by one with linear β.
 
-Wang et al. 2024 (arXiv 2410.07303); the loss is the one in its released code.
+Wang et al. 2024 (arXiv 2410.07303); the distance is the one in its released code.
 """
 
 from collections.abc import Callable

@@ -3,13 +3,14 @@
     python fewstep/train.py --method perflow                    the tiny model, minutes on a laptop
     python fewstep/train.py --method lcm --teacher sd14.safetensors --prompts captions.txt
 
-The tiny model is the default. Teacher, pairs, training loop and flags are those of reflow.py; the
-method is a loss (methods.py). OUT is by default runs/METHOD.safetensors; sample.py and evaluate.py
-take it like any other model. Progressive distillation also saves the models of its first rounds, as
-OUT-8, OUT-4 and OUT-2.
+The tiny model is the default. Teacher, pairs, training loop and flags are the same as in reflow.py;
+the method is a loss (methods.py). OUT is by default runs/METHOD.safetensors; sample.py and
+evaluate.py take it like any other model. Progressive distillation also saves the models of its
+first rounds, as OUT-8, OUT-4 and OUT-2.
 
 Unlike in reflow.py, the learning rate decays over the last 60 % of each round and --ema-ramp is on
-for Stable Diffusion too: the methods' papers train on a hundredth of reflow's samples.
+for Stable Diffusion too, because the default is 640,000 samples. compare.py runs the teacher inside
+a loss in fp32; here it has --dtype.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from pairs import Pairs, add_pair_options, make_pairs, requested_pairs, shuffled
 from rectified_flow import Distance
 from reflow import FITS
 from sample import run_seed
-from stable_diffusion import StableDiffusion
+from stable_diffusion import INITS, StableDiffusion
 from training import (
     add_training_options, autocast_dtype, ema_copy, generator_for, train, training_options,
 )
@@ -67,8 +68,9 @@ def student_of(model: StableDiffusion, method: Method, init: str, seed: int) -> 
     """The method's student, from a model with the initial weights `init`; changes the model."""
     torch.manual_seed(seed)  # for new weights: the second time's embedding, LoRA
     unet = meanflow.with_second_time(model.unet) if method.second_time else model.unet
-    if method.matched and init in ("teacher", "negated"):  # another flow's times are right
-        meanflow.match_times(unet, SCHEDULE, meanflow.SLOW)
+    if method.matched:  # only a diffusion's times differ from the flow's
+        own = SCHEDULE if init in ("teacher", "negated") else None
+        meanflow.match_times(unet, own, meanflow.SLOW)
     if method.critic:
         unet.critic = make_heads(unet.config).to(next(unet.parameters()))
     if method.lora:
@@ -189,9 +191,17 @@ def check_method(args: argparse.Namespace, method: Method, teacher: StableDiffus
     if args.compile and method.name == "re-meanflow":
         raise BadInput("--compile: a compiled network has no forward derivative, which re-meanflow "
                        "needs; drop it")
-    if args.init == "negated" and method.kind == "diffusion":
+    predicts_noise = method.kind == "diffusion"
+    if args.init == "negated" and predicts_noise:
         raise BadInput(f"--init negated: is for methods that predict velocity, and {method.name} "
                        "predicts noise; drop it")
+    checkpoint.check_init(args.init, teacher)
+    if args.init not in INITS:
+        kind = checkpoint.load(args.init, "meta").kind
+        if predicts_noise != (kind == "diffusion"):
+            raise BadInput(f"--init {args.init}: of kind {kind}, but {method.name} predicts "
+                           f"{'noise' if predicts_noise else 'velocity'}; give a checkpoint that "
+                           "does, or --init teacher")
 
 
 def settings_for(args: argparse.Namespace, method: Method, teacher, spec: dict) -> dict:
@@ -214,6 +224,9 @@ def main():
     prompts, held_out, spec = requested_pairs(teacher, args, "reflow")
     shown, paired = validation_prompts(args, prompts, held_out), method.data != "prompts"
     fits = args.batch_size if teacher.is_tiny else FITS_LPIPS if method.name == "hipa" else FITS
+    if method.critic and not teacher.is_tiny:
+        fits //= 2  # the teacher's U-Net keeps activations too
+        teacher.unet.gradient_checkpointing = args.gradient_checkpointing
     rounds = rounds_of(method, training_options(
         args, method.name, args.iterations, args.batch_size, args.learning_rate, args.accumulate,
         fits, autocast_dtype(args.dtype, device, teacher.unet)))
