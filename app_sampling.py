@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from command import HERE, BadInput, non_negative, positive, solver_steps
+from command import HERE, BadInput, non_negative, solver_steps
 from diffusion import as_flow
 from formats.images import decode_finite, enlarged, image_grid, save_image
 from rectified_flow import broadcast_over, euler
-from sample import check, check_pixels, noise_from_seeds, sample_images, user_seed
+from sample import check, noise_from_seeds, pixels, sample_images, user_seed
 from stable_diffusion import FAMILIES, StableDiffusion
 
 LARGEST = 4  # times the side of the images that a model was trained on
@@ -131,7 +131,7 @@ def own_side(model: StableDiffusion) -> int:
 
 def read_settings(model: StableDiffusion, seed, steps, guidance, size) -> Settings:
     """Settings from the page's fields. BadInput: out of range, or not for this model."""
-    parsers = {"seed": user_seed, "steps": solver_steps, "guidance": non_negative, "size": positive}
+    parsers = {"seed": user_seed, "steps": solver_steps, "guidance": non_negative, "size": pixels}
     values = {}
     for (name, parse), value in zip(parsers.items(), (seed, steps, guidance, size)):
         try:
@@ -139,7 +139,6 @@ def read_settings(model: StableDiffusion, seed, steps, guidance, size) -> Settin
         except argparse.ArgumentTypeError as problem:
             raise BadInput(f"{name}: {problem}") from None
     side, largest = values["size"], LARGEST * own_side(model)
-    check_pixels("size", side)
     if side > largest:
         raise BadInput(f"size {side}: must be at most {largest}, {LARGEST} times the side of the "
                        "images that this model was trained on")

@@ -20,7 +20,7 @@ from formats.single_file import PICKLES, load_single_file, save, unread
 from formats.small_decoder import load_decoder
 from formats.tokenizers import tokenizer_in
 from stable_diffusion import INITS, KINDS, StableDiffusion, initial_student
-from unet import stack
+from stacked_unet import stack
 
 
 def load(
@@ -76,8 +76,8 @@ def load_student(
     student.unet = initial_student(student.unet, init, student.kind, args.seed)
     if getattr(args, "student", None) == "stacked":  # of distill.py
         student.unet = stack(student.unet)
-    student.unet.gradient_checkpointing = args.gradient_checkpointing
-    student.vae.decoder.gradient_checkpointing = args.gradient_checkpointing
+    for module in (*student.unet.modules(), student.vae.decoder):  # of others it changes nothing
+        module.gradient_checkpointing = args.gradient_checkpointing
     return student
 
 

@@ -269,27 +269,24 @@ def write_json(path: str | os.PathLike, content) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_our_json(path: str | os.PathLike, missing):
-    """What `write_json` wrote; `missing` without a file. BadInput: damaged."""
+def read_our_json(path: str | os.PathLike, missing, remedy="delete it to start again"):
+    """What `write_json` wrote; `missing`, of the same type, without a file. BadInput: damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return missing
     except ValueError:
-        raise BadInput(f"{path}: damaged; delete it to start again") from None
+        content = None
+    if type(content) is not type(missing):
+        raise BadInput(f"{path}: damaged; {remedy}")
+    return content
 
 
 def check_same_settings(path: str | os.PathLike, now: dict, what: str, remedy: str) -> None:
     """BadInput if the JSON file at `path` has other settings. what, remedy: for the error line."""
-    path = Path(path)
-    if not path.exists():
-        return
-    try:
-        changed = differences(dict(json.loads(path.read_text())), now)
-    except (ValueError, TypeError):
-        raise BadInput(f"{path}: damaged; {remedy}") from None
+    changed = differences(read_our_json(path, now, remedy), now)
     if changed:
-        raise BadInput(f"{path.parent}: holds {what} ({changed}); {remedy}")
+        raise BadInput(f"{Path(path).parent}: holds {what} ({changed}); {remedy}")
 
 
 def differences(before: dict, now: dict) -> str:
@@ -319,17 +316,14 @@ def lock_folder(folder: str | os.PathLike) -> None:
         return
     LOCKS[key] = None
     if rank() == 0:
+        key.mkdir(parents=True, exist_ok=True)
+        LOCKS[key] = open(key / ".lock", "w")
         try:
-            key.mkdir(parents=True, exist_ok=True)
-            LOCKS[key] = open(key / ".lock", "w")
             fcntl.flock(LOCKS[key], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             refused = f"{folder}: another run works in this folder; wait for it, or name another"
-        except OSError as problem:
-            if LOCKS[key] is None:
-                refused = f"{folder}: cannot be written ({problem.strerror}); choose another place"
-            else:
-                note(f"{folder}: its disk has no locks; start only one run at a time there")
+        except OSError:
+            note(f"{folder}: its disk has no locks; start only one run at a time there")
     refused = all_gather([refused])[0]
     if refused:
         unlock_folder(folder)

@@ -11,8 +11,9 @@ minimised by their average, a blur, which LPIPS penalises. The model after L2 is
 with -l2 before its suffix. Each stage has its own batch size, micro-batches and learning rate.
 
 A diffusion as --teacher is distilled directly; the paper reports that this fails and that reflow
-first helps. --student stacked puts two U-Nets in series, both initialised from the teacher:
-InstaFlow-1.7B. InstaFlow (arXiv 2309.06380). --lpips-net: evaluation/perceptual.py.
+first helps. --student stacked puts two U-Nets in series, each with the teacher's weights:
+InstaFlow-1.7B (stacked_unet.py). --lpips-net is a backbone of evaluation/perceptual.py.
+Source: Liu et al. 2023 (InstaFlow, arXiv 2309.06380).
 """
 
 import argparse
@@ -87,27 +88,26 @@ def arguments() -> argparse.Namespace:
     add("--lpips-net", choices=NETS, default=either("vgg", "random"), help="the backbone of LPIPS")
     add("--lpips-batch-size", type=positive, help="default: --batch-size")
     add("--lpips-learning-rate", type=non_negative, help="default: a fifth of --learning-rate")
-    add("--lpips-accumulate", type=positive, help="micro-batches in LPIPS; see --accumulate")
+    add("--lpips-accumulate", type=positive, default=either(None, 1),
+        help="micro-batches in LPIPS; see --accumulate")
     add_pair_options(parser, "runs/pairs-2rf", teacher="runs/2rf.safetensors")
     add_training_options(parser, "runs/instaflow.safetensors", DefaultByModel(1024, 64))
     add_validation_options(parser)
     add_machine_options(parser, run_seed)
-    parser.set_defaults(teacher_steps=None)
+    parser.set_defaults(teacher_steps=None, learning_rate=either(1e-6, 5e-4))
     return parser.parse_args()
 
 
 def stages_for(args: argparse.Namespace, teacher, device: torch.device, spec: dict) -> list[tuple]:
     """(folder, options, settings) of L2 and of LPIPS."""
     rate, slower = args.learning_rate, args.lpips_learning_rate
-    rate = (5e-4 if teacher.is_tiny else 1e-6) if rate is None else rate
     slower = rate / LPIPS_SLOWER if slower is None else slower
     size, lpips_size = args.batch_size, args.lpips_batch_size or args.batch_size
-    fits, lpips_fits = (size, lpips_size) if teacher.is_tiny else (FITS, FITS_LPIPS)
     dtype, state = autocast_dtype(args.dtype, device, teacher.unet), Path(args.out + ".state")
     first = training_options(args, "distill, L2", args.l2_iterations, size, rate, args.accumulate,
-                             fits, dtype)
+                             FITS, dtype)
     second = training_options(args, "distill, LPIPS", args.lpips_iterations, lpips_size, slower,
-                              args.lpips_accumulate, lpips_fits, dtype)
+                              args.lpips_accumulate, FITS_LPIPS, dtype)
     settings = {"pairs": spec, "init": checkpoint.check_init(args.init, teacher),
                 "student": args.student}
     after = {"seen": first.iterations * first.batch_size, "net": args.lpips_net}

@@ -111,32 +111,23 @@ def flow_velocity(unet) -> Velocity:
 
 def straightness(
     velocity: Velocity, x: Tensor, steps: int, context=None, times: Tensor | None = None,
-) -> float:
-    """S = ∫ E‖(Z1 - Z0) - v(Z_t, t)‖² dt along the flow's own Euler path from x.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S = ∫ ‖(Z1 - Z0) - v(Z_t, t)‖² dt along the flow's own Euler path from each x (B, ...).
 
-    0 exactly if the velocity is constant along each path. Liu et al. 2022, section 2.2.
-    """
-    times = even_times(steps) if times is None else times
-    deviations, _ = squared_deviations(velocity, x, steps, context, times)
-    return (times.diff() / (times[-1] - times[0]) @ deviations.mean(1)).item()
-
-
-def squared_deviations(
-    velocity: Velocity, x: Tensor, steps: int, context, times: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """‖(Z1 - Z0) - v(Z_t, t)‖² for each step and path (steps, B), and ‖Z1 - Z0‖² (B,).
-
-    Both float64 on the CPU. For a flow on a part of [0, 1] (a diffusion), Z1 - Z0 is divided by the
-    length of that part. ValueError: fewer than 2 steps, since one step is always straight.
+    Returns S (B,), its integrand (steps, B) and ‖Z1 - Z0‖² (B,), float64 on the CPU. A velocity
+    that is constant along the path has S = 0. For a flow on a part of [0, 1] (a diffusion),
+    Z1 - Z0 is divided by the length of that part. Liu et al. 2022, section 2.2.
+    ValueError: fewer than 2 steps, since one step is always straight.
     """
     if steps < 2:
         raise ValueError("straightness needs at least 2 steps: one step is always straight")
-    states = list(euler(velocity, x, steps, context, times))
-    mean_velocity = (states[-1] - states[0]) / (times[-1] - times[0]).item()
+    times = even_times(steps) if times is None else times
+    states, lengths = list(euler(velocity, x, steps, context, times)), times.diff()
+    mean_velocity = (states[-1] - states[0]) / lengths.sum().item()
     norms = lambda v: v.square().flatten(1).sum(1).cpu().double()  # (B,)
-    lengths = times.diff().tolist()
-    velocities = ((b - a) / length for a, b, length in zip(states, states[1:], lengths))
-    return torch.stack([norms(mean_velocity - v) for v in velocities]), norms(mean_velocity)
+    velocities = ((b - a) / length for a, b, length in zip(states, states[1:], lengths.tolist()))
+    deviations = torch.stack([norms(mean_velocity - v) for v in velocities])
+    return lengths / lengths.sum() @ deviations, deviations, norms(mean_velocity)
 
 
 def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:

@@ -95,13 +95,10 @@ def arguments() -> argparse.Namespace:
 
 def options_for(args: argparse.Namespace, teacher, device: torch.device) -> TrainingOptions:
     rate = args.learning_rate
-    if rate is None:  # for SD the paper's, and a tenth of it for a third flow
-        rate = 5e-4 if teacher.is_tiny else 1e-6 if teacher.kind == "diffusion" else 1e-7
-    return training_options(
-        args, "reflow", args.iterations, args.batch_size, rate, args.accumulate,
-        fits=args.batch_size if teacher.is_tiny else FITS,
-        dtype=autocast_dtype(args.dtype, device, teacher.unet),
-    )
+    if rate is None:  # the paper's, and a tenth of it for a third flow
+        rate = 1e-6 if teacher.kind == "diffusion" else 1e-7
+    return training_options(args, "reflow", args.iterations, args.batch_size, rate, args.accumulate,
+                            FITS, autocast_dtype(args.dtype, device, teacher.unet))
 
 
 def main():

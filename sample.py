@@ -11,6 +11,7 @@ The checkpoint's kind decides the solver: DPM-Solver++ for a diffusion, Euler st
 Euler step x1 = x0 + v(x0, 0) for a one-step model, and its own sampler for a few-step model.
 """
 
+import argparse
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -201,8 +202,8 @@ def arguments():
     add("--guidance", type=non_negative, help="scale, 1 is off; default: the model's own")
     add("--solver", choices=["dpm", "ddim"], default="dpm", help="for a diffusion; flows use Euler")
     add("--negative-prompt", default="", help="what guidance leads away from")
-    add("--height", type=positive, help="pixels, a multiple of 8; default: the model's own")
-    add("--width", type=positive, help="pixels, a multiple of 8; default: the model's own")
+    add("--height", type=pixels, help="pixels, a multiple of 8; default: the model's own")
+    add("--width", type=pixels, help="pixels, a multiple of 8; default: the model's own")
     add("--batch-size", type=positive, default=4, help="images generated at once")
     add("--tokenizer", help="folder with vocab.json and merges.txt, for a model without its own")
     add("--kind", choices=KINDS, help="what the U-Net predicts; default: as the file says")
@@ -216,11 +217,13 @@ def arguments():
     return resolve_editing(parser.parse_args(), parser.get_default("num_images"))
 
 
-def check_pixels(name: str, pixels: int) -> None:
-    """BadInput: not a multiple of 8."""
-    if pixels % 8:
-        near = max(8, round(pixels / 8) * 8)
-        raise BadInput(f"{name} {pixels}: must be a multiple of 8, such as {near}")
+def pixels(text: str) -> int:
+    """argparse type: a positive multiple of 8."""
+    number = positive(text)
+    if number % 8:
+        near = max(8, round(number / 8) * 8)
+        raise argparse.ArgumentTypeError(f"must be a multiple of 8, such as {near}, got {text!r}")
+    return number
 
 
 def check(args, model) -> None:
@@ -237,9 +240,6 @@ def check(args, model) -> None:
 
 def main():
     args = arguments()
-    for flag, pixels in (("--height", args.height), ("--width", args.width)):
-        if pixels is not None:
-            check_pixels(flag, pixels)
     check_image_ending(args.out)
     check_output(args.out + "0.png" * args.out.endswith("/"))
     if args.model is None:

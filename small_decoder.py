@@ -71,7 +71,7 @@ def read_pairs(folder: str, model) -> Pairs:
                        f"of {model.unet.config.in_channels}")
     for i, start in enumerate(range(0, count, PAIRS_PER_SHARD)):
         length = min(PAIRS_PER_SHARD, count - start)
-        if not shard_is_complete(Path(folder), i, length, shape, repair=False):
+        if not shard_is_complete(Path(folder), i, length, repair=False):
             raise BadInput(f"{folder}: shard {i} is missing; let reflow.py finish these pairs")
     return Pairs(folder)
 
@@ -188,8 +188,7 @@ def main():
     small, state = initial_decoder(args, model), Path(args.out + ".state")
     options = training_options(
         args, "small decoder", args.iterations, args.batch_size, args.learning_rate,
-        args.accumulate, args.batch_size if model.is_tiny else FITS,
-        autocast_dtype(args.dtype, device, small))
+        args.accumulate, FITS, autocast_dtype(args.dtype, device, small))
     settings = settings_for(args, model, pairs, small)
     check_not_overwriting(args.out, {"--model": args.model})
     finished = check_request(args, pairs.spec, [(state, options, settings)])

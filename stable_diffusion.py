@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from command import HERE, note
+from stacked_unet import StackedUNet, build_unet
 from text_encoder import TextEncoder, hub_tokenizer, tokenize
-from unet import StackedUNet, UNet, build_unet
+from unet import UNet
 from vae import AutoencoderKL
 
 KINDS = ("diffusion", "flow", "one-step")

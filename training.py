@@ -61,12 +61,8 @@ class TrainingOptions:
     # These change nothing but rounding, so a run may continue with others:
     accumulate: int = 1  # micro-batches of a batch, over all processes
     save_every: int = 1000  # iterations
-    log_every: int | None = None  # iterations; None: 640 samples or 10 iterations, whichever first
+    log_every: int = 10  # iterations
     name: str = "training"  # for the progress bar and error lines
-
-    def __post_init__(self):
-        if self.log_every is None:
-            self.log_every = max(1, min(10, 640 // self.batch_size))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,7 +128,9 @@ def train(
             if step + 1 < options.iterations:  # prepared while this iteration computes
                 coming = prefetch.submit(fetch, step + 1)
 
-            learning_rate = learning_rate_at(step, options)
+            warm = (step + 1) * size / max(options.warmup_samples, 1)
+            left = (1 - step / options.iterations) / options.cooldown if options.cooldown else 1.0
+            learning_rate = options.learning_rate * min(1.0, warm, left)
             optimizer.param_groups[0]["lr"] = learning_rate
 
             for start in range(0, len(inputs[0]), micro):
@@ -147,11 +145,8 @@ def train(
 
             norm = nn.utils.clip_grad_norm_(weights.values(), options.clip_norm).item()
             if not math.isfinite(norm):  # and has not reached the weights
-                finite = all(all_gather([torch.isfinite(torch.cat(losses)).all().item()]))
-                what = "gradient is not finite, though the loss is," if finite else (
-                    "loss is not finite")
-                raise FloatingPointError(f"the {what} at step {step}, samples {step * size} to "
-                                         f"{(step + 1) * size - 1}")
+                raise FloatingPointError(f"the loss or its gradient is not finite at step {step}, "
+                                         f"samples {step * size} to {(step + 1) * size - 1}")
             optimizer.step()
             # Several processes share the gradients' memory, which is zeroed in place.
             optimizer.zero_grad(set_to_none=world_size() == 1)
@@ -196,13 +191,6 @@ def ema_copy(network: nn.Module, device: str | torch.device | None = None) -> nn
             weight.requires_grad_(False)
             weight.data = weight.data.to(device or weight.device)
     return ema.eval()
-
-
-def learning_rate_at(step: int, options: TrainingOptions) -> float:
-    """Linear warm-up over warmup_samples, constant, linear cooldown to 0."""
-    warm = (step + 1) * options.batch_size / max(options.warmup_samples, 1)
-    left = (1 - step / options.iterations) / options.cooldown if options.cooldown else 1.0
-    return options.learning_rate * min(1.0, warm, left)
 
 
 @contextlib.contextmanager
@@ -276,7 +264,6 @@ def open_run(folder: Path, options: TrainingOptions, settings: dict, state: dict
     """Lock and check the folder, load its state, drop later metrics; the iterations done."""
     lock_folder(folder)
     check_run(folder, options, settings)
-    barrier()
     step = load_state(folder, state)
     if len(set(all_gather([step]))) > 1:
         raise BadInput(f"{folder}: the processes find states of different steps in it; name an "
@@ -307,6 +294,8 @@ def load_state(folder: Path, state: dict) -> int:
                 for key in list(state)[start : start + 4]:
                     state[key].copy_(permuted(file.get_tensor(key), 0, 3, 1, 2))
     except (SafetensorError, RuntimeError) as problem:
+        if is_out_of_memory(problem):
+            raise
         raise BadInput(f"{path}: damaged or of another model ({problem}); delete {folder} to start "
                        "again") from None
     return step
@@ -363,8 +352,8 @@ def add_training_options(parser: argparse.ArgumentParser, out: str, batch_size=6
     add("--batch-size", type=positive, default=batch_size, help="samples of an iteration")
     add("--init", default=either("teacher", "negated"),
         help="initial weights: teacher, negated (a diffusion's output), random or a CHECKPOINT")
-    add("--learning-rate", type=non_negative, help="peak; default for the tiny model 0.0005, for "
-        "Stable Diffusion 1e-06, in a reflow of a flow 1e-07, elsewhere the method's own")
+    add("--learning-rate", type=non_negative, default=either(None, 5e-4), help="peak; for Stable "
+        "Diffusion 1e-06, in a reflow of a flow 1e-07, elsewhere the method's own")
     add("--cooldown", type=fraction, default=either(0.0, 0.6),
         help="last fraction of a stage, in which the learning rate falls to 0")
     add("--warmup-samples", type=non_negative_int, default=either(None, 6_400),
@@ -373,7 +362,8 @@ def add_training_options(parser: argparse.ArgumentParser, out: str, batch_size=6
         help="samples in which the EMA halves; for SD 6,931 times the batch")
     add("--ema-ramp", type=fraction, default=either(0.0, 0.05),
         help="limit the half-life to this fraction of the samples seen; 0: no limit")
-    add("--accumulate", type=positive, help="micro-batches of a batch; default: as 80 GB need them")
+    add("--accumulate", type=positive, default=either(None, 1),
+        help="micro-batches of a batch; for SD as 80 GB need them")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
         default=either(True, False), help="less memory, a third more time")
     add("--ema-device", choices=["cpu"], help="keep the EMA in main memory")
@@ -392,7 +382,7 @@ def training_options(
         iterations, batch_size, learning_rate, warmup_samples=warmup, cooldown=args.cooldown,
         ema_half_life=args.ema_half_life or PAPER_HALF_LIFE * batch_size, ema_ramp=args.ema_ramp,
         seed=args.seed, dtype=dtype, accumulate=accumulate or math.ceil(batch_size / fits),
-        save_every=args.save_every, name=name,
+        save_every=args.save_every, log_every=max(1, min(10, 640 // batch_size)), name=name,
     )
 
 

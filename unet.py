@@ -25,7 +25,7 @@ Sources: Rombach et al. 2022 (arXiv 2112.10752), U-Net and cross-attention; Ho e
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class UNetConfig:
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
     sample_size: int = 64  # height and width of the training latents
-    stacked: bool = False  # StackedUNet: two U-Nets in series
+    stacked: bool = False  # two U-Nets in series (stacked_unet.py)
     second_time: bool = False  # a second timestep, for mean velocities (fewstep/meanflow.py)
 
 
@@ -342,44 +342,3 @@ class UNet(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
-
-
-class StackedUNet(nn.Module):
-    """Two U-Nets in series that share no weights: InstaFlow-1.7B's student. Called like a UNet.
-
-    1,719,017,924 parameters at Stable Diffusion's sizes. The first has no output block, the second
-    no input convolution, so all 320 channels pass on. InstaFlow (arXiv 2309.06380) removes layers
-    there too; accounts differ on how many.
-    """
-
-    def __init__(self, config: UNetConfig):
-        super().__init__()
-        self.config = config
-        self.first, self.second = UNet(config), UNet(config)
-        del self.first.conv_norm_out, self.first.conv_out, self.second.conv_in
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        return self.first.gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self.first.gradient_checkpointing = self.second.gradient_checkpointing = value
-
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        features = self.first.body(self.first.read_in(x), timestep, context)
-        return self.second.read_out(self.second.body(features, timestep, context))
-
-
-def build_unet(config: UNetConfig) -> UNet | StackedUNet:
-    return StackedUNet(config) if config.stacked else UNet(config)
-
-
-def stack(unet: UNet) -> StackedUNet:
-    """A StackedUNet; each half gets its own copy of this U-Net's weights."""
-    with torch.device("meta"):
-        stacked = StackedUNet(replace(unet.config, stacked=True))
-    weights = unet.state_dict()
-    for half in (stacked.first, stacked.second):
-        half.load_state_dict({k: weights[k].clone() for k in half.state_dict()}, assign=True)
-    return stacked

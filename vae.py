@@ -184,12 +184,6 @@ class LatentDistribution:
     mean: Tensor
     logvar: Tensor
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise; the noise comes from the generator's device, by default the CPU."""
-        device = generator.device if generator is not None else "cpu"
-        noise = torch.randn(self.mean.shape, generator=generator, device=device)
-        return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean)
-
     def kl(self) -> Tensor:
         """KL divergence from N(0, I) in nats, summed over the latent: (B,)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
@@ -213,18 +207,11 @@ class AutoencoderKL(nn.Module):
         mean, logvar = moments.chunk(2, dim=1)
         return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))  # as in the original: finite exp
 
-    def encode_latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images in [-1, 1] -> SD-scaled latents: a sample with a generator, else the mean."""
-        latent = self.encode(images)
-        latents = latent.mean if generator is None else latent.sample(generator)
-        return self.config.scaling_factor * latents
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] -> SD-scaled latents, the mean of their distribution."""
+        return self.config.scaling_factor * self.encode(images).mean
 
     def decode(self, latents: Tensor) -> Tensor:
         """SD-scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [-1, 1]."""
         latents = latents.to(self.post_quant_conv.weight.dtype) / self.config.scaling_factor
         return self.decoder(self.post_quant_conv(latents))
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 on the CPU."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()

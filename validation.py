@@ -98,17 +98,17 @@ def validation_data(
 
 
 def held_out_batches(reference: Reference) -> list[tuple]:
-    """The held-out pairs as distillation's loss takes them: (None, (x0, x1, prompts))."""
+    """The held-out pairs as distillation's loss takes them: (x0, x1, prompts)."""
     size = 4 if reference.batch_size else 64
     indices = torch.arange(len(reference.pairs))
-    return [(None, reference.pairs[part]) for part in indices.split(size)]
+    return [reference.pairs[part] for part in indices.split(size)]
 
 
 def batches_by_t(reference: Reference) -> list[tuple]:
-    """As reflow's loss takes them, at fixed t: (t, (x0, x1, t, prompts))."""
+    """As reflow's loss takes them, at fixed t: (x0, x1, t, prompts)."""
     times = [(k + 0.5) / TIME_BINS for k in range(TIME_BINS)]
-    return [(t, (x0, x1, torch.full((len(x0),), t), prompts))
-            for _, (x0, x1, prompts) in held_out_batches(reference) for t in times]
+    return [(x0, x1, torch.full((len(x0),), t), prompts)
+            for x0, x1, prompts in held_out_batches(reference) for t in times]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def validate(
 ) -> None:
     """Measure, sample and save the averaged weights; add a row to the folder's metrics.jsonl.
 
-    batches: held-out data as the loss takes it, (t or None, batch). before: iterations of earlier
+    batches: held-out data for the loss, at most one t in each. before: iterations of earlier
     stages. finish(model): the model as it is saved. The first process works, the others wait.
     """
     seen = any(row["step"] == step for row in read_metrics(folder, "held_out_loss"))
@@ -154,9 +154,9 @@ def validate(
 def held_out_loss(unet, batches: list[tuple], loss: Callable, device: torch.device) -> dict:
     """Mean loss over held-out batches, also for each t."""
     by_t = {}
-    for t, batch in batches:
-        batch = [x.to(device) if isinstance(x, Tensor) else x for x in batch]
-        by_t.setdefault(t, []).append(loss(unet, *batch)[0].float().cpu())
+    for batch in batches:
+        each, t = loss(unet, *(x.to(device) if isinstance(x, Tensor) else x for x in batch))
+        by_t.setdefault(t if t is None else t[0].item(), []).append(each.float().cpu())
     means = [torch.cat(losses).mean().item() for losses in by_t.values()]
     return {"held_out_loss": sum(means) / len(means),
             "held_out_loss_by_t": [] if None in by_t else means}

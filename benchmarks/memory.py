@@ -31,7 +31,7 @@ from command import DTYPES, HERE, Parser, run, write_json
 from distill import perceptual
 from evaluation.plots import markdown_table
 from rectified_flow import distill_loss, flow_velocity, reflow_loss
-from unet import StackedUNet, stack
+from stacked_unet import StackedUNet, stack
 
 BATCHES = (1, 4, 16, 64)
 SIDE = 64  # of the latent, at 512 px

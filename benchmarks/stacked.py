@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import TOKENS, ratio, report, take_turns, timing_parser
 from command import pick_device, pick_dtype, run
-from unet import StackedUNet, UNet, UNetConfig
+from stacked_unet import StackedUNet
+from unet import UNet, UNetConfig
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from command import BadInput
 from diffusion import as_flow
-from rectified_flow import squared_deviations
+from rectified_flow import straightness
 from sample import noise_from_seeds
 from training import read_metrics
 
@@ -66,8 +66,7 @@ def straightness_figures(model, prompts: list[str], seeds, guidance: float) -> d
     noise = noise_from_seeds(seeds, model.latent_shape()).to(model.device)
     null_context, context = model.encode_prompts([""]), model.encode_prompts(prompts)
     velocity, start, times = as_flow(model.unet, model.kind, noise, steps, null_context, guidance)
-    deviations, cost = squared_deviations(velocity, start, steps, context, times)
-    each = times.diff() / (times[-1] - times[0]) @ deviations  # S of each sample, (B,)
+    each, deviations, cost = straightness(velocity, start, steps, context, times)
     ratio, root = each.mean() / cost.mean(), max(len(each) - 1, 1) ** 0.5
     # The standard error of a ratio of means, to first order.
     ratio_error = (each - ratio * cost).square().mean().sqrt() / cost.mean() / root

@@ -32,10 +32,9 @@ from command import (
     BadInput, barrier, check_same_settings, dtype_name, first_line, lock_folder, positive, rank,
     world_size, write_atomically, write_json,
 )
-from formats.images import read_square
+from formats.images import read_square, to_bytes
 from formats.prompts import read_prompts
 from sample import batch_slices, max_batch_size, sample_images
-from vae import to_bytes
 
 # Of each COCO split: number of captions, size in pixels.
 PROTOCOLS = {"val2017": (5_000, 512), "val2014": (30_000, 256)}

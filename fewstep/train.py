@@ -149,13 +149,13 @@ def next_inputs(inputs: dict, student: StableDiffusion, done: Round) -> dict:
 
 
 def validation_batches(method: Method, seed: int, reference: Reference) -> list[tuple]:
-    """Held-out pairs as the method's loss takes them: (None, (X0, X1, T, random numbers))."""
+    """Held-out pairs as the method's loss takes them: (X0, X1, T, random numbers)."""
     batches = []
-    for k, (_, (x0, x1, prompts)) in enumerate(held_out_batches(reference)):
+    for k, (x0, x1, prompts) in enumerate(held_out_batches(reference)):
         generator = generator_for(seed, -1 - k)  # training has steps from 0
         noise = torch.randn(x0.shape, generator=generator)
         random = method.draw(len(x0), generator)
-        batches.append((None, (x0 if method.data == "pairs" else noise, x1, prompts, *random)))
+        batches.append((x0 if method.data == "pairs" else noise, x1, prompts, *random))
     return batches
 
 
@@ -173,7 +173,7 @@ def arguments() -> argparse.Namespace:
     add_training_options(parser, out=None)
     add_validation_options(parser)
     add_machine_options(parser, run_seed)
-    parser.set_defaults(init=None, cooldown=0.6, ema_ramp=0.05)
+    parser.set_defaults(init=None, learning_rate=None, cooldown=0.6, ema_ramp=0.05)
     args = parser.parse_args()
     method = METHODS[args.method]
     args.out, args.init = args.out or f"runs/{method.name}.safetensors", args.init or method.init
@@ -223,8 +223,8 @@ def main():
     lpips = perceptual_distance(args.lpips_net, device) if method.name == "hipa" else None
     prompts, held_out, spec = requested_pairs(teacher, args, "reflow")
     shown, paired = validation_prompts(args, prompts, held_out), method.data != "prompts"
-    fits = args.batch_size if teacher.is_tiny else FITS_LPIPS if method.name == "hipa" else FITS
-    if method.critic and not teacher.is_tiny:
+    fits = FITS_LPIPS if method.name == "hipa" else FITS
+    if method.critic:
         fits //= 2  # the teacher's U-Net keeps activations too
         teacher.unet.gradient_checkpointing = args.gradient_checkpointing
     rounds = rounds_of(method, training_options(

@@ -14,7 +14,6 @@ from command import (
     BadInput, NotFinite, first_line, lock_folder, note, read_our_json, unlock_folder,
     write_atomically, write_json,
 )
-from vae import to_bytes
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 DESCRIPTION = 0x010E  # the EXIF tag ImageDescription
@@ -36,6 +35,11 @@ def check_grid_size(path: str, size: tuple[int, int], rows: int, columns: int) -
     if max(rows * (scale * size[0] + 2), columns * (scale * size[1] + 2)) + 2 > limit:
         raise BadInput(f"--out {path}: {rows} x {columns} images do not fit, its format ends at "
                        f"{limit:,} pixels; take .png, or DIR/ for a file an image")
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 on the CPU."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
 
 
 def save_image(path: str, pixels: np.ndarray, about: dict) -> None:

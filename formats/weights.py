@@ -11,7 +11,8 @@ from torch import nn
 from command import BadInput, dtype_name, note
 from stable_diffusion import FAMILIES, KINDS, FewStep
 from text_encoder import TextEncoder
-from unet import StackedUNet, UNet, build_unet
+from stacked_unet import StackedUNet, build_unet
+from unet import UNet
 from vae import AutoencoderKL
 
 # What reading a configuration that somebody else wrote may raise.

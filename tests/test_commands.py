@@ -500,7 +500,7 @@ BAD = {
     "no column": (
         reflow, ["--prompts", "a.tsv", "--prompt-column", "x"], "a.tsv: has no column 'x'"
     ),
-    "size": (sample, ["--height", 500], "--height 500: must be a multiple of 8"),
+    "size": (sample, ["--height", 500], "--height: must be a multiple of 8"),
     "zero pairs": (
         reflow, ["--num-pairs", 0], "--num-pairs: must be a whole number of at least 1, got '0'"
     ),

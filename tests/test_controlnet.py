@@ -23,7 +23,8 @@ from make_checkpoint import SMALL_UNET, make_model
 from rectified_flow import guided
 from stable_diffusion import FewStep
 from test_models import UNETS, reference_unet, shapes_of
-from unet import UNet, UNetConfig, stack
+from stacked_unet import stack
+from unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -21,12 +21,11 @@ from conftest import ROOT, relative_error
 from editing import invert, psnr, slerp
 from experiments import inversion
 from make_checkpoint import make_model
-from formats.images import enlarged
+from formats.images import enlarged, to_bytes
 from rectified_flow import euler, even_times, flow_velocity, interpolate, squared
 from sample import noise_from_seeds, sample_images, sample_latents
 from stable_diffusion import FewStep
 from test_rectified_flow import SCHEDULE, WithoutFloat64, dummy_network, points, toy_model
-from vae import to_bytes
 
 TINY = ROOT / "toy/tiny_sd.safetensors"
 ONE_STEP = ROOT / "toy/tiny_instaflow.safetensors"

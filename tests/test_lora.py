@@ -21,7 +21,7 @@ from formats.single_file import UNET_PREFIX, original_names, single_file_names
 from make_checkpoint import make_model
 from stable_diffusion import TOY, initial_student
 from toy import emoji
-from unet import stack
+from stacked_unet import stack
 
 RANK, CONVOLUTION_RANK, ALPHA = 4, 3, 2.0
 

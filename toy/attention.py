@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 from command import TINY_TEACHER, Parser, check_output, run, write_atomically
 from diffusion import NoiseSchedule
+from formats.images import to_bytes
 from sample import noise_from_seeds, sample_latents
-from vae import to_bytes
 
 SHOWN = {  # captions, and two of their words
     "a red circle above a blue square": ("circle", "square"),

@@ -38,7 +38,7 @@ from command import Parser, check_output, non_negative, positive, run, write_jso
 from diffusion import NoiseSchedule, as_flow, dpm_solver, noise_loss
 from evaluation.plots import markdown_table
 from rectified_flow import (
-    distill_loss, euler, flow_velocity, guided, reflow_loss, squared_deviations,
+    distill_loss, euler, flow_velocity, guided, reflow_loss, straightness,
 )
 from sample import run_seed
 from toy import plots
@@ -300,8 +300,8 @@ def rows_of(model: Model, probe: Probe) -> list[dict]:
     """A row for each number of Euler steps; for a diffusion also one for DPM-Solver++."""
     steps, context = TEACHER_STEPS, context_of(probe.labels)
     velocity, start, times = model.as_flow(probe.noise, steps)
-    deviations, cost = squared_deviations(velocity, start, steps, context, times)
-    straight = (times.diff() / (1 - times[0]) @ deviations.mean(1) / cost.mean()).item()
+    each, _, cost = straightness(velocity, start, steps, context, times)
+    straight = (each.mean() / cost.mean()).item()
     exact = sample_points(model, probe.noise, probe.labels, FINE_STEPS)
     solvers, rows = [("euler", steps) for steps in TABLE_STEPS], []
     for solver, steps in solvers + [("dpm", TEACHER_STEPS)] * (model.kind == "diffusion"):
