@@ -65,8 +65,8 @@ THEIRS = (
     "torch_dtype={dtype})",
     "vae.decode((noise + unet(noise, 1000, context).sample) / vae.config.scaling_factor)",
 )
-FIGURES = ("loading, s", "loading, GB at the peak", "and the first picture, s",
-           "and the first picture, GB at the peak")
+FIGURES = ("loading, s", "loading, GB at the peak", "and the first image, s",
+           "and the first image, GB at the peak")
 
 
 def measure(

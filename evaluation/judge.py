@@ -9,7 +9,7 @@ features tell what an image shows. The file defines
                                              toy/shapes.py: every word; toy/emoji.py: the thing,
                                              not its style
     real_features(reader, captions, seed)    features (N, D) of real images for the captions
-    drawn(captions, seed)                    those images, (N, 3, H, W) in [-1, 1]; None where they
+    real_images(captions, seed)              those images, (N, 3, H, W) in [-1, 1]; None where they
                                              are not on disk
 """
 
@@ -33,7 +33,7 @@ from formats.weights import open_safetensors
 from sample import seed_range
 from training import seed_of
 
-JUDGE = ("measuring_captions", "load_reader", "right", "real_features", "drawn")
+JUDGE = ("measuring_captions", "load_reader", "right", "real_features", "real_images")
 
 
 def load_judge(path: str):
@@ -97,7 +97,7 @@ def judged_set(judge, captions: list, seeds: range, seed: int) -> EvaluationSet:
     def grade(images: Tensor) -> dict:
         return grade_features(reader.features(images))
 
-    real_images = judge.drawn(captions, seed_of(seeds[0], 0))
+    real_images = judge.real_images(captions, seed_of(seeds[0], 0))
     return EvaluationSet(prompts, seeds, seed, grade, grade_features(others), real_images)
 
 

@@ -94,7 +94,7 @@ def load_gallery(args: argparse.Namespace, device: torch.device) -> "Gallery":
         raise BadInput("one caption: FID compares two images or more; give more of them")
     fid = feature_distance(args.feature_extractor, device)
     clip = caption_score(args.clip or CLIP, device)
-    folder = Path(args.out.removesuffix(".json") + "-pictures")
+    folder = Path(args.out.removesuffix(".json") + "-images")
     gallery = Gallery(prompts, images, args.image_size or side, folder, fid, clip)
     gallery.measure_real()  # so that what cannot be measured is found before the work
     return gallery

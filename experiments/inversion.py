@@ -41,7 +41,7 @@ NUM_SHOWN = 8
 def measure_set(teacher, flow, one_step, judge, seeds: range, args) -> tuple[list, dict, list]:
     """A row for each model and number of steps, the first images of each row, and captions."""
     captions = judge.measuring_captions(len(seeds), seeds[0])
-    prompts, images = list(map(str, captions)), judge.drawn(captions, seed_of(seeds[0], 0))
+    prompts, images = list(map(str, captions)), judge.real_images(captions, seed_of(seeds[0], 0))
     images = sample_images(teacher, prompts, seeds) if images is None else images
     latents, rows, shown = encode_image(teacher, images), [], {"image": images[:NUM_SHOWN]}
 

@@ -99,8 +99,8 @@ def study_for(cell: Cell, args: Namespace, num_pairs: int, rows: list[dict], wri
     """The cell's seed, captions and number of pairs, as evaluation/study.py takes them."""
     mine = Namespace(**vars(args) | {"captions": cell.captions, "num_pairs": num_pairs})
     study = study_of(cell.seed, mine, pick_device(args.device), rows, write)
-    world = cell.captions + (f"-guidance-{cell.guidance:g}" if cell.guidance else "")
-    study.folder = Path(args.out) / world / cell.name  # pairs of the teacher lie beside it
+    setting = cell.captions + (f"-guidance-{cell.guidance:g}" if cell.guidance else "")
+    study.folder = Path(args.out) / setting / cell.name  # pairs of the teacher lie beside it
     return study
 
 

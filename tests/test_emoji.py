@@ -217,7 +217,7 @@ def test_teacher_training_runs_and_a_second_run_changes_nothing(tmp_path, monkey
     monkeypatch.setattr(emoji, "training_rows", lambda: list(range(64)))
     monkeypatch.setattr(train_teacher, "MEASURED", 8)
     emoji.pictures.cache_clear()
-    arguments = ["--world", "emoji", "--text-iterations=3", "--autoencoder-iterations=3",
+    arguments = ["--dataset", "emoji", "--text-iterations=3", "--autoencoder-iterations=3",
                  "--unet-iterations=3", "--out", tmp_path / "t.safetensors",
                  "--work", tmp_path / "work"]
     try:

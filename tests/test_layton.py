@@ -49,7 +49,7 @@ def small(monkeypatch):
 
 
 def images_of(count):
-    return shapes.drawn(shapes.random_captions(count, 0), 0)
+    return shapes.real_images(shapes.random_captions(count, 0), 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,10 +153,10 @@ def test_sampled_tokens_follow_the_guided_softmax(gen):
         return row.expand(len(context), tokens.shape[1] + 1, CODES)
 
     ones = torch.ones(400, 1, 1)
-    drawn = sample_tokens(fixed, ones, -ones[:1], range(400), guidance=2.0)
+    sampled = sample_tokens(fixed, ones, -ones[:1], range(400), guidance=2.0)
     expected = torch.tensor([0.0, 2.0, 2.0]).softmax(0)  # without + 2 (with - without)
-    frequencies = drawn.flatten().bincount(minlength=3)[:3] / drawn.numel()
-    assert (frequencies - expected).abs().max() < 4 * math.sqrt(0.25 / drawn.numel())
+    frequencies = sampled.flatten().bincount(minlength=3)[:3] / sampled.numel()
+    assert (frequencies - expected).abs().max() < 4 * math.sqrt(0.25 / sampled.numel())
     assert sample_tokens(fixed, ones, -ones[:1], range(400), 1.0, top_k=1).eq(2).all()
 
 

@@ -86,7 +86,7 @@ def test_fid_and_clip_score_of_a_coco_folder(call, networks, coco_folder):
     assert all(row["fid"] > 0 and -1 <= row["clip_score"] <= 1 and row["caption_accuracy"] is None
                for row in rows)
     assert rows[0]["relative_straightness"] > 0
-    folder = Path("runs/evaluate-pictures/tiny_sd-2-2.5")
+    folder = Path("runs/evaluate-images/tiny_sd-2-2.5")
     paths = sorted(folder.glob("*.png"))
     assert len(paths) == 6 and Path("runs/evaluate.png").exists()
 

@@ -282,7 +282,7 @@ def features() -> Tensor:
     return load_file(JUDGE)["features"].float()
 
 
-def drawn(captions: list[str], seed: int) -> Tensor | None:
+def real_images(captions: list[str], seed: int) -> Tensor | None:
     """A real image for each caption, (N, 3, 32, 32); None: not downloaded."""
     return pictures()[sample_rows(captions, seed)] if PICTURES.exists() else None
 

@@ -246,7 +246,7 @@ def draw(scenes: list[Scene], seed: int) -> Tensor:
     return images
 
 
-def drawn(captions: list[Caption], seed: int) -> Tensor:
+def real_images(captions: list[Caption], seed: int) -> Tensor:
     """A real image for each caption, as from a perfect model: (B, 3, 32, 32)."""
     rng = random.Random(seed)
     return draw([scene_of(caption, rng) for caption in captions], seed)
@@ -277,7 +277,7 @@ def random_images(count: int, generator: torch.Generator) -> Tensor:
 def teacher_data(count: int, seed: int) -> tuple[Iterator[Tensor], Callable]:
     """`count` images in batches, and caption_of(index of an image, random.Random)."""
     captions = random_captions(count, seed)
-    batches = (drawn(captions[k : k + 500], seed_of(seed, k)) for k in range(0, count, 500))
+    batches = (real_images(captions[k : k + 500], seed_of(seed, k)) for k in range(0, count, 500))
     return batches, lambda index, rng: str(captions[index])
 
 
@@ -286,7 +286,7 @@ KINDS = {"full": full_captions, "open": open_captions, "mixed": random_captions}
 
 
 # --------------------------------------------------------------------------------------------------
-# The judge (evaluation/judge.py): measuring_captions, drawn, and these
+# The judge (evaluation/judge.py): measuring_captions, real_images, and these
 
 
 class Classifier(nn.Module):
@@ -321,7 +321,7 @@ def load_reader(path: str | Path = READER) -> Classifier:
 @torch.no_grad()
 def real_features(classifier: Classifier, captions: list[Caption], seed: int) -> Tensor:
     """Features of a real image for each caption, (N, 64)."""
-    return classifier.features(drawn(captions, seed))
+    return classifier.features(real_images(captions, seed))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Train a miniature Stable Diffusion from scratch, on one of two tiny datasets.
 
     python toy/train_teacher.py                   shapes.py: toy/tiny_sd.safetensors and more
-    python toy/train_teacher.py --world emoji     emoji.py: toy/tiny_emoji.safetensors and more
+    python toy/train_teacher.py --dataset emoji     emoji.py: toy/tiny_emoji.safetensors and more
 
 The networks are smaller versions of the full-size model's networks. Each stage uses the project's
 training loop and resumes:
@@ -194,12 +194,12 @@ def evaluate(model: StableDiffusion, module: ModuleType, judge, seed: int) -> di
             images = sample_images(model, prompts, seeds, TEACHER_STEPS, bar=bar)
         # Other real images of the same captions, where there are others, since the teacher's are
         # new too; the same ones would flatter the autoencoder.
-        others = module.drawn(captions, seed + 1)
+        others = module.real_images(captions, seed + 1)
         with torch.inference_mode():
             latents = [model.vae.encode_latents(part) for part in others.split(250)]
             rebuilt = torch.cat([model.vae.decode(part) for part in latents])
             real = module.real_features(judge, captions, seed)
-            sets = {"drawn": module.real_features(judge, captions, seed + 1),
+            sets = {"real": module.real_features(judge, captions, seed + 1),
                     "reconstructed": judge.features(rebuilt), "teacher": judge.features(images)}
         figures[kind] = {"reconstruction_error": (rebuilt - others).square().mean().item()}
         for name, features in sets.items():
@@ -215,9 +215,9 @@ def evaluate(model: StableDiffusion, module: ModuleType, judge, seed: int) -> di
 def main():
     parser = Parser("Train a tiny Stable Diffusion from nothing.")
     add = parser.add_argument
-    add("--world", choices=DATASETS, default="shapes", help="the dataset")
+    add("--dataset", choices=DATASETS, default="shapes", help="the dataset")
     add("--out", help="the model; the other files are written beside it; default: in toy/")
-    add("--work", help="folder of the training states; default: runs/teacher-WORLD")
+    add("--work", help="folder of the training states; default: runs/teacher-DATASET")
     add("--data", type=positive, default=100_000, help="images for the U-Net (shapes only)")
     add("--reader-iterations", type=positive, default=3000, help="of the judge (shapes only)")
     add("--text-iterations", type=positive, help="default: 2000 shapes, 1000 emoji")
@@ -225,13 +225,13 @@ def main():
     add("--unet-iterations", type=positive, help="default: 6000 shapes, 5000 emoji")
     add("--seed", type=run_seed, default=0)
     args = parser.parse_args()
-    dataset, seed = DATASETS[args.world], args.seed
+    dataset, seed = DATASETS[args.dataset], args.seed
     out = Path(args.out or HERE / "toy" / dataset.out)
     if out.suffix != ".safetensors":
         raise BadInput(f"--out: must end in .safetensors, got {args.out!r}")
     check_output(out)
-    folder = Path(args.work or f"runs/teacher-{args.world}")
-    if args.world == "emoji":  # fail now, not after an hour, if something is not installed
+    folder = Path(args.work or f"runs/teacher-{args.dataset}")
+    if args.dataset == "emoji":  # fail now, not after an hour, if something is not installed
         emoji.load_reader()
         emoji.pictures()
 
@@ -240,14 +240,14 @@ def main():
     tokenizer = tokenizer_from(vocabulary, merges)
     ids_of = lambda prompts: tokenize(tokenizer, prompts, text_config.max_position_embeddings)
 
-    if args.world == "shapes":
+    if args.dataset == "shapes":
         classifier = train_classifier(args.reader_iterations, folder, seed)
         tensors = {name: tensor.half() for name, tensor in classifier.state_dict().items()}
         write_atomically(out.with_name("reader.safetensors"), lambda path: save_file(tensors, path))
     text_iterations = args.text_iterations or dataset.text_iterations
-    text_encoder = train_text(args.world, text_config, text_iterations, folder, seed, ids_of)
+    text_encoder = train_text(args.dataset, text_config, text_iterations, folder, seed, ids_of)
     # The text stage of shapes covers all that captions say. For emoji the U-Net teaches more.
-    text_encoder.requires_grad_(args.world == "emoji")
+    text_encoder.requires_grad_(args.dataset == "emoji")
     vae = train_autoencoder(dataset, args.autoencoder_iterations, folder, seed)
 
     images, caption_of = dataset.module.teacher_data(args.data, seed)
@@ -264,15 +264,15 @@ def main():
         {"data": len(latents), "text": text_iterations, "autoencoder": args.autoencoder_iterations},
     )
 
-    model = StableDiffusion(unet, vae, text_encoder, tokenizer, "diffusion", family=args.world)
+    model = StableDiffusion(unet, vae, text_encoder, tokenizer, "diffusion", family=args.dataset)
     checkpoint.save(model, out)
     prompts = [str(caption) for caption in dataset.module.training_captions(CAPTIONS, seed)]
-    write_text(out.with_name(FAMILIES[args.world].captions.name), "\n".join(prompts) + "\n")
+    write_text(out.with_name(FAMILIES[args.dataset].captions.name), "\n".join(prompts) + "\n")
 
     stages = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
     for stage in stages:
         plot_loss(stage)
-    readers = [out.with_name("reader.safetensors")] if args.world == "shapes" else []
+    readers = [out.with_name("reader.safetensors")] if args.dataset == "shapes" else []
     judge = dataset.module.load_reader(*readers)
     figures = {
         "command": " ".join(["python toy/train_teacher.py", *sys.argv[1:]]),
