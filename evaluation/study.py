@@ -49,6 +49,7 @@ PURPOSE_OF = {"tiny_sd": "reflow", "tiny_emoji": "reflow", "2rf": "second reflow
 RATES = (1e-4, 5e-4, 2e-3)  # learning rates to choose from
 LOWER, HIGHER = 2e-5, 8e-3  # tried where the best lies at the grid's edge
 TUNING_SEED = 100  # of the choice; reported nowhere
+WARMUP = 0.06  # fraction of a training, in studies of trainings of several lengths
 # Flags that decide the results of a table.
 SETTINGS = ("iterations", "batch_size", "cooldown", "num_pairs", "teacher_steps", "captions",
             "held_out", "num_samples", "passes", "learning_rate", "dtype")
@@ -106,10 +107,15 @@ class Study:
 
     def options(
         self, network: nn.Module, iterations: int, name: str, learning_rate: float = 5e-4,
+        warmup: float | None = None,
     ) -> TrainingOptions:
-        """As reflow.py and distill.py train tiny models; a shorter warm-up, for shorter runs."""
+        """As reflow.py and distill.py train tiny models; a shorter warm-up, for shorter runs.
+
+        warmup: as a fraction of the training; None: 1,600 samples.
+        """
+        samples = 1_600 if warmup is None else round(warmup * iterations * self.args.batch_size)
         return TrainingOptions(
-            iterations, self.args.batch_size, learning_rate=learning_rate, warmup_samples=1_600,
+            iterations, self.args.batch_size, learning_rate=learning_rate, warmup_samples=samples,
             cooldown=self.args.cooldown, ema_half_life=10_000, ema_ramp=0.05, save_every=500,
             seed=self.seed, dtype=autocast_dtype(self.args.dtype, self.device, network), name=name,
         )

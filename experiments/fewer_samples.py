@@ -42,7 +42,7 @@ from evaluate import evaluate
 from evaluation.figures import GRADES, differences, with_intervals
 from evaluation.plots import grouped, markdown_table, steps_label
 from evaluation.study import (
-    SETTINGS, TUNING_SEED, Study, add_pairs_option, add_table_options, best_rate, footer,
+    SETTINGS, TUNING_SEED, WARMUP, Study, add_pairs_option, add_table_options, best_rate, footer,
     open_table, reported_seeds, study_of, study_parser,
 )
 from fewstep.meanflow import match_times
@@ -52,7 +52,6 @@ from training import ema_copy, train
 
 WAYS = ("paper", "negated", "matched", "pseudo-Huber")
 STEPS = [8, 1]
-WARMUP = 0.06  # of a training: 15 of 256 iterations
 KEYS = ("way", "iterations", "steps")
 FIGURES = (*GRADES, "relative_straightness")
 FRECHET_TICKS = (50, 100, 200, 500, 1000, 2000)
@@ -74,11 +73,10 @@ def reflowed(study: Study, way: str, iterations: int, rate: float) -> StableDiff
         if way == "matched":
             match_times(model.unet, NoiseSchedule())
         distance = pseudo_huber if way == "pseudo-Huber" else squared
-        options = study.options(model.unet, iterations, f"{name}, seed {study.seed}", rate)
-        warmup = round(WARMUP * iterations * options.batch_size)
+        options = study.options(model.unet, iterations, f"{name}, seed {study.seed}", rate, WARMUP)
         train(model.unet, ema_copy(model.unet), partial(reflow.batch, pairs, study.seed),
-              partial(reflow.loss, model.encode_prompts, distance),
-              replace(options, warmup_samples=warmup), study.folder / name, {})
+              partial(reflow.loss, model.encode_prompts, distance), options, study.folder / name,
+              {})
         checkpoint.save(model, path, None)
     return study.load(path)
 

@@ -91,7 +91,7 @@ from evaluation.figures import GRADES, minutes_of, with_interval, with_intervals
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import grouped, markdown_table, steps_label
 from evaluation.study import (
-    TUNING_SEED, Study, add_pairs_option, add_table_options, best_rate, footer, open_table,
+    TUNING_SEED, WARMUP, Study, add_pairs_option, add_table_options, best_rate, footer, open_table,
     reported_seeds, save_images, study_of, study_parser,
 )
 from fewstep import consistency, meanflow, perflow, progressive, rectified_diffusion
@@ -163,7 +163,6 @@ PANELS = {  # of the figure, by the kind of loss; the last four are ablations
 }
 FLOW_SHARE, PAIRS_SHARE = 3 / 8, 1 / 4  # of the passes, for 2-RF and its pairs in distillation
 FLOW_STEPS = 4  # of 2-RF, in those pairs and where its learning rate is chosen
-WARMUP = 0.06  # fraction of a training; rows with few iterations are not at a disadvantage
 TRIAL_ITERATIONS = 4  # to count the passes of a sample
 
 
@@ -228,9 +227,7 @@ def folder_of(row: str) -> str:
 
 
 def options_for(study: Study, network: nn.Module, iterations: int, name: str) -> TrainingOptions:
-    """The study's, with a warm-up that depends on the length."""
-    options = study.options(network, iterations, name, study.args.learning_rate)
-    return replace(options, warmup_samples=round(WARMUP * iterations) * study.args.batch_size)
+    return study.options(network, iterations, name, study.args.learning_rate, WARMUP)
 
 
 def by_method(study: Study, row: str, teacher: StableDiffusion) -> list[Trained]:
