@@ -1,6 +1,6 @@
 """Beyond the paper: what makes reflow need fewer samples?
 
-    python experiments/fewer_samples.py       3 seeds and the learning rate grid: 2 hours; resumes
+    python experiments/fewer_samples.py       3 seeds and the learning rate grid: 1.5 hours; resumes
 
 InstaFlow's reflow starts from weights that predict something else (the noise, at a time with
 another signal-to-noise ratio) and takes 4.5 million samples. Each way below changes one thing, on
