@@ -316,14 +316,17 @@ def lock_folder(folder: str | os.PathLike) -> None:
         return
     LOCKS[key] = None
     if rank() == 0:
-        key.mkdir(parents=True, exist_ok=True)
-        LOCKS[key] = open(key / ".lock", "w")
         try:
+            key.mkdir(parents=True, exist_ok=True)
+            LOCKS[key] = open(key / ".lock", "w")
             fcntl.flock(LOCKS[key], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             refused = f"{folder}: another run works in this folder; wait for it, or name another"
-        except OSError:
-            note(f"{folder}: its disk has no locks; start only one run at a time there")
+        except OSError as problem:
+            if LOCKS[key] is None:
+                refused = f"{folder}: cannot be written ({problem.strerror}); choose another place"
+            else:
+                note(f"{folder}: its disk has no locks; start only one run at a time there")
     refused = all_gather([refused])[0]
     if refused:
         unlock_folder(folder)

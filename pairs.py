@@ -170,12 +170,15 @@ def shard_path(folder: str | Path, number: int) -> Path:
 def shard_is_complete(folder: Path, number: int, size: int, repair: bool) -> bool:
     """Is this shard there with at least `size` pairs? BadInput: damaged, unless repair."""
     path = shard_path(folder, number)
+    if not path.exists():
+        return False
     try:
         with safe_open(path, "pt") as file:  # refuses a file that is cut short
-            return file.get_slice("latents").get_shape()[0] >= size
-    except FileNotFoundError:
-        return False
-    except (SafetensorError, OSError) as problem:
+            length = file.get_slice("latents").get_shape()[0]
+            if len(json.loads(file.metadata()["prompts"])) != length:
+                raise ValueError("its parts do not fit together")
+        return length >= size
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
         if repair:
             return False
         why = f"damaged ({problem}); --repair makes it again, or delete it"

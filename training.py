@@ -352,8 +352,8 @@ def add_training_options(parser: argparse.ArgumentParser, out: str, batch_size=6
     add("--batch-size", type=positive, default=batch_size, help="samples of an iteration")
     add("--init", default=either("teacher", "negated"),
         help="initial weights: teacher, negated (a diffusion's output), random or a CHECKPOINT")
-    add("--learning-rate", type=non_negative, default=either(None, 5e-4), help="peak; for Stable "
-        "Diffusion 1e-06, in a reflow of a flow 1e-07, elsewhere the method's own")
+    add("--learning-rate", type=non_negative, default=either(None, 5e-4),
+        help="peak; in reflow of Stable Diffusion 1e-06, of a flow 1e-07")
     add("--cooldown", type=fraction, default=either(0.0, 0.6),
         help="last fraction of a stage, in which the learning rate falls to 0")
     add("--warmup-samples", type=non_negative_int, default=either(None, 6_400),

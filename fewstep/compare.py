@@ -53,8 +53,8 @@ each number of steps is its own round's model, which has cost what all rounds so
 A row's rank counts the rows that are better at the same passes per image and at no higher cost. The
 cost is of training alone, or with pairs; for progressive distillation it includes all rounds. Rows
 share a rank unless the 95 % interval of their difference, seed by seed, excludes 0. Ablations have
-no rank. After a change of a loss, delete its rows and its folders in OUT/seed-*-rate-*: a run
-continues their states.
+no rank. After a change of a loss or of its options, delete its rows and its folders in
+OUT/seed-*-rate-*: a run continues their states.
 
 Writes compare.json (a row for each seed), compare.md (means with 95 % intervals over seeds),
 compare.png (Fréchet distance against the passes of an image, where guided steps count 2),

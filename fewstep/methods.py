@@ -119,7 +119,7 @@ class Round:
 def rounds_of(method: Method, options: TrainingOptions) -> list[Round]:
     """The rounds of a method, which share `options.iterations` and its warm-up.
 
-    BadInput: fewer iterations than rounds.
+    BadInput: too few iterations for all rounds.
     """
     parts = method.rounds or (Part("", method.loss),)
     total, rounds = sum(part.share for part in parts), []

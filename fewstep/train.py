@@ -68,7 +68,7 @@ def student_of(model: StableDiffusion, method: Method, init: str, seed: int) -> 
     """The method's student, from a model with the initial weights `init`; changes the model."""
     torch.manual_seed(seed)  # for new weights: the second time's embedding, LoRA
     unet = meanflow.with_second_time(model.unet) if method.second_time else model.unet
-    if method.matched:  # only a diffusion's times differ from the flow's
+    if method.matched:  # only a diffusion's times differ from the flow's; waves of all are left out
         own = SCHEDULE if init in ("teacher", "negated") else None
         meanflow.match_times(unet, own, meanflow.SLOW)
     if method.critic:
@@ -173,11 +173,12 @@ def arguments() -> argparse.Namespace:
     add_training_options(parser, out=None)
     add_validation_options(parser)
     add_machine_options(parser, run_seed)
-    parser.set_defaults(init=None, learning_rate=None, cooldown=0.6, ema_ramp=0.05)
+    parser.set_defaults(init=None, learning_rate=DefaultByModel("the method's own", 5e-4),
+                        cooldown=0.6, ema_ramp=0.05)
     args = parser.parse_args()
     method = METHODS[args.method]
     args.out, args.init = args.out or f"runs/{method.name}.safetensors", args.init or method.init
-    if args.learning_rate is None:
+    if isinstance(args.learning_rate, DefaultByModel):
         args.learning_rate = DefaultByModel(method.learning_rate, 5e-4)
     return args
 
@@ -191,17 +192,9 @@ def check_method(args: argparse.Namespace, method: Method, teacher: StableDiffus
     if args.compile and method.name == "re-meanflow":
         raise BadInput("--compile: a compiled network has no forward derivative, which re-meanflow "
                        "needs; drop it")
-    predicts_noise = method.kind == "diffusion"
-    if args.init == "negated" and predicts_noise:
+    if args.init == "negated" and method.kind == "diffusion":
         raise BadInput(f"--init negated: is for methods that predict velocity, and {method.name} "
                        "predicts noise; drop it")
-    checkpoint.check_init(args.init, teacher)
-    if args.init not in INITS:
-        kind = checkpoint.load(args.init, "meta").kind
-        if predicts_noise != (kind == "diffusion"):
-            raise BadInput(f"--init {args.init}: of kind {kind}, but {method.name} predicts "
-                           f"{'noise' if predicts_noise else 'velocity'}; give a checkpoint that "
-                           "does, or --init teacher")
 
 
 def settings_for(args: argparse.Namespace, method: Method, teacher, spec: dict) -> dict:
@@ -209,6 +202,12 @@ def settings_for(args: argparse.Namespace, method: Method, teacher, spec: dict) 
     if method.data == "prompts":
         spec = {name: spec[name] for name in ("teacher_hash", "guidance", "prompts_hash")}
     init = checkpoint.check_init(args.init, teacher)
+    if args.init not in INITS:
+        kind, predicts_noise = checkpoint.load(args.init, "meta").kind, method.kind == "diffusion"
+        if predicts_noise != (kind == "diffusion"):
+            raise BadInput(f"--init {args.init}: of kind {kind}, but {method.name} predicts "
+                           f"{'noise' if predicts_noise else 'velocity'}; give a checkpoint that "
+                           f"does, or --init {method.init}; checkpoint.py --kind mends a kind")
     settings = {"method": method.name, "pairs": spec, "init": init}
     return settings | ({"net": args.lpips_net} if method.name == "hipa" else {})
 

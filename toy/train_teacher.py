@@ -1,7 +1,7 @@
 """Train a miniature Stable Diffusion from scratch, on one of two tiny datasets.
 
     python toy/train_teacher.py                   shapes.py: toy/tiny_sd.safetensors and more
-    python toy/train_teacher.py --dataset emoji     emoji.py: toy/tiny_emoji.safetensors and more
+    python toy/train_teacher.py --dataset emoji   emoji.py: toy/tiny_emoji.safetensors and more
 
 The networks are smaller versions of the full-size model's networks. Each stage uses the project's
 training loop and resumes:
@@ -213,7 +213,7 @@ def evaluate(model: StableDiffusion, module: ModuleType, judge, seed: int) -> di
 
 
 def main():
-    parser = Parser("Train a tiny Stable Diffusion from nothing.")
+    parser = Parser("Train a tiny Stable Diffusion from scratch.")
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="shapes", help="the dataset")
     add("--out", help="the model; the other files are written beside it; default: in toy/")
