@@ -148,7 +148,8 @@ def arguments() -> argparse.Namespace:
     add("--lpips-net", choices=NETS, default=either("vgg", "random"), help="the backbone of LPIPS")
     add_training_options(parser, "runs/small_decoder.safetensors", either(16, 64))
     add_machine_options(parser, run_seed)
-    parser.set_defaults(init="random", learning_rate=3e-4, teacher=None)  # TAESD's learning rate
+    # TAESD's learning rate. 2e-3: best PSNR of 3e-4, 2e-3, 4e-3 and 8e-3 (shapes, seed 0).
+    parser.set_defaults(init="random", learning_rate=either(3e-4, 2e-3), teacher=None)
     return parser.parse_args()
 
 
