@@ -121,7 +121,7 @@ def make_pairs(
     BadInput: the folder holds other pairs, another run works in it, a latent is not finite, a shard
     is damaged (repair makes it again).
     """
-    folder, first_seed = Path(folder), spec["first_seed"]
+    folder, shape, first_seed = Path(folder), tuple(spec["latent_shape"]), spec["first_seed"]
     starts = range(0, spec["count"], PAIRS_PER_SHARD)
     sizes = [min(PAIRS_PER_SHARD, spec["count"] - start) for start in starts]
     lock_folder(folder)
@@ -130,7 +130,7 @@ def make_pairs(
     barrier()
 
     mine = range(rank(), len(sizes), world_size())
-    missing = [i for i in mine if not shard_is_complete(folder, i, sizes[i], repair)]
+    missing = [i for i in mine if not shard_is_complete(folder, i, sizes[i], shape, repair)]
     todo = sum(all_gather([sum(sizes[i] for i in missing)]))
     with tqdm(total=spec["count"], initial=spec["count"] - todo, desc="pairs", unit="pair",
               dynamic_ncols=True, disable=not missing or rank() > 0) as bar:
@@ -167,16 +167,18 @@ def shard_path(folder: str | Path, number: int) -> Path:
     return Path(folder) / f"shard-{number:05d}.safetensors"
 
 
-def shard_is_complete(folder: Path, number: int, size: int, repair: bool) -> bool:
+def shard_is_complete(folder: Path, number: int, size: int, shape: tuple, repair: bool) -> bool:
     """Is this shard there with at least `size` pairs? BadInput: damaged, unless repair."""
     path = shard_path(folder, number)
     if not path.exists():
         return False
     try:
         with safe_open(path, "pt") as file:  # refuses a file that is cut short
-            length = file.get_slice("latents").get_shape()[0]
-            if len(json.loads(file.metadata()["prompts"])) != length:
-                raise ValueError("its parts do not fit together")
+            length, *rest = file.get_slice("latents").get_shape()
+            texts = json.loads(file.metadata()["prompts"])
+            seeds = file.get_slice("seeds").get_shape()
+        if tuple(rest) != shape or len(texts) != length or seeds != [length]:
+            raise ValueError("its parts do not fit together")
         return length >= size
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
         if repair:

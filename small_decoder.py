@@ -71,7 +71,7 @@ def read_pairs(folder: str, model) -> Pairs:
                        f"of {model.unet.config.in_channels}")
     for i, start in enumerate(range(0, count, PAIRS_PER_SHARD)):
         length = min(PAIRS_PER_SHARD, count - start)
-        if not shard_is_complete(Path(folder), i, length, repair=False):
+        if not shard_is_complete(Path(folder), i, length, shape, repair=False):
             raise BadInput(f"{folder}: shard {i} is missing; let reflow.py finish these pairs")
     return Pairs(folder)
 

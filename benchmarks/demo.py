@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command import (
     Parser, at_least, positive, read_our_json, run, write_atomically, write_text,
 )
-from evaluation.figures import differences, machine_name, with_intervals
+from evaluation.figures import machine_name, paired_differences, with_intervals
 from evaluation.plots import grouped, markdown_table
 from evaluation.study import footer, open_table, run_command
 from sample import run_seed
@@ -59,7 +59,7 @@ def summary_of(rows: list[dict]) -> list[dict]:
     for key, group in groups.items():
         size = {name: group[0][name] for name in FULL}
         lines.append({"row": f"{key[0]:g}"} | size | with_intervals(group, FIGURES))
-        paired = differences(group, groups[longest], FIGURES)
+        paired = paired_differences(group, groups[longest], FIGURES)
         if key != longest and paired:
             lines.append({"row": f"{key[0]:g}, difference"} | dict.fromkeys(FULL)
                          | with_intervals(paired, FIGURES))

@@ -103,7 +103,7 @@ def with_intervals(rows: list[dict], names=GRADES) -> dict:
     return means
 
 
-def differences(rows: list[dict], others: list[dict], names=GRADES) -> list[dict]:
+def paired_differences(rows: list[dict], others: list[dict], names=GRADES) -> list[dict]:
     """These columns of rows minus those of others, paired by seed: a row for each seed in both."""
     by_seed = {row["seed"]: row for row in others}
     minus = lambda a, b: None if a is None or b is None else a - b

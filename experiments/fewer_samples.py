@@ -39,7 +39,7 @@ import reflow
 from command import pick_device, positive, run, write_atomically, write_text
 from diffusion import NoiseSchedule
 from evaluate import evaluate
-from evaluation.figures import GRADES, differences, with_intervals
+from evaluation.figures import GRADES, paired_differences, with_intervals
 from evaluation.plots import grouped, markdown_table, steps_label
 from evaluation.study import (
     SETTINGS, TUNING_SEED, WARMUP, Study, add_pairs_option, add_table_options, best_rate, footer,
@@ -114,7 +114,7 @@ def differences_of(rows: list[dict]) -> list[dict]:
     """Each way minus "negated", seed by seed: a negative Fréchet distance is an improvement."""
     lines, names, groups = [], ("frechet", "caption_accuracy"), grouped(rows, KEYS)
     for (way, *rest), mine in groups.items():
-        paired = differences(mine, groups.get(("negated", *rest), []), names)
+        paired = paired_differences(mine, groups.get(("negated", *rest), []), names)
         if paired and way != "negated":
             lines.append(dict(zip(KEYS, (way, *rest))) | with_intervals(paired, names) | {
                 f"{name}_by_seed": ", ".join(f"{each[name]:.3g}" for each in paired)

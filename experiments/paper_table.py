@@ -54,7 +54,7 @@ from command import (
     non_negative, non_negative_int, pick_device, positive, run, write_atomically, write_text,
 )
 from evaluate import NUM_SHOWN, evaluate
-from evaluation.figures import GRADES, differences, with_interval, with_intervals
+from evaluation.figures import GRADES, paired_differences, with_interval, with_intervals
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import COLOURS, grouped, markdown_table, save_comparison
 from evaluation.study import (
@@ -246,7 +246,8 @@ def differences_of(rows: list[dict]) -> list[dict]:
     keys, lines = ("captions", "guidance", "start", "iterations"), []
     names = ("frechet", "gap", "caption_accuracy")
     for key, group in grouped(students, keys).items():
-        paired = differences(*([row for row in group if row["arm"] == arm] for arm in ARMS), names)
+        arms = ([row for row in group if row["arm"] == arm] for arm in ARMS)
+        paired = paired_differences(*arms, names)
         line = dict(zip(keys, key))
         for name in names if paired else ():
             line |= with_intervals(paired, [name])

@@ -23,7 +23,7 @@ import checkpoint
 from command import pick_device, positive, run, write_text
 from editing import psnr
 from evaluate import NUM_SHOWN
-from evaluation.figures import GRADES, differences, with_intervals
+from evaluation.figures import GRADES, paired_differences, with_intervals
 from evaluation.plots import markdown_table, save_comparison
 from evaluation.study import (
     ONE_STEP, SETTINGS, Study, add_pairs_option, footer, open_table, run_command, study_of,
@@ -67,7 +67,8 @@ def measure_seed(study: Study, path: Path) -> list[tuple[str, torch.Tensor]]:
 def summary_of(rows: list[dict]) -> list[dict]:
     """Means with 95 % intervals over seeds, of each decoder and of small minus full."""
     full, small = ([row for row in rows if row["decoder"] == name] for name in ("full", "small"))
-    groups = {"full": full, "small": small, "small - full": differences(small, full, FIGURES)}
+    groups = {"full": full, "small": small,
+              "small - full": paired_differences(small, full, FIGURES)}
     return [{"decoder": name} | with_intervals(group, FIGURES) | {"seeds": len(group)}
             for name, group in groups.items()]
 
