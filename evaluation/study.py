@@ -24,7 +24,8 @@ from torch import nn
 import checkpoint
 from command import (
     HERE, TINY_TEACHER, BadInput, NotFinite, Parser, add_machine_options, check_output,
-    check_same_settings, fraction, pick_dtype, positive, read_our_json, solver_steps, write_json,
+    check_same_settings, fraction, lock_folder, pick_dtype, positive, read_our_json, solver_steps,
+    write_json,
 )
 from evaluate import NUM_SHOWN
 from evaluation.figures import machine_name
@@ -181,9 +182,11 @@ def open_table(
 ) -> tuple[list[dict], Callable[[], None]]:
     """The rows that are on disk, and a function that writes them with those added.
 
-    names: of the flags that decide the rows. BadInput: the folder holds a study with other ones.
+    names: of the flags that decide the rows. BadInput: the folder holds a study with other ones, or
+    another run writes there, whose rows would be lost.
     """
     check_output(path)
+    lock_folder(path.parent)
     settings = {name: value for name, value in vars(args).items() if name in names}
     settings_path = path.with_suffix(".settings.json")
     check_same_settings(settings_path, settings, "another study", "name another folder with --out")

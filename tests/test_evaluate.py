@@ -1,5 +1,7 @@
 """Evaluation: metrics with known answers, table rows, and the studies built on them."""
 
+import argparse
+import fcntl
 import json
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from PIL import Image
 import checkpoint
 import evaluate
 import pairs
-from command import TINY_TEACHER, NotFinite
+from command import TINY_TEACHER, BadInput, NotFinite, unlock_folder
 from diffusion import NoiseSchedule
 from evaluation import figures, study
 from evaluation.figures import GRADES
@@ -140,6 +142,15 @@ def test_paper_table_tunes_measures_and_resumes(call, monkeypatch, short_paths):
     assert len(added) == 4 and {row["model"] for row in added} == {"one-step + LPIPS"}
     code, _, err = call(paper_table.main, *STUDY, "--batch-size", 8)
     assert code == 2 and "holds another study (batch_size was 4, now 8)" in err
+
+
+def test_two_studies_in_one_folder_are_refused(tmp_path):
+    with open(tmp_path / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BadInput, match="another run works in this folder"):
+            study.open_table(tmp_path / "study.json", argparse.Namespace(), ())
+    study.open_table(tmp_path / "study.json", argparse.Namespace(), ())
+    unlock_folder(tmp_path)
 
 
 def test_gaps_are_to_the_own_teacher_and_differences_are_paired():
