@@ -13,11 +13,9 @@ Stop the command and run it again: it continues. Each of its three stages is a r
     laytongen    a causal transformer learns p(q_k | q_<k, caption) by cross entropy
 
 The U-Net starts from the teacher, negated as in reflow.py. Source: Layton (arXiv 2503.08377).
-
-Metrics: psnr in dB; lpips_random is the loss of stage 2 and of the VAE's training; nothing trains
-on lpips_efficientnet. used is the fraction of codebook entries that the originals take; copied is
-the fraction of generated images with all 16 tokens of a training image. Reconstructions are of new
-shapes or held-out emoji.
+Metrics: psnr in dB; lpips_random is a loss of stage 2 and of the VAE; nothing trains on
+lpips_efficientnet. used is the fraction of codebook entries that LaytonGen's training images take,
+nearest the fraction of a generated image's tokens that its most similar training image has too.
 """
 
 import copy
@@ -53,7 +51,8 @@ from training import (
 )
 
 ITERATIONS = {"shapes": [4000, 1000, 3000], "emoji": [3000, 700, 3000]}  # of the three stages
-RATES = (5e-4, 5e-4 / LPIPS_SLOWER, 1e-3)  # their learning rates
+RATES = (5e-4, 5e-4 / LPIPS_SLOWER, 1e-3)  # their learning rates, which fall to 0 over their
+COOLDOWN = 0.6  # last fraction
 BATCH_SIZE, CAPTIONED = 64, 20_000  # images that LaytonGen learns from; of emoji all, some 1,600
 SAVE_EVERY, CENSUS = 100, 1024  # iterations; images whose tokens show which entries are used
 SETTINGS = ("dataset", "dtype", "iterations", "num_samples")  # that decide the tables
@@ -73,7 +72,7 @@ def restart_unused(network, ema, dataset, last: int, seed: int, folder: Path, st
     if not any(row["step"] == step for row in read_metrics(folder, "used")):
         append_metrics(folder, {"step": step, "used": 1 - unused.float().mean().item()})
     unused |= step == 0
-    if unused.any() and step < last:
+    if unused.any() and step <= (1 - COOLDOWN) * last:  # later the entries hardly adapt
         distances = (codes - z).square().sum(-1).flatten().cpu()
         chosen = torch.multinomial(distances, int(unused.sum()), generator=generator)
         for each in (network, ema):
@@ -92,8 +91,8 @@ def train_layton(args, device: torch.device) -> tuple:
 
     def learn(stage: int, name: str, network, ema, batch, loss, validate=None) -> None:
         options = TrainingOptions(  # as reflow.py trains tiny models
-            args.iterations[stage], BATCH_SIZE, RATES[stage], warmup_samples=6_400, cooldown=0.6,
-            ema_half_life=10_000, ema_ramp=0.05, seed=seed, save_every=SAVE_EVERY,
+            args.iterations[stage], BATCH_SIZE, RATES[stage], warmup_samples=6_400, seed=seed,
+            cooldown=COOLDOWN, ema_half_life=10_000, ema_ramp=0.05, save_every=SAVE_EVERY,
             dtype=autocast_dtype(args.dtype, device, network), name=f"{name}, seed {seed}")
         train(network, ema, batch, loss, options, folder / name, settings, validate)
         print(f"{folder / name}: trained")
@@ -159,8 +158,8 @@ def measure(args, distances: dict, teacher, tokenizer: Layton, one_step: Layton,
 
     others = [each + RUN_SEEDS // 2 for each in seeds]  # `seeds` are the decoder's noises
     written = sample_tokens(gen, *map(teacher.encode_prompts, (captions.prompts, [""])), others)
-    read, known = tokenizer.tokens(originals.real_images.to(device)), set(map(tuple, seen.tolist()))
-    copied = sum(tuple(each) in known for each in written.tolist()) / len(written)
+    read = tokenizer.tokens(originals.real_images.to(device))
+    nearest = sum((seen == each).sum(1).max().item() for each in written.cpu()) / written.numel()
 
     def decoded(network, tokens, steps, _, seeds):
         return decode(teacher, network, tokens[: len(seeds)], seeds, steps)
@@ -180,18 +179,18 @@ def measure(args, distances: dict, teacher, tokenizer: Layton, one_step: Layton,
         stem = Path(args.out, name)
         rows, write = open_table(stem.with_suffix(".json"), args, SETTINGS)
         if judged is captions and not any(row["seed"] == args.seed for row in rows):
-            rows.append({"row": "real", "seed": args.seed} | judged.real_grades | {"copied": None})
+            rows.append({"row": "real", "seed": args.seed} | judged.real_grades | {"nearest": None})
         for label, way in tqdm(ways.items(), f"{name}, seed {args.seed}"):
             if any((row["row"], row["seed"]) == (label, args.seed) for row in rows):
                 continue
             images = way(inputs, seeds).float().cpu().clamp(-1, 1)
             row = {"row": label, "seed": args.seed} | judged.grade(images)
-            row |= {"copied": copied if "Gen" in label else None} if judged is captions else {}
+            row |= {"nearest": nearest if "Gen" in label else None} if judged is captions else {}
             for net, distance in distances.items() if judged is originals else ():
                 apart = map(distance, images.split(BATCH_SIZE), inputs.split(BATCH_SIZE))
                 row[f"lpips_{net}"] = torch.cat([*apart]).mean().item()
                 row |= {"psnr": psnr(images, inputs).mean().item(),
-                        "used": read.unique().numel() / CODES}
+                        "used": None if "VAE" in label else seen.unique().numel() / CODES}
             rows.append(row)
             write()
         sheet = [("original" if judged is originals else "real", judged.real_images)] + [
