@@ -83,8 +83,8 @@ def arguments() -> argparse.Namespace:
     # not published; reflow's stands in.
     add, either = parser.add_argument_group("distillation").add_argument, DefaultByModel
     add("--student", choices=["unet", "stacked"], default="unet", help="stacked: InstaFlow-1.7B")
-    add("--l2-iterations", type=non_negative_int, default=either(21_500, 500), help="first stage")
-    add("--lpips-iterations", type=non_negative_int, default=either(18_000, 150), help="second")
+    add("--l2-iterations", type=non_negative_int, default=either(21_500, 250), help="first stage")
+    add("--lpips-iterations", type=non_negative_int, default=either(18_000, 75), help="second")
     add("--lpips-net", choices=NETS, default=either("vgg", "random"), help="the backbone of LPIPS")
     add("--lpips-batch-size", type=positive, help="default: --batch-size")
     add("--lpips-learning-rate", type=non_negative, help="default: a fifth of --learning-rate")

@@ -37,7 +37,7 @@ from stable_diffusion import FAMILIES, KINDS, StableDiffusion
 from training import generator_for
 
 PAIRS_PER_SHARD = 1000
-PAPER_PAIRS, TINY_PAIRS = 1_600_000, 10_000
+PAPER_PAIRS, TINY_PAIRS = 1_600_000, 5_000
 GRAMMAR_PAIRS = 50_000  # of the built-in prompts, each eight times
 
 

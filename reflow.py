@@ -82,7 +82,7 @@ def loss(
 def arguments() -> argparse.Namespace:
     parser = Parser("Make a 2-Rectified Flow from a diffusion, or a 3-Rectified Flow from that.")
     # The paper: 70,000 iterations of 64.
-    parser.add_argument("--iterations", type=positive, default=DefaultByModel(70_000, 600),
+    parser.add_argument("--iterations", type=positive, default=DefaultByModel(70_000, 300),
                         help="of --batch-size samples")
     parser.add_argument("--loss", choices=DISTANCES, default="l2",
                         help="pseudo-huber weighs large errors less (2405.20320)")

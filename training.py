@@ -356,7 +356,7 @@ def add_training_options(parser: argparse.ArgumentParser, out: str, batch_size=6
         help="peak; in reflow of Stable Diffusion 1e-06, of a flow 1e-07")
     add("--cooldown", type=fraction, default=either(0.0, 0.6),
         help="last fraction of a stage, in which the learning rate falls to 0")
-    add("--warmup-samples", type=non_negative_int, default=either(None, 6_400),
+    add("--warmup-samples", type=non_negative_int, default=either(None, 3_200),
         help="samples until the full learning rate; for SD 1,000 times the batch")
     add("--ema-half-life", type=positive, default=either(None, 10_000),
         help="samples in which the EMA halves; for SD 6,931 times the batch")

@@ -1,6 +1,6 @@
 """How short may the demo be? Quality of its one-step model against minutes.
 
-    python benchmarks/demo.py       3 seeds of 3 lengths, 40 minutes on 2 CPU cores; resumes
+    python benchmarks/demo.py       3 seeds of 3 lengths, 33 minutes on 2 CPU cores; resumes
 
 Runs reflow.py and distill.py as `make demo` does, with the pairs, iterations and warm-up of FULL
 times each of --fractions, then evaluate.py on the one-step model alone. Run nothing beside it:

@@ -2,16 +2,17 @@
 
     python benchmarks/sampling.py               SD's size at 512 px, random weights; minutes
     python benchmarks/sampling.py --dtype bf16 --compile --openvino    pip install openvino
+    python benchmarks/sampling.py --dtype bf16 --openvino --int8       pip install openvino nncf
     python benchmarks/sampling.py --device cuda --batch-size 16 --compile
     python benchmarks/sampling.py --defaults    each side's own: diffusers fp32, ours --dtype auto
 
-All sides have the same weights; OpenVINO runs diffusers' networks. "compiled" is ours with
-torch.compile. The small decoder has TAESD's sizes (formats/small_decoder.py). "ratio" is our eager
-seconds over diffusers' in the same round. "of the limit" is our network's FLOP a second, as a
-fraction of this machine's in products of large matrices of that dtype. "differ by" is the largest
-difference of our outputs from diffusers' over their largest value. Writes
-results/sampling-batch<N>-<dtype>-<device>.json; after N come "defaults", if that flag is given,
-and the library in LD_PRELOAD, such as another memory allocator.
+All sides have the same weights; OpenVINO runs diffusers' networks, with --int8 with weights and
+activations in int8 too. "compiled" is ours with torch.compile. The small decoder has TAESD's sizes
+(formats/small_decoder.py). "ratio" is our eager seconds over diffusers' in the same round. "of the
+limit" is our network's FLOP a second, as a fraction of this machine's in products of large matrices
+of that dtype. "differ by" is the largest difference of our outputs from diffusers' over their
+largest value. Writes results/sampling-batch<N>-<dtype>-<device>.json; after N come "defaults", if
+that flag is given, and the library in LD_PRELOAD, such as another memory allocator.
 """
 
 import gc
@@ -63,9 +64,13 @@ class TensorFunction(nn.Module):
 
 
 def in_openvino(
-    network: TensorFunction, inputs: tuple[Tensor, ...], dtype: torch.dtype
+    network: TensorFunction, inputs: tuple[Tensor, ...], dtype: torch.dtype,
+    calibration: list[tuple[Tensor, ...]] | None = None,
 ) -> Callable[..., Tensor]:
-    """The network compiled by OpenVINO for inputs of these shapes."""
+    """The network compiled by OpenVINO for inputs of these shapes.
+
+    calibration: inputs on which NNCF chooses int8's ranges; None: no int8.
+    """
     import openvino
 
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
@@ -73,6 +78,13 @@ def in_openvino(
         warnings.simplefilter("ignore")  # the trace holds for these shapes only, as intended
         graph = openvino.convert_model(network, example_input=inputs)
     graph.reshape({number: list(tensor.shape) for number, tensor in enumerate(inputs)})
+    if calibration is not None:
+        import nncf
+
+        as_inputs = lambda given: {number: tensor.numpy() for number, tensor in enumerate(given)}
+        graph = nncf.quantize(graph, nncf.Dataset(calibration, as_inputs),
+                              subset_size=len(calibration),
+                              model_type=nncf.ModelType.TRANSFORMER)
     compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     return lambda *given: torch.from_numpy(compiled([tensor.numpy() for tensor in given])[0])
 
@@ -134,10 +146,13 @@ def main():
         help="diffusers in fp32, its default, whatever --dtype is")
     add("--compile", action="store_true", help="ours with torch.compile too")
     add("--openvino", action="store_true", help="diffusers' networks in OpenVINO too, on a CPU")
+    add("--int8", action="store_true", help="and those in int8")
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.openvino and (device.type != "cpu" or not find_spec("openvino")):
         raise BadInput("--openvino: runs on --device cpu, after pip install openvino")
+    if args.int8 and not (args.openvino and find_spec("nncf")):
+        raise BadInput("--int8: goes with --openvino, after pip install nncf")
     dtype, batch = pick_dtype(args.dtype, device), args.batch_size
     model = full_size_model(args.seed, "one-step")
     small = SmallDecoder(SmallDecoderConfig())
@@ -152,6 +167,11 @@ def main():
     if args.openvino:
         sides["OpenVINO"] = {name: in_openvino(network.eval(), inputs[name], dtype)
                              for name, network in theirs.items()}
+    if args.int8:
+        sides["OpenVINO int8"] = {
+            name: in_openvino(network.eval(), inputs[name], dtype, [inputs[name]])
+            for name, network in theirs.items()
+        }
     their_dtype = torch.float32 if args.defaults else dtype
     sides["diffusers"] = {name: in_dtype(network, device, their_dtype)
                           for name, network in theirs.items()}

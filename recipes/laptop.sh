@@ -11,9 +11,9 @@ $RUN sample.py --model toy/tiny_emoji_instaflow.safetensors --num-images 4 --out
     --prompt "red apple" --prompt cat --prompt rocket --prompt castle --prompt tulip --prompt frog
 # From here on shapes: a network can tell whether an image shows all that its caption says.
 echo "2/5  pairs of the teacher, and reflow: the paths become straight"
-$RUN reflow.py --save-every 200
+$RUN reflow.py --save-every 100
 echo "3/5  pairs of the flow, and distillation: one step lands where the flow ends"
-$RUN distill.py --save-every 200
+$RUN distill.py --save-every 100
 echo "4/5  an image by the one-step model that was just made: runs/sample.png"
 $RUN sample.py --out runs/sample.png
 echo "5/5  teacher, flow and one step side by side"
