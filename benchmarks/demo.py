@@ -2,9 +2,10 @@
 
     python benchmarks/demo.py       3 seeds of 3 lengths, 33 minutes on 2 CPU cores; resumes
 
-Runs reflow.py and distill.py as `make demo` does, with the pairs, iterations and warm-up of FULL
-times each of --fractions, then evaluate.py on the one-step model alone. Run nothing beside it:
-minutes are wall-clock time. A row that was interrupted starts again, so that its minutes are whole.
+Runs reflow.py and distill.py as `make demo` does, with the pairs, iterations and warm-up of FULL,
+twice today's defaults, times each of --fractions; then evaluate.py on the one-step model alone. Run
+nothing beside it: minutes are wall-clock time. A row that was interrupted starts again, so that its
+minutes are whole.
 
 Writes demo.json (a row for each fraction and seed), demo.md (means with 95 % intervals over seeds,
 and the paired differences to the largest fraction) and demo.png.

@@ -43,6 +43,7 @@ def trained_decoder(study: Study, model) -> SmallDecoder:
         pairs = study.pairs_of(study.load_teacher()).folder
         run_command("small_decoder.py", "--model", model.path, "--pairs", pairs, "--out", path,
                     "--iterations", args.iterations, "--batch-size", args.batch_size,
+                    "--warmup-samples", 6400,
                     "--width", args.width, "--seed", study.seed, "--dtype", args.dtype,
                     "--device", args.device)
     return load_decoder(path, model)
