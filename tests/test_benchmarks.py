@@ -1,12 +1,13 @@
-"""The cost of the recipe, the counted training memory, the demo's lengths."""
+"""The cost of the recipe, the counted training memory, the demo's lengths, int8's packages."""
 
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
-from benchmarks import cost, demo
+from benchmarks import cost, demo, int8, sampling
 from benchmarks.memory import Kept
 from processes import Process
 
@@ -25,6 +26,23 @@ def test_cost_follows_gpus_price_and_measured_speed(call, tmp_path):
     (tmp_path / "rates.json").write_text(json.dumps({"rows": rows[1:]}))
     assert call(cost.main, "--rates", tmp_path / "rates.json")[0] == 2
     assert call(cost.main, "--reflow-share", 1.5)[0] == 2
+
+
+@pytest.mark.parametrize("flags", [["--openvino"], ["--openvino", "--int8"], ["--int8"]])
+def test_sampling_without_optional_packages_is_refused(call, monkeypatch, flags):
+    has = "openvino" if "--int8" in flags else None
+    monkeypatch.setattr(sampling, "find_spec", lambda name: name == has)
+    code, _, err = call(sampling.main, *flags, "--device", "cpu")
+    assert code == 2 and err.startswith(f"error: {flags[-1]}: ") and "pip install" in err
+
+
+def test_int8_needs_its_packages_and_whole_batches(call, monkeypatch):
+    monkeypatch.setattr(int8, "find_spec", lambda name: None)
+    code, _, err = call(int8.main)
+    assert code == 2 and "pip install openvino nncf" in err
+    monkeypatch.setattr(int8, "find_spec", lambda name: True)
+    code, _, err = call(int8.main, "--num-samples", 150)
+    assert code == 2 and "--num-samples 150: not a multiple of 100" in err
 
 
 def test_memory_saved_for_the_backward_pass_is_counted():
