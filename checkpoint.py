@@ -68,7 +68,7 @@ def load_student(
     teacher_hash, init: as the run's settings have them. BadInput: a file has changed meanwhile.
     """
     for path, known in ((args.teacher, teacher_hash), (args.init, init)):
-        if path not in INITS and fingerprint(path, known) != known:
+        if path not in INITS and fingerprint(path) != known:
             raise BadInput(f"{path}: has changed since this command started; run it again")
     student = load(args.teacher, device, torch.float32, args.kind, args.tokenizer)
     student.get_tokenizer()  # to be saved with the model

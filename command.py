@@ -120,6 +120,9 @@ def run(main: Callable[[], object]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except BadInput as problem:
         message = str(problem)
     except KeyboardInterrupt:
@@ -135,10 +138,6 @@ def run(main: Callable[[], object]) -> None:
         if not is_out_of_memory(problem):
             raise
         message = "out of memory; sample fewer or smaller images at once, see --help"
-    else:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
     finally:
         unlock_folder()
     where = f" (process {rank()} of {world_size()})" if world_size() > 1 else ""
@@ -336,8 +335,7 @@ def lock_folder(folder: str | os.PathLike) -> None:
 def unlock_folder(folder: str | os.PathLike | None = None) -> None:
     """Unlock this folder, or all of them."""
     for key in list(LOCKS) if folder is None else [Path(folder).resolve()]:
-        file = LOCKS.pop(key, None)
-        if file is not None:
+        if file := LOCKS.pop(key, None):
             file.close()
 
 

@@ -47,11 +47,11 @@ GRAMMAR_PAIRS = 50_000  # of the built-in prompts, each eight times
 
 def make_pair_spec(
     teacher: StableDiffusion, prompts: list[str], source: str, count: int, steps: int,
-    guidance: float | None, solver: str, purpose: str, seed: int, known_hash: str | None = None,
+    guidance: float | None, solver: str, purpose: str, seed: int,
 ) -> dict:
     """What decides pairs, as stored in pairs.json. purpose, seed: of the noises (`seed_range`)."""
     return {
-        "teacher": Path(teacher.path).name, "teacher_hash": fingerprint(teacher.path, known_hash),
+        "teacher": Path(teacher.path).name, "teacher_hash": fingerprint(teacher.path),
         "kind": teacher.kind, "steps": steps,
         "guidance": teacher.guidance if guidance is None else guidance,
         "solver": solver if teacher.kind == "diffusion" else "euler",
@@ -91,14 +91,8 @@ def requested_pairs(
         note("too few prompts to hold out a hundredth; validation uses training prompts, with "
              "noises of its own")
     spec = make_pair_spec(teacher, prompts, source, count, args.teacher_steps,
-                          args.teacher_guidance, args.solver, purpose, args.seed,
-                          read_spec(args.pairs).get("teacher_hash"))
+                          args.teacher_guidance, args.solver, purpose, args.seed)
     return prompts, held_out, spec
-
-
-def read_spec(folder: str | Path) -> dict:
-    """What pairs.json says, {} without one. BadInput: damaged."""
-    return read_our_json(Path(folder, "pairs.json"), {})
 
 
 def check_same_pairs(folder: str | Path, spec: dict) -> None:
@@ -191,7 +185,7 @@ class Pairs:
     """A folder of pairs, memory-mapped: pairs[indices], or shuffled with pairs.batch()."""
 
     def __init__(self, folder: str | Path):
-        self.folder, self.spec = folder, read_spec(folder)
+        self.folder, self.spec = folder, read_our_json(Path(folder, "pairs.json"), {})
         self.shards, self.prompts = [], []
         for i in range(-(-self.spec["count"] // PAIRS_PER_SHARD)):
             self.shards.append(load_file(shard_path(folder, i)))

@@ -41,9 +41,7 @@ from evaluation.plots import plot_loss
 from pairs import Pairs, add_pair_options, make_pairs, requested_pairs
 from rectified_flow import Distance, flow_velocity, pseudo_huber, reflow_loss, squared
 from sample import run_seed
-from training import (
-    TrainingOptions, add_training_options, autocast_dtype, ema_copy, train, training_options,
-)
+from training import add_training_options, autocast_dtype, ema_copy, train, training_options
 from validation import (
     add_validation_options, batches_by_t, validate, validation_data, validation_prompts,
 )
@@ -93,14 +91,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def options_for(args: argparse.Namespace, teacher, device: torch.device) -> TrainingOptions:
-    rate = args.learning_rate
-    if rate is None:  # the paper's, and a tenth of it for a third flow
-        rate = 1e-6 if teacher.kind == "diffusion" else 1e-7
-    return training_options(args, "reflow", args.iterations, args.batch_size, rate, args.accumulate,
-                            FITS, autocast_dtype(args.dtype, device, teacher.unet))
-
-
 def main():
     args = arguments()
     device = pick_device(args.device)
@@ -113,7 +103,12 @@ def main():
     purpose = "reflow" if teacher.kind == "diffusion" else "second reflow"  # of the noises
     prompts, held_out, spec = requested_pairs(teacher, args, purpose)
     shown = validation_prompts(args, prompts, held_out)
-    options, state = options_for(args, teacher, device), Path(args.out + ".state")
+    state, rate = Path(args.out + ".state"), args.learning_rate
+    if rate is None:  # the paper's, and a tenth of it for a third flow
+        rate = 1e-6 if teacher.kind == "diffusion" else 1e-7
+    options = training_options(args, "reflow", args.iterations, args.batch_size, rate,
+                               args.accumulate, FITS,
+                               autocast_dtype(args.dtype, device, teacher.unet))
     # A run continues only with the same settings; spec says what decides the pairs.
     settings = {"pairs": spec, "init": checkpoint.check_init(args.init, teacher), "loss": args.loss}
     finished = check_request(args, spec, [(state, options, settings)])

@@ -34,7 +34,7 @@ import checkpoint
 from command import (
     TINY_TEACHER, BadInput, DefaultByModel, Parser, add_machine_options, barrier,
     check_not_overwriting, dtype_name, non_negative_int, note, pick_device, pick_dtype, positive,
-    rank, resolve_defaults, run,
+    rank, read_our_json, resolve_defaults, run,
 )
 from editing import psnr
 from evaluation.perceptual import NETS, perceptual_distance
@@ -42,7 +42,7 @@ from evaluation.plan import check_request
 from evaluation.plots import plot_loss
 from formats.images import enlarged, image_grid, save_image
 from formats.small_decoder import SmallDecoder, SmallDecoderConfig, load_decoder, save_decoder
-from pairs import PAIRS_PER_SHARD, Pairs, read_spec, shard_is_complete, shuffled
+from pairs import PAIRS_PER_SHARD, Pairs, shard_is_complete, shuffled
 from rectified_flow import Distance
 from sample import run_seed
 from training import (
@@ -61,7 +61,7 @@ MEASURED, NUM_SHOWN, AT_ONCE = 64, 8, 8  # held-out latents, at most; AT_ONCE: i
 
 def read_pairs(folder: str, model) -> Pairs:
     """The pairs in a folder. BadInput: none, incomplete, damaged, or other latents."""
-    spec = read_spec(folder)
+    spec = read_our_json(Path(folder, "pairs.json"), {})
     if not spec:
         raise BadInput(f"{folder}: holds no pairs; make them: python reflow.py --teacher "
                        f"{model.path} --pairs {folder}")

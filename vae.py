@@ -177,18 +177,6 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-@dataclass
-class LatentDistribution:
-    """Independent normal distributions over unscaled latents; mean and logvar (B, 4, h, w)."""
-
-    mean: Tensor
-    logvar: Tensor
-
-    def kl(self) -> Tensor:
-        """KL divergence from N(0, I) in nats, summed over the latent: (B,)."""
-        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
-
-
 class AutoencoderKL(nn.Module):
     """`encode`, `encode_latents` and `decode`, with shapes and units as at the top of this file."""
 
@@ -201,15 +189,15 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
-    def encode(self, images: Tensor) -> LatentDistribution:
-        """Images (B, 3, H, W) in [-1, 1] -> distribution over unscaled (B, 4, H/8, W/8)."""
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and logvar of unscaled (B, 4, H/8, W/8)."""
         moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
         mean, logvar = moments.chunk(2, dim=1)
-        return LatentDistribution(mean, logvar.clamp(-30.0, 20.0))  # as in the original: finite exp
+        return mean, logvar.clamp(-30.0, 20.0)  # as in the original: finite exp
 
     def encode_latents(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] -> SD-scaled latents, the mean of their distribution."""
-        return self.config.scaling_factor * self.encode(images).mean
+        return self.config.scaling_factor * self.encode(images)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """SD-scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w) in [-1, 1]."""

@@ -128,7 +128,7 @@ def main():
                         help="results of benchmarks/training_step.py; default: the paper's A100")
     parser.add_argument("--price", type=non_negative, help="of a GPU-hour, in any currency")
     parser.add_argument("--reflow-share", type=at_least(0.0, below=1.0001),
-                        help="at_least of the paper's reflow samples that is needed, e.g. 0.33")
+                        help="fraction of the paper's reflow samples that is needed, e.g. 0.33")
     args = parser.parse_args()
 
     rates = rates_from(args.rates)

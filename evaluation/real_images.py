@@ -32,7 +32,7 @@ from command import (
     BadInput, barrier, check_same_settings, dtype_name, first_line, lock_folder, positive, rank,
     world_size, write_atomically, write_json,
 )
-from formats.images import read_square, to_bytes
+from formats.images import read_image, to_bytes
 from formats.prompts import read_prompts
 from sample import batch_slices, max_batch_size, sample_images
 
@@ -270,7 +270,8 @@ class Gallery:
         return self.load_images(paths).float().cpu() / 127.5 - 1
 
     def load_images(self, paths: list[Path]) -> Tensor:
-        return torch.stack([read_square(path, self.side) for path in paths]).to(self.fid.device)
+        images = [read_image(path, self.side, self.side) for path in paths]
+        return torch.stack(images).to(self.fid.device)
 
 
 def image_path(folder: Path, number: int) -> Path:

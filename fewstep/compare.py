@@ -392,8 +392,7 @@ def measure_cell(study: Study, row: str, rate: float | None, steps: list[int]) -
         file = f"{folder.name}/{Path(model.path).name}" if is_own else None
         guidance = 1.0 if row == UNGUIDED else model.guidance
         per_step = None if row in EXACT else 2 if row in GUIDED else passes_of_a_step(guidance)
-        allowed = [number for number in steps if model.allows(number)]
-        for figures, _ in evaluate(model, [study.evaluation_set], allowed, guidance):
+        for figures, _ in evaluate(model, [study.evaluation_set], steps, guidance):
             number = figures["steps"]
             measured.append(
                 key | {"steps": number, "nfe": per_step and number * per_step}

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from command import BadInput, first_line, flush_to_disk, note
+from command import BadInput, first_line, flush_to_disk, note, write_json
 from formats.tokenizers import added_tokens, merges_text, tokenizer_in, tokenizer_parts
 from formats.weights import (
     MALFORMED, OURS, check_metadata, check_unused_tensors, empty_networks, identity_of, in_dtype,
@@ -187,27 +187,17 @@ def weight_files(folder: Path) -> list[Path]:
     return [path] if path.suffix == ".safetensors" else files_named_in(path)
 
 
-def fingerprint(path: str | Path, known: str | None = None) -> str:
-    """SHA-256 of a single file, or of the files that are read of a folder.
-
-    known: a hash by an earlier version, of all weights in the folder, is taken if it fits.
-    """
-    def digest(files: list[Path]) -> str:
-        total = hashlib.sha256()
-        for file in files:
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 24):
-                    total.update(block)
-        return total.hexdigest()
-
-    path = Path(path)
-    if not path.is_dir():
-        return digest([path])
-    parts = [path / part for part in sorted(NETWORKS) if (path / part).is_dir()] or [path]
-    now = digest([file for part in parts for file in weight_files(part)])
-    if known in (None, now) or digest(sorted(path.glob("*/*.safetensors"))) != known:
-        return now
-    return known
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a single file, or of the files that are read of a folder."""
+    path, files, digest = Path(path), [Path(path)], hashlib.sha256()
+    if path.is_dir():
+        parts = [path / part for part in sorted(NETWORKS) if (path / part).is_dir()] or [path]
+        files = [file for part in parts for file in weight_files(part)]
+    for file in files:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def files_named_in(index: Path) -> list[Path]:
@@ -361,11 +351,6 @@ def write_tokenizer(model: StableDiffusion, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", special | {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": length,
         "added_tokens_decoder": added_tokens(model.tokenizer)})
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_folder_atomically(folder: str | os.PathLike, write: Callable[[Path], object]) -> None:

@@ -123,11 +123,6 @@ def image_grid(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
     return sheet
 
 
-def read_square(path: Path, side: int) -> Tensor:
-    """The central square of an image file, (3, side, side) uint8. BadInput: as `read_image`."""
-    return read_image(path, side, side)
-
-
 def read_image(path: str | Path, height: int, width: int) -> Tensor:
     """An image file, resized and cropped: (3, height, width) uint8. BadInput: Pillow refuses it."""
     try:

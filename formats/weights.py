@@ -24,21 +24,6 @@ OURS = "this project reads SD 1.4, 1.5 and fine-tunes of them"
 WIDE = 128
 # Of CLIP and of the autoencoder's training; they do not change what the networks compute.
 KNOWN_UNUSED = ("position_ids", "text_projection.weight", "text_projection", "logit_scale")
-# The few-step models of earlier versions stored the name of their method.
-FEW_STEP_OF_METHOD = {
-    "perflow": FewStep("euler", 4, tuple(range(4, 101, 4))),
-    "progressive-8": FewStep("euler", 8, (8,)),
-    "progressive-4": FewStep("euler", 4, (4,)),
-    "progressive-2": FewStep("euler", 2, (2,)),
-    "progressive": FewStep("euler", 1, (1,)),
-    "lcm": FewStep("renoise", 4),
-    "mlcm": FewStep("renoise", 4, (1, 2, 4, 8)),
-    "scott": FewStep("renoise", 4),
-    "rectified-diffusion": FewStep("euler", 4),
-    "re-meanflow": FewStep("mean", 1),
-    "hipa": FewStep("euler", 1, (1,)),
-    "freeflow": FewStep("mean", 1, (1,)),
-}
 
 
 def open_safetensors(paths: list[Path]) -> dict:
@@ -60,10 +45,9 @@ def check_metadata(path: Path, about) -> dict:
     if not isinstance(about, dict):
         what = type(about).__name__
         raise BadInput(f"{path}: its metadata is malformed (a {what}, not an object); get it again")
-    if "captions" in about and "family" not in about:
-        raise BadInput(f"{path}: a tiny model of an earlier version; make it again")
+    if about.get("method") or "captions" in about and "family" not in about:
+        raise BadInput(f"{path}: its metadata is of an earlier version; make it again")
     for name, known in (("kind", KINDS), ("family", tuple(FAMILIES)),
-                        ("method", ("", *FEW_STEP_OF_METHOD)),
                         ("sampler", ("", "euler", "renoise", "mean"))):
         if about.get(name) is not None and about[name] not in known:
             raise BadInput(f"{path}: its metadata names the {name} {about[name]!r}; known are "
@@ -80,7 +64,7 @@ def check_metadata(path: Path, about) -> dict:
 
 def identity_of(path: Path, about: dict, unet: nn.Module) -> dict:
     """Checked metadata as arguments of StableDiffusion."""
-    few_step = FEW_STEP_OF_METHOD.get(about.get("method"))
+    few_step = None
     if about.get("sampler"):
         few_step = FewStep(about["sampler"], about["steps"], tuple(about["allowed_steps"]))
     if few_step and few_step.sampler == "mean" and not unet.config.second_time:

@@ -35,7 +35,6 @@ from fewstep import (
 )
 from fewstep.meanflow import mean_velocity
 from fewstep.methods import METHODS, rounds_of
-from formats.weights import FEW_STEP_OF_METHOD
 from rectified_flow import broadcast_over, interpolate, reflow_loss, squared
 from sample import sample_latents
 from stable_diffusion import FewStep, initial_student
@@ -1009,13 +1008,6 @@ def test_held_out_noise_differs_from_training_noise(monkeypatch):
     for step in range(3):
         noise = torch.randn(shape, generator=generator_for(0, step))
         assert all((batch[0] - noise).abs().max() > 0.1 for batch in batches)
-
-
-def test_few_step_table_of_older_files_equals_the_methods():
-    for method in METHODS.values():
-        assert FEW_STEP_OF_METHOD[method.name] == method.few_step
-        for round_ in rounds_of(method, TrainingOptions(6, 4)):
-            assert FEW_STEP_OF_METHOD[method.name + round_.suffix] == round_.method.few_step
 
 
 def test_derivatives_do_not_change_under_autocast(teacher):

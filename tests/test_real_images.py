@@ -143,10 +143,10 @@ def test_images_are_cropped_to_their_middle_square(tmp_path):
     pixels = np.zeros((10, 30, 3), dtype=np.uint8)
     pixels[:, 10:20] = 200  # the middle square
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert (images.read_square(tmp_path / "a.png", 10) == 200).all()
+    assert (images.read_image(tmp_path / "a.png", 10, 10) == 200).all()
     (tmp_path / "b.png").write_text("no image")
     with pytest.raises(BadInput, match="b.png: not a readable image"):
-        images.read_square(tmp_path / "b.png", 10)
+        images.read_image(tmp_path / "b.png", 10, 10)
 
 
 def test_bad_input_is_a_one_line_error(call, networks, coco_folder, tmp_path):

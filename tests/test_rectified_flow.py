@@ -104,7 +104,7 @@ def test_straightness_intervals_agree_with_the_spread_of_repeats():
 
 
 def test_straightness_needs_two_steps():
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(AssertionError, match="always straight"):
         straightness(gaussian_velocity(0.0, 1.0), points(), 1)
 
 

@@ -348,7 +348,7 @@ def test_pairs_and_settings_of_an_earlier_version_are_accepted(call, monkeypatch
     # Another processor trains other weights, so the flow's hash is replaced by the earlier one.
     earlier = json.loads((EARLIER / "l2.json").read_text())["pairs"]["teacher_hash"]
     for module in (pairs, checkpoint):
-        monkeypatch.setattr(module, "fingerprint", lambda path, known=None: earlier)
+        monkeypatch.setattr(module, "fingerprint", lambda path: earlier)
     code, _, err = call(distill.main, *AS_EARLIER, "--l2-iterations", 2, "--lpips-iterations", 2)
     assert code == 0, err
     for stage in ("l2", "lpips"):

@@ -127,12 +127,13 @@ def train_autoencoder(dataset: Dataset, iterations: int, folder: Path, seed: int
         return images, torch.randn(len(images), 4, 8, 8, generator=generator)
 
     def loss(vae, images, noise):
-        latent = vae.encode(images)
-        sample = latent.mean + (0.5 * latent.logvar).exp() * noise
+        mean, logvar = vae.encode(images)
+        sample = mean + (0.5 * logvar).exp() * noise
         rebuilt = vae.decode(sample * vae.config.scaling_factor).float()
         error = rebuilt - images
         pixels = error.abs().flatten(1).mean(1) + error.square().flatten(1).mean(1)
-        kl = latent.kl().float() / noise[0].numel()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)  # from N(0, I), in nats
+        kl = kl.float() / noise[0].numel()
         return pixels + PERCEPTUAL_WEIGHT * perceptual(rebuilt, images) + KL_WEIGHT * kl, None
 
     options = TrainingOptions(
@@ -252,7 +253,7 @@ def main():
 
     images, caption_of = dataset.module.teacher_data(args.data, seed)
     with torch.inference_mode():
-        latents = torch.cat([vae.encode(batch).mean.float() for batch in images])
+        latents = torch.cat([vae.encode(batch)[0].float() for batch in images])
     # Scale the latents to unit standard deviation, as 0.18215 does for Stable Diffusion.
     vae.config = replace(vae.config, scaling_factor=1 / latents.std().item())
     scaled = (vae.config.scaling_factor * latents).clone()
