@@ -333,7 +333,7 @@ def test_recipes_run_in_two_processes(tmp_path, recipes):
 
 EARLIER = ROOT / "tests" / "earlier"
 AS_EARLIER = ["--num-pairs", 12, "--teacher-steps", 2, "--batch-size", 4, "--save-every", 2,
-              "--validation-pairs", 4, "--dtype", "fp32"]
+              "--validation-pairs", 4, "--dtype", "fp32", "--warmup-samples", 6_400]
 
 
 def test_pairs_and_settings_of_an_earlier_version_are_accepted(call, monkeypatch):
