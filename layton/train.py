@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 from command import Parser, add_machine_options, at_least, pick_device, positive, run, write_text
-from distill import LPIPS_SLOWER
 from editing import psnr
 from evaluate import NUM_SHOWN
 from evaluation.figures import NEIGHBOURS, with_intervals
@@ -51,7 +50,7 @@ from training import (
 )
 
 ITERATIONS = {"shapes": [4000, 1000, 3000], "emoji": [3000, 700, 3000]}  # of the three stages
-RATES = (5e-4, 5e-4 / LPIPS_SLOWER, 1e-3)  # their learning rates, which fall to 0 over their
+RATES = (5e-4, 1e-3, 1e-3)  # their learning rates, which fall to 0 over their
 COOLDOWN = 0.6  # last fraction
 BATCH_SIZE, CAPTIONED = 64, 20_000  # images that LaytonGen learns from; of emoji all, some 1,600
 SAVE_EVERY, CENSUS = 100, 1024  # iterations; images whose tokens show which entries are used
