@@ -31,7 +31,7 @@ from evaluation.judge import EvaluationSet, judged_set
 from evaluation.plots import save_comparison
 from evaluation.study import ONE_STEP, captions_of, dataset_of
 from rectified_flow import flow_velocity, one_step
-from sample import noise_from_seeds, seed_range
+from sample import batch_slices, noise_from_seeds, seed_range
 from stable_diffusion import TOY, StableDiffusion
 
 BATCH = 100  # images at a time; two such batches choose int8's ranges
@@ -40,8 +40,7 @@ FIGURES = (*GRADES, "psnr")
 
 def batches(model: StableDiffusion, prompts: list[str], seeds: range) -> Iterator[tuple]:
     """(noise, contexts) of BATCH images at a time."""
-    for first in range(0, len(prompts), BATCH):
-        part = slice(first, first + BATCH)
+    for part in batch_slices(len(prompts), BATCH):
         yield (noise_from_seeds(seeds[part], model.latent_shape()),
                model.encode_prompts(prompts[part]))
 

@@ -89,7 +89,7 @@ def train_layton(args, device: torch.device) -> tuple:
     folder = Path(args.out, f"seed-{seed}")
 
     def learn(stage: int, name: str, network, ema, batch, loss, validate=None) -> None:
-        options = TrainingOptions(  # as reflow.py trains tiny models
+        options = TrainingOptions(  # as reflow.py trains tiny models, but for the warm-up
             args.iterations[stage], BATCH_SIZE, RATES[stage], warmup_samples=6_400, seed=seed,
             cooldown=COOLDOWN, ema_half_life=10_000, ema_ramp=0.05, save_every=SAVE_EVERY,
             dtype=autocast_dtype(args.dtype, device, network), name=f"{name}, seed {seed}")
