@@ -47,9 +47,7 @@ from rectified_flow import Distance, Velocity, interpolate, squared
 GRID = 48
 SEGMENTS = 8
 GAP = 1 / GRID
-# TLCM: the segments' edges where the four steps of a sample begin (the authors' inference.py), and
-# the teacher's steps from one edge to the next (algorithm 2).
-SAMPLE_EDGES, EDGE_STEPS = (0, 2, 4, 7), 3
+SAMPLE_STEPS, EDGE_STEPS = 4, 3  # TLCM, algorithm 2: of a sample, and of the teacher in a segment
 ETA, NOISY_STEPS, NOISY_GAP = 0.2, 3, 0.024
 
 
@@ -99,7 +97,10 @@ def mlcm_segments(
     student: Velocity, x0: Tensor, x1: Tensor, context, segment: Tensor, position: Tensor,
     seeds: Tensor, *, teacher: Velocity, target: Velocity,
 ) -> Tensor:
-    """(B,), the first part of MLCM. x1 and seeds are not used; target: the student."""
+    """(B,), the first part of MLCM. x1 and seeds are not used; target: the student.
+
+    The weight makes it the published error of x_s = (α + σ) X, since α + σ = 1 / √(e² + (1 - e)²).
+    """
     last = (segment + 1) / SEGMENTS
     here = segment / SEGMENTS + position * (1 / SEGMENTS - GAP)
     t, u, e = schedule_time(here), schedule_time(here + GAP), schedule_time(last)
@@ -108,17 +109,18 @@ def mlcm_segments(
         x = euler_steps(teacher, noise, here * 0, here, segment + 1, context)
         y = step(teacher, x, t, u, context)
         goal = step(target, y, u, e, context)
-    return squared(step(student, x, t, e, context), goal)
+    scale = (e**2 + (1 - e) ** 2).to(x)
+    return squared(step(student, x, t, e, context), goal) / scale
 
 
-def sample_at_edges(velocity: Velocity, x0: Tensor, context, noises: Tensor) -> Tensor:
-    """A sample in four steps, (B, ...): predict the end, add new noise up to the next edge, repeat.
+def sample_in_steps(velocity: Velocity, x0: Tensor, context, noises: Tensor) -> Tensor:
+    """A sample in four steps, (B, ...): predict the end, add new noise up to the next time, repeat.
 
     noises (B, 3 or more, ...): the new ones.
     """
     x = diffusion_start(x0, SCHEDULE)
-    for k, edge in enumerate(SAMPLE_EDGES):
-        t = schedule_time(torch.full((len(x),), edge / SEGMENTS))
+    for k in range(SAMPLE_STEPS):
+        t = schedule_time(torch.full((len(x),), k / SAMPLE_STEPS))
         x = end(velocity, interpolate(noises[:, k - 1], x, t) if k else x, t, context)
     return x
 
@@ -134,8 +136,8 @@ def mlcm_edges(
     here, later = segment / SEGMENTS, (segment + 1) / SEGMENTS
     t, u = schedule_time(here), schedule_time(later)
     with torch.no_grad():
-        noises = noises_of(seeds, len(SAMPLE_EDGES), x0)
-        x = interpolate(noises[:, -1], sample_at_edges(target, x0, context, noises), t)
+        noises = noises_of(seeds, SAMPLE_STEPS, x0)
+        x = interpolate(noises[:, -1], sample_in_steps(target, x0, context, noises), t)
         y = euler_steps(teacher, x, here, later, EDGE_STEPS, context)
     return same_end(student, target, x, t, y, u, context, squared)
 

@@ -278,6 +278,31 @@ def test_progressive_velocity_loss_equals_a_computation_by_hand():
         torch.testing.assert_close(loss[k : k + 1], expected, rtol=1e-6, atol=1e-9)
 
 
+def test_mlcms_first_part_is_the_error_of_stable_diffusions_x():
+    """A segment's two jumps by hand, compared as x_s = αx1 + σx0, the coordinates of the paper."""
+    segment, position, seeds = consistency.draw_mlcm(B, torch.Generator().manual_seed(1))
+    student = lambda x, t, context: curved(x, t, context) + broadcast_over(t.square(), x)
+    loss = consistency.mlcm_segments(student, X0, None, CONTEXT, segment, position, seeds,
+                                     teacher=curved, target=student)
+    time = lambda t: t.reshape(1)
+    for k in range(B):
+        n, context = int(segment[k]), CONTEXT[k : k + 1]
+        here = n / 8 + position[k].double() * (1 / 8 - 1 / 48)
+        path = [here * j / (n + 1) for j in range(n + 2)]  # the teacher's steps, of the schedule
+        t, u, e = (steps.schedule_time(place) for place in
+                   (here, here + 1 / 48, torch.tensor((n + 1) / 8).double()))
+        x = diffusion_start(X0[k : k + 1], steps.SCHEDULE)
+        for now, then in zip(path, path[1:]):
+            now, then = (steps.schedule_time(torch.as_tensor(place)) for place in (now, then))
+            x = x + (then - now) * curved(x, time(now), context)
+        y = x + (u - t) * curved(x, time(t), context)
+        jump = x + (e - t) * student(x, time(t), context)
+        goal = y + (e - u) * student(y, time(u), context)
+        norm = (e**2 + (1 - e) ** 2).sqrt()  # e / norm and (1 - e) / norm are α and σ
+        torch.testing.assert_close(loss[k : k + 1], squared(jump / norm, goal / norm), rtol=1e-5,
+                                   atol=1e-9)
+
+
 def test_mlcm_continues_from_the_students_own_samples():
     """The second half's loss by hand: sample in four steps, add noise, three teacher steps."""
     segment, seeds = torch.tensor([0, 1, 3, 5, 6, 7]), torch.arange(B)
@@ -291,7 +316,7 @@ def test_mlcm_continues_from_the_students_own_samples():
     for k, first in enumerate(segment.tolist()):
         noises = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(k)).double()
         x, context = diffusion_start(X0[k : k + 1], steps.SCHEDULE), CONTEXT[k : k + 1]
-        for number, edge in enumerate((0, 2, 4, 7)):
+        for number, edge in enumerate((0, 2, 4, 6)):
             t = edges[edge]
             if number:
                 x = t * x + (1 - t) * noises[number - 1]
