@@ -11,7 +11,7 @@ with one learning rate. The heads train beside the student, in the same loop and
 part of its file.
 
 Differs from the paper: there a LoRA in the U-Net learns too, and the critic has its own learning
-rate, which we could not find; here both gradients are clipped together.
+rate, 2.5 times the student's; here both gradients are clipped together.
 
 Liu et al. 2024 (SCott, arXiv 2403.01505).
 """

@@ -19,9 +19,9 @@ large models (2605.17834).
 Differs from the paper: the refit keeps Stable Diffusion's waves below 20 radians and the embedding
 of r starts at zero, where the authors train two new embeddings together; training starts from the
 teacher with its output negated, as in reflow; t is not kept 1/81 away from the noise; the longest
-tenth of the pairs is estimated from the first thousand; the second half's guidance within the
-target is left out, because the pairs are already guided. We know of no other text-to-image model
-trained like this.
+tenth of the pairs, by the first thousand, has the weight 0, where the authors leave it out before
+its passes; the second half's guidance within the target is left out, because the pairs are already
+guided. We know of no other text-to-image model trained like this.
 
 Geng et al. 2025 (MeanFlow, arXiv 2505.13447); Re-MeanFlow, 2511.23342.
 """

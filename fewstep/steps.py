@@ -84,7 +84,7 @@ def noisy_step(
     """From times t to u >= t with part of the noise renewed: eta 0 is Euler, 1 ancestral sampling.
 
     DDIM's samplers (Song et al. 2020, 2010.02502, equation 16) in flow coordinates, where
-    r = t / (1 - t) is the signal-to-noise ratio.
+    r = t / (1 - t) is the ratio of signal to noise.
     """
     v = velocity(x, t.to(x.dtype).to(x.device), context)
     x1, x0 = x + broadcast_over(1 - t, x) * v, x - broadcast_over(t, x) * v
