@@ -110,7 +110,7 @@ def sample_tokens(
 ) -> Tensor:
     """Tokens (B, 16) for encoded captions (B, L, 128), a seed each. null (1, L, 128): of "".
 
-    guidance is the paper's; so is top_k, as a fraction: 1,000 of 16,384 entries.
+    guidance is the paper's; so is top_k, nearly, as a fraction: 1,000 of 16,384 entries.
     """
     normal = noise_from_seeds(seeds, (TOKENS, top_k)).double()  # fp32 would round uniforms to 1
     gumbel = -(-torch.special.ndtr(normal).log()).log().to(context)
