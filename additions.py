@@ -11,6 +11,7 @@ from pathlib import Path
 import checkpoint
 from command import BadInput
 from controlnet import add_control_options, control
+from formats.hub import local_path
 from formats.lora import add_lora_options, apply_lora_options
 from formats.vae_file import replace_vae
 from stable_diffusion import StableDiffusion
@@ -42,7 +43,7 @@ def apply_additions(model: StableDiffusion, args: Namespace, size: tuple[int, in
 def identity(model: StableDiffusion, args: Namespace, size: tuple[int, int]) -> dict:
     """What decides images beside their metadata: the size, and the contents of all files."""
     files = [model.path, args.vae, args.decoder, *(path for path, _ in args.lora or ()),
-             *(args.add_difference or ()), *args.controlnet]
+             *map(local_path, args.add_difference or ()), *args.controlnet]
     images = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.control_image]
     return {"size": size, "files": [checkpoint.fingerprint(path) for path in files if path],
             "control_images": images}

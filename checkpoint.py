@@ -14,7 +14,7 @@ import torch
 
 from command import BadInput, Parser, check_not_overwriting, run
 from formats.diffusers_folder import export, fingerprint, load_folder
-from formats.hub import fetch, is_hub_name
+from formats.hub import local_path
 from formats.lora import add_lora_options, apply_lora_options, lora_inputs
 from formats.single_file import PICKLES, load_single_file, save, unread
 from formats.small_decoder import load_decoder
@@ -33,11 +33,11 @@ def load(
     kind overrides the file's own; tokenizer: a folder with vocab.json and merges.txt; decoder: a
     small decoder; use_ema: a training checkpoint's averaged U-Net. BadInput, one line, if wrong.
     """
-    path = fetch(str(path)) if is_hub_name(path) else Path(path)
+    path = local_path(path)
     if path.is_dir():
-        model = load_folder(path, device, dtype, kind)
         if use_ema:
             raise BadInput(f"{path}: a diffusers folder holds one U-Net; leave out --use-ema")
+        model = load_folder(path, device, dtype, kind)
     elif not path.is_file():
         raise BadInput(f"{path}: no such file or folder; `make demo`, or reflow.py and distill.py, "
                        "make those in runs/; else give an SD 1.x .safetensors or diffusers folder")
@@ -68,7 +68,7 @@ def load_student(
     teacher_hash, init: as the run's settings have them. BadInput: a file has changed meanwhile.
     """
     for path, known in ((args.teacher, teacher_hash), (args.init, init)):
-        if path not in INITS and fingerprint(path) != known:
+        if path not in INITS and fingerprint(local_path(path)) != known:
             raise BadInput(f"{path}: has changed since this command started; run it again")
     student = load(args.teacher, device, torch.float32, args.kind, args.tokenizer)
     student.get_tokenizer()  # to be saved with the model
@@ -111,7 +111,8 @@ def main():
     model = load(args.source, kind=args.kind, tokenizer=args.tokenizer, use_ema=args.use_ema)
     apply_lora_options(model, args, *map(load, args.add_difference or ()))
     dtype = None if args.use_ema else torch.float16  # averages are not rounded
-    (save if args.target.lower().endswith(".safetensors") else export)(model, args.target, dtype)
+    write = save if args.target.lower().endswith(".safetensors") else export
+    write(model, args.target, dtype)
     print(f"{args.target}: a {model.kind} model")
 
 

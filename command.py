@@ -21,8 +21,8 @@ except ImportError:  # Windows has no such locks: there two runs in one folder g
     fcntl = None
 
 HERE = Path(__file__).resolve().parent
-TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")  # the default model of every command
-TINY_ONE_STEP = str(HERE / "toy" / "tiny_emoji_instaflow.safetensors")
+TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")  # the default teacher
+TINY_ONE_STEP = str(HERE / "toy" / "tiny_emoji_instaflow.safetensors")  # where no other is
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --dtype
 
 
@@ -57,7 +57,8 @@ def first_line(problem: Exception) -> str:
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        off = action.default in (None, "", []) or action.default is False
+        return action.help if off else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,7 +167,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # of "meta" it fails
     except (RuntimeError, AssertionError) as problem:
         why = first_line(problem)
         raise BadInput(f"--device {name}: not usable here ({why}); try --device cpu") from None
@@ -235,7 +236,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object], ev
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(path)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # killed runs leave at most one
     try:
         write(str(temporary))
         flush_to_disk(temporary)
@@ -245,10 +246,6 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object], ev
                        "kept, free some space and run again") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def temporary_of(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.tmp{path.suffix}")  # killed runs leave at most one
 
 
 def flush_to_disk(path: Path) -> None:
@@ -351,7 +348,8 @@ def check_output(path: str | os.PathLike) -> None:
     try:
         if Path(path).is_dir():
             raise BadInput(f"{path}: is a folder; name a file to write")
-        probe = temporary_of(Path(path))
+        # Not `write_atomically`'s name, which another run may be writing.
+        probe = Path(path).with_name(f".{Path(path).name}.new")
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink(missing_ok=True)

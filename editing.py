@@ -65,13 +65,13 @@ def resolve_editing(args, num_images: int):
         if args.num_images != num_images:
             raise BadInput("--num-images: has no effect with --invert or --interpolate; drop it")
         args.num_images = 1
+    if args.out.endswith("/") and editing_flags(args):
+        raise BadInput(f"--out {args.out}: a folder; give one image file with these flags")
     if args.interpolate:
         gif = Path(args.out).with_suffix(".gif")
         check_output(gif)
         for image in args.control_image:
             check_not_overwriting(gif, {"--control-image": image})
-    if args.out.endswith("/") and editing_flags(args):
-        raise BadInput(f"--out {args.out}: a folder; give one image file with these flags")
     check_not_overwriting(args.out, {"--init-image": args.init_image, "--invert": args.invert})
     return args
 

@@ -48,7 +48,8 @@ from evaluation.figures import GRADES, STRAIGHT, straightness_figures, with_inte
 from evaluation.judge import EvaluationSet, check_same_dataset, make_evaluation_set, mean_grades
 from evaluation.plots import label_of, markdown_table, save_comparison, save_curves, steps_label
 from evaluation.real_images import add_real_image_options, check_real_image_options, load_gallery
-from sample import MAX_NUMBERS, check_no_guidance, run_seed, sample_images, seed_range
+from formats.hub import is_hub_name
+from sample import check_no_guidance, max_batch_size, run_seed, sample_images, seed_range
 from stable_diffusion import FAMILIES, KINDS
 
 STRAIGHTNESS_SAMPLES = 256  # at most; 16 at 512 px, since whole paths are kept in memory
@@ -74,18 +75,13 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Iterator[tupl
             yield model, guidance
 
 
-def allowed_steps(model, steps: list[int]) -> list[int]:
-    """The numbers of steps that the model allows; if it allows none, its own."""
-    return [number for number in steps if model.allows(number)] or [model.steps]
-
-
 def evaluate(
     model, sets: list[EvaluationSet], steps: list[int], guidance: float,
 ) -> Iterator[tuple[dict, Tensor]]:
     """A row, and the first images of the first set, for each number of steps that is allowed."""
     straight = straightness_of(model, sets[0].prompts, sets[0].seeds, steps, guidance)
     count = sum(len(each.prompts) for each in sets)
-    for number in allowed_steps(model, steps):
+    for number in model.allowed_steps(steps):
         started, name = time.perf_counter(), f"{Path(model.path).stem}, {steps_label(number)}"
         with tqdm(total=count, desc=name, unit="image", leave=False, dynamic_ncols=True) as bar:
             images = [sample_images(model, each.prompts, each.seeds, number, guidance, bar=bar)
@@ -102,8 +98,7 @@ def straightness_of(
     """Straightness metrics; {} for models that follow no velocity or are sampled in one step."""
     if model.kind == "one-step" or model.few_step or max(steps) == 1:
         return {}
-    fit = MAX_NUMBERS // torch.Size(model.latent_shape()).numel()
-    count = min(STRAIGHTNESS_SAMPLES, max(1, fit))
+    count = max_batch_size(model.latent_shape(), STRAIGHTNESS_SAMPLES)
     return straightness_figures(model, prompts[:count], seeds[:count], guidance)
 
 
@@ -152,7 +147,7 @@ def evaluate_on_real_images(
     for model, guidance in load_models(args, device):
         straight = straightness_of(model, prompts, seeds, args.steps, guidance)
         weights_hash = "".join(checkpoint.fingerprint(p) for p in (model.path, args.decoder) if p)
-        for number in allowed_steps(model, args.steps):
+        for number in model.allowed_steps(args.steps):
             folder = gallery.generate(model, weights_hash, number, guidance, seeds)
             row = row_of(model, number, guidance, gallery.score(folder) | straight, sets)
             rows.append(row)
@@ -192,7 +187,7 @@ def arguments() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """BadInput, before the work, for flags that do not fit each other, the models or the disk."""
-    missing = [path for path in args.model if not Path(path).exists()]
+    missing = [path for path in args.model if not (Path(path).exists() or is_hub_name(path))]
     if missing:
         raise BadInput(f"{missing[0]}: no such checkpoint; make it with reflow.py and distill.py, "
                        "or name others with --model")

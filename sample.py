@@ -86,14 +86,16 @@ def sample_latents(
 
 @torch.inference_mode()
 def sample_images(
-    model, prompts, seeds, *how, start: tuple[Tensor, float] | None = None,
+    model, prompts, seeds, steps: int | None = None, guidance: float | None = None, *,
+    size: tuple[int, int] | None = None, start: tuple[Tensor, float] | None = None,
     batch_size: int | None = None, bar: tqdm | None = None, **more,
 ) -> Tensor:
     """Images (N, 3, H, W) in [-1, 1], fp32 on the CPU. Arguments as of `sample_latents`."""
-    images, batch = [], batch_size or max_batch_size(model.latent_shape(more.get("size")))
+    images, batch = [], batch_size or max_batch_size(model.latent_shape(size))
     for part in batch_slices(len(prompts), batch):
-        latents = sample_latents(model, prompts[part], seeds[part], *how, batch_size=batch,
-                                 start=start and (start[0][part], start[1]), **more)
+        latents = sample_latents(model, prompts[part], seeds[part], steps, guidance, size=size,
+                                 start=start and (start[0][part], start[1]), batch_size=batch,
+                                 **more)
         images.append(decode_finite(model, latents, prompts[part]))
         if bar is not None:
             bar.update(len(latents))
@@ -129,9 +131,9 @@ def batch_slices(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def max_batch_size(shape: tuple[int, ...]) -> int:
+def max_batch_size(shape: tuple[int, ...], limit: int = MAX_LATENTS) -> int:
     """How many latents of this shape to sample in one batch."""
-    return max(1, min(MAX_LATENTS, MAX_NUMBERS // torch.Size(shape).numel()))
+    return max(1, min(limit, MAX_NUMBERS // torch.Size(shape).numel()))
 
 
 def check_no_guidance(model) -> None:
@@ -166,15 +168,16 @@ def noise_from_seeds(seeds: Sequence[int] | Tensor, shape: tuple[int, ...]) -> T
 
 PURPOSES = {"reflow": 1, "distillation": 2, "validation": 3, "evaluation": 4, "second reflow": 5}
 PURPOSE_SEEDS, RUN_SEEDS = 2**48, 2**24  # seeds of a purpose, and those of one --seed
-run_seed = at_least(0, below=RUN_SEEDS)  # argparse types of --seed: of a run,
-user_seed = at_least(0, below=PURPOSE_SEEDS - RUN_SEEDS)  # and of sample.py
+# argparse types of --seed
+run_seed = at_least(0, below=RUN_SEEDS)  # of training and evaluation
+user_seed = at_least(0, below=PURPOSE_SEEDS - RUN_SEEDS)  # of sample.py and app.py
 
 
 def seed_range(purpose: str, seed: int, count: int, start: int = 0) -> range:
     """Noise seeds `start` to `start + count` of this purpose and --seed; ranges never overlap.
 
     So no model is measured on noises of its training. Users' seeds lie below the first purpose.
-    "second reflow" is of pairs from a flow: a fourth flow needs another --seed. BadInput: too many.
+    "second reflow": the pairs of 2-RF; for 4-RF give another --seed. BadInput: too many.
     """
     if seed >= RUN_SEEDS:
         raise BadInput(f"--seed {seed}: there are {RUN_SEEDS:,}; take a smaller one")
@@ -195,8 +198,8 @@ def arguments():
     add("--model", help=f"a checkpoint, or org/name on the hub; default: {OWN_ONE_STEP}, else the "
                         "shipped tiny model")
     add("--prompt", action="extend", nargs="+", default=[], help="one or several")
-    add("--prompts", help="text file with a prompt a line, or .tsv/.csv")
-    add("--prompt-column", default="Prompt", help="column of a .tsv or .csv")
+    add("--prompts", help="a file with a prompt a line, or .tsv, .csv, .json, .jsonl")
+    add("--prompt-column", default="Prompt", help="column or key of the prompts in it")
     add("--num-images", type=positive, default=4, help="for each prompt, seeds SEED, SEED + 1, ...")
     add("--steps", type=solver_steps, help="default: 1, the few-step model's own, else 25")
     add("--guidance", type=non_negative, help="scale, 1 is off; default: the model's own")
@@ -214,7 +217,9 @@ def arguments():
     add_additions(parser)
     add_editing_options(parser)
     add_machine_options(parser, user_seed)
-    return resolve_editing(parser.parse_args(), parser.get_default("num_images"))
+    args = parser.parse_args()
+    check_image_ending(args.out)
+    return resolve_editing(args, parser.get_default("num_images"))
 
 
 def pixels(text: str) -> int:
@@ -240,23 +245,21 @@ def check(args, model) -> None:
 
 def main():
     args = arguments()
-    check_image_ending(args.out)
     check_output(args.out + "0.png" * args.out.endswith("/"))
     if args.model is None:
         args.model = OWN_ONE_STEP if Path(OWN_ONE_STEP).exists() else TINY_ONE_STEP
         if args.model == TINY_ONE_STEP:
             note(f"no {OWN_ONE_STEP} yet, which `make demo` makes; using the shipped one-step "
                  "model of emoji (toy/emoji_captions.txt)")
+    prompts = args.prompt + (read_prompts(args.prompts, args.prompt_column) if args.prompts else [])
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model = checkpoint.load(args.model, device, dtype, args.kind, args.tokenizer, args.decoder)
     check(args, model)
-    own = (side * model.vae.config.downsampling for side in model.latent_shape()[1:])
-    size = tuple(given or side for given, side in zip((args.height, args.width), own))
+    size = args.height or model.image_side, args.width or model.image_side
     added = apply_additions(model, args, size)
     if args.compile:
         model.compile()
-    prompts = args.prompt + (read_prompts(args.prompts, args.prompt_column) if args.prompts else [])
     if not prompts:
         prompts = [FAMILIES[model.family].example]
         note(f"no --prompt given; using {prompts[0]!r}")

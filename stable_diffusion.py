@@ -7,6 +7,7 @@ kind says what the U-Net predicts: "diffusion" the noise; "flow" a velocity; "on
 trained at t = 0 alone. `checkpoint.load` makes this object.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -99,6 +100,15 @@ class StableDiffusion:
         if self.few_step:
             return not self.few_step.allowed_steps or steps in self.few_step.allowed_steps
         return self.kind != "one-step" or steps == 1
+
+    def allowed_steps(self, numbers: Sequence[int]) -> list[int]:
+        """Those of these numbers of steps that the model allows; if it allows none, its own."""
+        return [number for number in numbers if self.allows(number)] or [self.steps]
+
+    @property
+    def image_side(self) -> int:
+        """Height and width, in pixels, of the images that the model was trained on."""
+        return self.unet.config.sample_size * self.vae.config.downsampling
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(channels, h, w) of a latent. size: (height, width) of the image in pixels."""

@@ -1,4 +1,4 @@
-"""The one training loop: the tiny teachers, reflow and both stages of distillation use `train`.
+"""The one training loop: every training of this repository goes through `train`.
 
 Each iteration: fetch a batch, set the learning rate, forward, backward, clip, AdamW, EMA, log,
 save, validate. Progress, warm-up and EMA half-life are counted in samples.
@@ -7,7 +7,7 @@ Everything random in an iteration comes from a generator seeded by (seed, iterat
 are numbered from 0 over the whole run. A run's position is therefore one number: after `kill -9`
 the same command continues, and on a CPU the result equals an uninterrupted run bit for bit.
 
-Under torchrun each process computes its part of each batch, DistributedDataParallel averages the
+Under torchrun each process computes its share of each batch, DistributedDataParallel averages the
 gradients, and the first process writes; the result is the same up to rounding. Besides activations,
 a GPU holds 16 bytes a parameter (weights, gradients, two moments) and 4 of EMA, which --ema-device
 cpu moves to main memory. A run's folder: state.safetensors, settings.json, metrics.jsonl.
@@ -92,7 +92,7 @@ def train(
     device = next(iter(weights.values())).device
     autocast = torch.autocast(device.type, options.dtype, cache_enabled=False,
                               enabled=options.dtype != torch.float32)
-    share = slice(*(r * size // world_size() for r in (rank(), rank() + 1)))
+    share = slice(rank() * size // world_size(), (rank() + 1) * size // world_size())
     micro = math.ceil(size / options.accumulate)
 
     def fetch(step: int) -> tuple:
@@ -120,7 +120,8 @@ def train(
         if validate and (first % options.save_every == 0 or first == options.iterations):
             with autocast:
                 validate(first, loss)
-        losses, times, saved, logged = [], [], time.monotonic(), time.monotonic()
+        losses, times, logged = [], [], first  # logged: the step of the last row
+        saved = clock = time.monotonic()
         bar = tqdm(range(first, options.iterations), options.name, options.iterations,
                    initial=first, unit="it", dynamic_ncols=True, disable=rank() > 0)
         for step in bar:
@@ -134,8 +135,8 @@ def train(
             optimizer.param_groups[0]["lr"] = learning_rate
 
             for start in range(0, len(inputs[0]), micro):
-                is_last = start + micro >= len(inputs[0])
-                sync = world_size() == 1 or is_last  # processes average the last gradients only
+                # Processes average the gradients of the last micro-batch only.
+                sync = world_size() == 1 or start + micro >= len(inputs[0])
                 with contextlib.nullcontext() if sync else model.no_sync():
                     with autocast:
                         each, t = loss(model, *(x[start : start + micro] for x in inputs))
@@ -148,7 +149,7 @@ def train(
                 raise FloatingPointError(f"the loss or its gradient is not finite at step {step}, "
                                          f"samples {step * size} to {(step + 1) * size - 1}")
             optimizer.step()
-            # Several processes share the gradients' memory, which is zeroed in place.
+            # DDP's gradients are views of its buckets, so they are zeroed in place.
             optimizer.zero_grad(set_to_none=world_size() == 1)
 
             half_life = options.ema_half_life
@@ -161,12 +162,12 @@ def train(
             step += 1  # iterations done
             is_last, overdue = step == options.iterations, False
             if step % options.log_every == 0 or is_last:
-                seconds = (time.monotonic() - logged) / options.log_every
+                seconds = (time.monotonic() - clock) / (step - logged)
                 row = {"step": step, "samples": step * size, "loss": None, "gradient_norm": norm,
                        "learning_rate": learning_rate, "seconds_per_step": seconds}
                 overdue = log(folder, row, losses, times, time.monotonic() - saved >= SAVE_SECONDS)
                 bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
-                losses, times, logged = [], [], time.monotonic()
+                losses, times, logged, clock = [], [], step, time.monotonic()
             if step % options.save_every == 0 or is_last or overdue:
                 save_state(folder, step, options, settings, state)
                 saved = time.monotonic()
@@ -174,7 +175,7 @@ def train(
                 started = time.monotonic()
                 with autocast:
                     validate(step, loss)
-                logged += time.monotonic() - started
+                clock += time.monotonic() - started
 
     optimizer.zero_grad(set_to_none=True)
     for name, weight in weights.items():
@@ -319,17 +320,17 @@ def saved_step(folder: str | Path) -> int:
 
 def log(folder: Path, row: dict, losses: list, times: list, late: bool) -> bool:
     """Add mean losses to the row and append it; is a save overdue for the first process?"""
-    t = [] if times[0] is None else [torch.cat(times).float().cpu()]
-    gathered = all_gather([(torch.cat(losses).float().cpu(), t, late)])
-    losses = torch.cat([mine for mine, _, _ in gathered])
-    times = [t[0] for _, t, _ in gathered if t]
+    by_t = times[0] is not None
+    mine = torch.cat(losses).float().cpu(), torch.cat(times).float().cpu() if by_t else None, late
+    losses, times, late = zip(*all_gather([mine]))
+    losses = torch.cat(losses)
     row |= {"loss": losses.mean().item(), "loss_by_t": []}
-    if times:
+    if by_t:
         bins = (torch.cat(times) * TIME_BINS).long().clamp(0, TIME_BINS - 1)
         row["loss_by_t"] = [losses[bins == k].mean().item() if (bins == k).any() else None
                             for k in range(TIME_BINS)]
     append_metrics(folder, row)
-    return gathered[0][2]
+    return late[0]
 
 
 def append_metrics(folder: Path, row: dict) -> None:

@@ -23,6 +23,11 @@ def is_hub_name(path: str | Path) -> bool:
         path.exists() or path.parent.exists() or path.suffix == ".safetensors")
 
 
+def local_path(path: str | Path) -> Path:
+    """The path, or the folder in the cache if it is the name of a hub model; fetches that."""
+    return fetch(str(path)) if is_hub_name(path) else Path(path)
+
+
 def fetch(name: str) -> Path:
     """The folder of a hub model in the cache. BadInput: unknown, or offline and not cached."""
     from huggingface_hub import snapshot_download  # slow to import, and few models need it

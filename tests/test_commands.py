@@ -519,6 +519,7 @@ BAD = {
     "guidance": (sample, ["--guidance", "nan"], "--guidance: must be a number of at least 0"),
     "unknown flag": (reflow, ["--stepz", 3], "unrecognized arguments: --stepz 3"),
     "unknown device": (reflow, ["--device", "cuda:77"], "--device cuda:77: not usable"),
+    "device without numbers": (reflow, ["--device", "meta"], "--device meta: not usable"),
     "output is a folder": (evaluate, ["--model", TINY, "--out", "."], ".: is a folder"),
     "output of another kind": (reflow, ["--out", "flow.pt"], "--out: must end in .safetensors"),
     "more than a share": (distill, ["--cooldown", 5], "--cooldown: must be a number of at least 0"),
@@ -629,6 +630,17 @@ def test_unwritable_output_is_refused(call, monkeypatch):
     monkeypatch.setattr("pathlib.Path.touch", refuse)
     code, _, err = call(reflow.main, "--out", "x/y.safetensors")
     assert code == 2 and "x/y.safetensors: cannot be written (Permission denied)" in err
+
+
+def test_checking_an_output_spares_what_another_run_writes(tmp_path):
+    path = tmp_path / "2rf.safetensors"
+
+    def write(temporary):
+        Path(temporary).write_text("whole")
+        command.check_output(path)  # of a second run, before its lock refuses it
+
+    command.write_atomically(path, write)
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
 
 
 def test_full_disk_leaves_no_partial_file(tmp_path):

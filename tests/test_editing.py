@@ -355,6 +355,9 @@ BAD = {
     "useless number": (
         ["--interpolate", 3, "--num-images", 2], "--num-images: has no effect with --invert or"
     ),
+    "no file": (["--interpolate", 3, "--out", "."], "--out .: must end in .png"),
+    "no name": (["--interpolate", 3, "--out", ""], "--out : must end in .png"),
+    "a folder": (["--interpolate", 3, "--out", "/"], "--out /: a folder"),
     "one frame": (["--interpolate", 1], "--interpolate: must be a whole number of at least 2"),
     "overwriting": (
         ["--model", TINY, "--init-image", "photo.png", "--out", "photo.png"],

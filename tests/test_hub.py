@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import evaluate
+import reflow
 import sample
 from command import TINY_TEACHER, BadInput
 from formats.hub import fetch, is_hub_name
@@ -47,6 +49,19 @@ def test_a_cached_model_opens_by_its_name(cache, call):
         torch.testing.assert_close(opened.unet.state_dict()[name_], weight)
     assert call(checkpoint.main, name, "copy.safetensors")[0] == 0
     assert checkpoint.load("copy.safetensors").kind == opened.kind
+
+
+def test_every_command_takes_a_cached_model(cache, call):
+    name = put(checkpoint.load(TINY_TEACHER), cache, "org/teacher")
+    training = ["--num-pairs", 4, "--teacher-steps", 2, "--validation-pairs", 0, "--batch-size", 2]
+    difference = ["--add-difference", name, TINY_TEACHER, "--prompt", "a", "--num-images", 1]
+    for main, *arguments in (
+        (reflow.main, "--teacher", name, "--iterations", 1, *training),
+        (sample.main, "--model", name, *difference, "--steps", 1, "--out", "many/"),
+        (evaluate.main, "--model", name, "--num-samples", 10, "--steps", 1),
+    ):
+        code, _, err = call(main, *arguments)
+        assert code == 0, err
 
 
 def test_offline_and_not_cached_is_one_line(cache, call):

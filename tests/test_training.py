@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from command import BadInput
 from conftest import ROOT
 from evaluation.plots import plot_loss
 from pairs import shuffled
-from training import TrainingOptions, ema_copy, generator_for, saved_step
+from training import TrainingOptions, ema_copy, generator_for, read_metrics, saved_step
 
 
 def make_network():
@@ -408,3 +409,16 @@ def test_state_of_an_earlier_version_resumes(tmp_path):
         with training.safe_open(tmp_path / name / "state.safetensors", "pt") as file:
             names.append(set(file.keys()))
     assert names[0] == names[1]
+
+
+def test_seconds_a_step_are_those_of_the_rows_own_steps(tmp_path):
+    """Also of a row at the end of a run or after a resume, which has fewer steps than others."""
+    def factor(step):
+        time.sleep(0.05)
+        return 1
+
+    run(tmp_path, iterations=6, factor=factor, log_every=5, save_every=4)
+    run(tmp_path, iterations=11, factor=factor, log_every=5, save_every=4)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [5, 6, 10, 11]
+    assert all(row["seconds_per_step"] >= 0.05 for row in rows)
