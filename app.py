@@ -25,7 +25,7 @@ import torch
 
 from app_sampling import (
     Settings, command_to_make, evaluations, find_models, known_prompts, label, last_change, load,
-    model_to_compare, own_side, path_strip, prompt_remark, read_settings, sample_files, short_name,
+    model_to_compare, path_strip, prompt_remark, read_settings, sample_files, short_name,
 )
 from command import (
     TINY_ONE_STEP, BadInput, Parser, add_machine_options, at_least, is_out_of_memory, pick_device,
@@ -102,7 +102,7 @@ def build_page(given: list[str], device, dtype, tokenizer: str | None = None, se
         with problems_on_page():
             model = load_here(path)
             samples = gr.Dataset(samples=[[known] for known in known_prompts(model.family)])
-            return path, path, samples, model.steps, model.guidance, own_side(model)
+            return path, path, samples, model.steps, model.guidance, model.image_side
         return previous, *[gr.skip()] * 5
 
     def prompt_for(path: str, prompt: str):
@@ -176,7 +176,7 @@ def build_page(given: list[str], device, dtype, tokenizer: str | None = None, se
                     model = gr.Dropdown(listed(), value=given[0], label="Model")
                     with gr.Row():
                         values = {"Seed": seed, "Steps": first.steps, "Guidance": first.guidance,
-                                  "Size": own_side(first)}
+                                  "Size": first.image_side}
                         fields = [gr.Number(value, label=name, min_width=80)
                                   for name, value in values.items()]
                     with gr.Row():

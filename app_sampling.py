@@ -124,11 +124,6 @@ class Settings(NamedTuple):
     size: tuple[int, int]  # (height, width) in pixels
 
 
-def own_side(model: StableDiffusion) -> int:
-    """Height and width, in pixels, of the images that the model was trained on."""
-    return model.unet.config.sample_size * model.vae.config.downsampling
-
-
 def read_settings(model: StableDiffusion, seed, steps, guidance, size) -> Settings:
     """Settings from the page's fields. BadInput: out of range, or not for this model."""
     parsers = {"seed": user_seed, "steps": solver_steps, "guidance": non_negative, "size": pixels}
@@ -138,7 +133,7 @@ def read_settings(model: StableDiffusion, seed, steps, guidance, size) -> Settin
             values[name] = parse("" if value is None else str(value))
         except argparse.ArgumentTypeError as problem:
             raise BadInput(f"{name}: {problem}") from None
-    side, largest = values["size"], LARGEST * own_side(model)
+    side, largest = values["size"], LARGEST * model.image_side
     if side > largest:
         raise BadInput(f"size {side}: must be at most {largest}, {LARGEST} times the side of the "
                        "images that this model was trained on")

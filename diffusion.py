@@ -108,7 +108,9 @@ def as_flow(
         schedule = NoiseSchedule()
         velocity = diffusion_velocity(guided(unet, null_context, guidance), schedule)
         start, times = diffusion_start(x0, schedule), schedule.sampling_times(steps, t)
-    return velocity, interpolate(x0, x1, times[:1]) if t > 0 else start, times
+    if t > 0:
+        start = interpolate(x0, x1, times[:1])
+    return velocity, start, times
 
 
 # --------------------------------------------------------------------------------------------------

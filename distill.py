@@ -130,8 +130,9 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     teacher = checkpoint.load(args.teacher, device, dtype, args.kind, args.tokenizer)
     resolve_defaults(args, teacher.is_tiny)
-    if args.teacher_steps is None:  # the tiny flow's 4 steps are as good as 25
-        args.teacher_steps = {"flow": 4}.get(teacher.kind, 8) if teacher.is_tiny else 25
+    if args.teacher_steps is None:
+        tiny = 4 if teacher.kind == "flow" else 8  # the tiny flow's 4 steps are as good as 25
+        args.teacher_steps = tiny if teacher.is_tiny else 25
     check_distillation(args, teacher)
     stem = args.out.removesuffix(".safetensors")
     l2_out = f"{stem}-l2.safetensors" if args.lpips_iterations else args.out

@@ -125,7 +125,7 @@ class TextEncoder(nn.Module):
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str], length: int) -> Tensor:
-    """(B, length) int64, padded with the end token. Longer prompts are truncated before it."""
+    """(B, length) int64, filled up with pad tokens. A longer prompt is cut before its end token."""
     "".join(prompts).encode()  # UnicodeEncodeError here, not a TypeError in the tokenizer
     rows = []
     for ids in tokenizer(list(prompts))["input_ids"]:

@@ -107,7 +107,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_by_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attention` of one head and PART queries at a time.
 
-    The products q kᵀ are rounded to bf16: of 16 to 32, by up to 0.06.
+    q kᵀ is rounded to bf16: a score between 16 and 32 changes by up to 0.06.
     """
     k = k.transpose(2, 3) / math.sqrt(q.shape[3])
     by_head = zip(*(tensor.flatten(0, 1) for tensor in (q, k, v)))

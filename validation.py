@@ -133,7 +133,7 @@ def validate(
             figures = held_out_loss(unet, batches, loss, model.device)
             model, done = finish(model), before + step
             rows = [(f"teacher\n{steps_label(reference.teacher_steps)}", reference.images)]
-            for steps in [steps for steps in STEPS if model.allows(steps)] or [model.steps]:
+            for steps in model.allowed_steps(STEPS):
                 images = sample_images(model, reference.prompts, reference.seeds, steps,
                                        batch_size=reference.batch_size)
                 rows.append((f"{done:,} iterations\n{steps_label(steps)}", images))

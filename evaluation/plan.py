@@ -54,12 +54,13 @@ def print_plan(
 ) -> None:
     """What the run will do: prompts, pairs, samples and memory. paired: does it train on pairs?"""
     count, size = spec["count"], torch.Size(spec["latent_shape"]).numel()
-    shards = [shard_path(args.pairs, i).exists() for i in range(-(-count // PAIRS_PER_SHARD))]
-    print(f"plan: {len(prompts):,} prompts of {spec['prompts']}" + (
-        f", each used about {count / len(prompts):.3g} times\nplan: {count:,} pairs of "
-        f"{spec['steps']} steps at guidance scale {spec['guidance']:g}, "
-        f"{2 * count * size / 1e9:.3g} GB in {args.pairs}, {sum(shards)} of {len(shards)} "
-        "shards are there" if paired else ""))
+    print(f"plan: {len(prompts):,} prompts of {spec['prompts']}"
+          + f", each used about {count / len(prompts):.3g} times" * paired)
+    if paired:
+        shards = [shard_path(args.pairs, i).exists() for i in range(-(-count // PAIRS_PER_SHARD))]
+        print(f"plan: {count:,} pairs of {spec['steps']} steps at guidance scale "
+              f"{spec['guidance']:g}, {2 * count * size / 1e9:.3g} GB in {args.pairs}, "
+              f"{sum(shards)} of {len(shards)} shards are there")
     student = getattr(args, "student", "unet")  # of distill.py
     parameters = sum(p.numel() for p in model.unet.parameters()) * (1 + (student == "stacked"))
     for stage in stages:

@@ -53,9 +53,9 @@ def add_real_image_options(parser: argparse.ArgumentParser) -> None:
         help="COCO's folder, with annotations/ and val2017/ (5,000 captions) or val2014/ (30,000)")
     add("--images", help="another folder of images; needs --prompts")
     add("--prompts",
-        help="captions for --images, other than those of the pairs: text file with a prompt a "
-             "line, or .tsv/.csv")
-    add("--prompt-column", default="Prompt", help="column of a .tsv or .csv that holds the prompts")
+        help="captions for --images, other than those of the pairs: a file with a prompt a line, "
+             "or .tsv, .csv, .json, .jsonl")
+    add("--prompt-column", default="Prompt", help="column or key of the prompts in such a file")
     add("--image-size", type=positive,
         help="pixels at which images are compared; default: COCO's, else 512")
     add("--feature-extractor",

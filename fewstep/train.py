@@ -34,7 +34,7 @@ from command import (
 from distill import FITS_LPIPS
 from evaluation.perceptual import NETS, perceptual_distance
 from evaluation.plan import check_request, print_plan
-from evaluation.plots import plot_loss
+from evaluation.plots import plot_loss, steps_label
 from fewstep import lora, meanflow
 from fewstep.critic import adversarial_loss, make_heads
 from fewstep.methods import METHODS, Method, Round, rounds_of
@@ -268,9 +268,8 @@ def main():
         checkpoint.save(finished(student), out)
         plot_loss(folder)
         inputs = next_inputs(inputs, student, round_)
-    steps = f"{student.steps} step{'s' * (student.steps > 1)}"
-    print(f"{args.out}: a model by {method.name}, sampled in {steps} by default; its loss is in "
-          f"{state}")
+    print(f"{args.out}: a model by {method.name}, sampled in {steps_label(student.steps)} by "
+          f"default; its loss is in {state}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Lists of prompts: one prompt per line, a column of a .tsv or .csv, a small grammar."""
+"""Lists of prompts: a prompt a line, a column of a .tsv, .csv, .json or .jsonl, a small grammar."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from command import BadInput, first_line, note
 
 
 def read_prompts(path: str | Path, column: str = "Prompt") -> list[str]:
-    """A prompt a line, or the named column of a .tsv or .csv with a header. Blanks are skipped."""
+    """A prompt a line, or the named column or key of a .tsv, .csv, .json or .jsonl; no blanks."""
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
