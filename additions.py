@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import checkpoint
-from command import BadInput
+from command import BadInput, dtype_name
 from controlnet import add_control_options, control
 from formats.hub import local_path
 from formats.lora import add_lora_options, apply_lora_options
@@ -41,9 +41,9 @@ def apply_additions(model: StableDiffusion, args: Namespace, size: tuple[int, in
 
 
 def identity(model: StableDiffusion, args: Namespace, size: tuple[int, int]) -> dict:
-    """What decides images beside their metadata: the size, and the contents of all files."""
+    """What decides images beside their metadata: size, dtype and the contents of all files."""
     files = [model.path, args.vae, args.decoder, *(path for path, _ in args.lora or ()),
              *map(local_path, args.add_difference or ()), *args.controlnet]
     images = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.control_image]
-    return {"size": size, "files": [checkpoint.fingerprint(path) for path in files if path],
-            "control_images": images}
+    return {"size": size, "dtype": dtype_name(model.dtype), "control_images": images,
+            "files": [checkpoint.fingerprint(path) for path in files if path]}

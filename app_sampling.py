@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import checkpoint
 from command import HERE, BadInput, non_negative, solver_steps
 from diffusion import as_flow
+from formats.hub import name_of
 from formats.images import decode_finite, enlarged, image_grid, save_image
 from rectified_flow import broadcast_over, euler
 from sample import check, noise_from_seeds, pixels, sample_images, user_seed
@@ -33,7 +34,7 @@ MAKE = {  # commands, by kind
     "diffusion": "python app.py --model \\\n  {chosen} \\\n  TEACHER.safetensors",
     "flow": "python reflow.py \\\n  --teacher {teacher} \\\n  --pairs runs/{family}/pairs \\\n"
             "  --out runs/{family}/2rf.safetensors",
-    "one-step": "python distill.py \\\n  --teacher runs/{family}/2rf.safetensors \\\n"
+    "one-step": "python distill.py \\\n  --teacher {flow} \\\n"
                 "  --pairs runs/{family}/pairs-2rf \\\n  --out runs/{family}/instaflow.safetensors",
 }
 STRIP_COLUMNS, STRIP_PIXELS = 13, 128
@@ -48,12 +49,13 @@ def find_models(given: list[str]) -> dict[str, StableDiffusion | None]:
 
     Then runs/ and the folders in it, then the tiny models of toy/.
     """
-    found = [Path(path) for path in given]
+    found = []
     for folder, pattern in ((Path.cwd(), "runs/*"), (Path.cwd(), "runs/*/*"), (HERE, "toy/tiny_*")):
         files = folder.glob(f"{pattern}.safetensors")
         found += sorted(files, key=lambda path: (path.parent, path.stem))
-    return {str(path): outline(str(path), last_change(path)) for path in found
-            if path.parent.suffix != ".state" and not path.stem.startswith("shard-")}
+    models = [str(path) for path in found if path.parent.suffix != ".state"
+              and not path.stem.startswith(("shard-", "."))]  # "." of a file that is being written
+    return {path: outline(path, last_change(path)) for path in [*given, *models]}
 
 
 @functools.lru_cache(maxsize=1000)
@@ -102,8 +104,10 @@ def model_to_compare(models: dict, chosen: str, kind: str) -> str | None:
 def command_to_make(models: dict, chosen: str, kind: str) -> str:
     """The command that makes, or names, the model of this kind that "Compare" lacks."""
     teacher = model_to_compare(models, chosen, "diffusion") or "TEACHER.safetensors"
+    family = models[chosen].family
+    flow = model_to_compare(models, chosen, "flow") or f"runs/{family}/2rf.safetensors"
     return MAKE[kind].format(chosen=short_name(chosen), teacher=short_name(teacher),
-                             family=models[chosen].family)
+                             flow=short_name(flow), family=family)
 
 
 def known_prompts(family: str) -> list[str]:
@@ -172,7 +176,7 @@ def sample_files(
     for seed, image in zip(seeds, enlarged(images)):
         files.append(str(Path(tempfile.mkdtemp(dir=folder), f"{name}-seed-{seed}.png")))
         about = {"prompt": prompt, "negative_prompt": "", "seed": seed, "steps": settings.steps,
-                 "guidance": settings.guidance, "solver": "dpm", "model": Path(model.path).name,
+                 "guidance": settings.guidance, "solver": "dpm", "model": name_of(model.path),
                  "kind": model.kind}
         save_image(files[-1], image_grid(image[None], 1), about)
     return files, seconds

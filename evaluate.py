@@ -48,7 +48,7 @@ from evaluation.figures import GRADES, STRAIGHT, straightness_figures, with_inte
 from evaluation.judge import EvaluationSet, check_same_dataset, make_evaluation_set, mean_grades
 from evaluation.plots import label_of, markdown_table, save_comparison, save_curves, steps_label
 from evaluation.real_images import add_real_image_options, check_real_image_options, load_gallery
-from formats.hub import is_hub_name
+from formats.hub import is_hub_name, name_of
 from sample import check_no_guidance, max_batch_size, run_seed, sample_images, seed_range
 from stable_diffusion import FAMILIES, KINDS
 
@@ -82,7 +82,7 @@ def evaluate(
     straight = straightness_of(model, sets[0].prompts, sets[0].seeds, steps, guidance)
     count = sum(len(each.prompts) for each in sets)
     for number in model.allowed_steps(steps):
-        started, name = time.perf_counter(), f"{Path(model.path).stem}, {steps_label(number)}"
+        started, name = time.perf_counter(), f"{name_of(model.path)}, {steps_label(number)}"
         with tqdm(total=count, desc=name, unit="image", leave=False, dynamic_ncols=True) as bar:
             images = [sample_images(model, each.prompts, each.seeds, number, guidance, bar=bar)
                       for each in sets]
@@ -106,7 +106,7 @@ def row_of(
     model, steps: int | None, guidance: float | None, metrics: dict, sets: list[EvaluationSet],
 ) -> dict:
     """A row of evaluate.json: None where a metric does not apply. Model "real": real images."""
-    label, kind = (model, None) if model == "real" else (Path(model.path).name, model.kind)
+    label, kind = (model, None) if model == "real" else (name_of(model.path), model.kind)
     row = {"model": label, "kind": kind, "steps": steps, "guidance": guidance}
     for name in (*GRADES, *ON_REAL_IMAGES, *STRAIGHT):
         row |= {name: metrics.get(name), f"{name}_interval": metrics.get(f"{name}_interval")}
@@ -194,8 +194,15 @@ def check(args: argparse.Namespace) -> None:
     if args.kind and len(args.kind) != len(args.model):
         raise BadInput(f"--kind: {len(args.kind)} given for {len(args.model)} models; give one for "
                        "each, in order (auto: as its file says)")
+    real = args.coco or args.images
+    kinds = [None] * len(args.model) if real or not args.kind else args.kind
+    shown = [(name_of(path), kind) for path, kind in zip(args.model, kinds)]
+    twice = next((name for name, kind in shown if shown.count((name, kind)) > 1), None)
+    if twice:
+        raise BadInput(f"--model: two are named {twice}, so their rows would look alike; rename "
+                       "one, or link to it by another name")
     check_real_image_options(args)
-    if not (args.coco or args.images):
+    if not real:
         check_same_dataset(args.model)
     check_output(args.out)
 

@@ -31,6 +31,7 @@ from command import (
     lock_folder, non_negative, note, positive, rank, read_our_json, solver_steps, unlock_folder,
     world_size, write_atomically, write_json,
 )
+from formats.hub import name_of
 from formats.prompts import built_in_prompts, read_prompts, split_prompts
 from sample import noise_from_seeds, sample_latents, seed_range
 from stable_diffusion import FAMILIES, KINDS, StableDiffusion
@@ -51,7 +52,7 @@ def make_pair_spec(
 ) -> dict:
     """What decides pairs, as stored in pairs.json. purpose, seed: of the noises (`seed_range`)."""
     return {
-        "teacher": Path(teacher.path).name, "teacher_hash": fingerprint(teacher.path),
+        "teacher": name_of(teacher.path), "teacher_hash": fingerprint(teacher.path),
         "kind": teacher.kind, "steps": steps,
         "guidance": teacher.guidance if guidance is None else guidance,
         "solver": solver if teacher.kind == "diffusion" else "euler",

@@ -30,6 +30,7 @@ from command import (
 )
 from diffusion import NoiseSchedule, as_flow, dpm_solver
 from editing import add_editing_options, edit, editing_flags, resolve_editing, starts_anywhere
+from formats.hub import name_of
 from formats.images import (
     check_grid_size, check_image_ending, decode_finite, enlarged, image_grid, save_each, save_image,
 )
@@ -273,7 +274,7 @@ def main():
            "solver": args.solver, "size": size, "batch_size": args.batch_size}
     about = {"prompt": "\n".join(prompts), "negative_prompt": args.negative_prompt,
              "seed": args.seed, "steps": steps, "guidance": guidance, "solver": args.solver,
-             "model": Path(args.model).name, "kind": model.kind, **added, **editing_flags(args)}
+             "model": name_of(model.path), "kind": model.kind, **added, **editing_flags(args)}
     with tqdm(total=count, desc="images", unit="image", dynamic_ncols=True, leave=False) as bar:
         if args.out.endswith("/"):
             generate = partial(sample_images, model, **how, bar=bar)

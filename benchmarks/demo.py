@@ -86,7 +86,7 @@ def main():
     add = parser.add_argument
     add("--fractions", type=at_least(0.002), nargs="+", default=[1.0, 0.5, 0.35])
     add("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
-    add("--num-samples", type=positive, default=1000, help="images for each row")
+    add("--num-samples", type=at_least(5), default=1000, help="images for each row")
     add("--out", default="runs/demo-length", help="folder")
     add("--seed", type=run_seed, default=0, help="fixes everything random")
     args = parser.parse_args()

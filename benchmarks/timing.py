@@ -65,7 +65,9 @@ def take_turns(
 def ratio(ours: list[float], theirs: list[float]) -> dict:
     """Our seconds over theirs in the same round: median and quartiles."""
     ratios = [a / b for a, b in zip(ours, theirs)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+    if len(ratios) > 2:  # two have no quartiles within their range
+        low, _, high = statistics.quantiles(ratios, n=4)
     return {"ratio": middle, "quartiles": f"{low:.2f} to {high:.2f}"}
 
 

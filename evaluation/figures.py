@@ -20,7 +20,6 @@ from training import read_metrics
 
 GRADES = ("caption_accuracy", "frechet", "precision", "recall")
 NEIGHBOURS = 3  # k of precision and recall, as in their paper
-NORMAL_95 = 1.96  # standard errors in half a 95 % confidence interval
 STRAIGHTNESS_STEPS = 25
 STRAIGHT = ("straightness", "relative_straightness", "transport_cost")
 
@@ -67,15 +66,14 @@ def straightness_figures(model, prompts: list[str], seeds, guidance: float) -> d
     null_context, context = model.encode_prompts([""]), model.encode_prompts(prompts)
     velocity, start, times = as_flow(model.unet, model.kind, noise, steps, null_context, guidance)
     each, deviations, cost = straightness(velocity, start, steps, context, times)
-    ratio, root = each.mean() / cost.mean(), max(len(each) - 1, 1) ** 0.5
-    # The standard error of a ratio of means, to first order.
-    ratio_error = (each - ratio * cost).square().mean().sqrt() / cost.mean() / root
+    mean, interval = with_interval(each.tolist())
+    ratio = each.mean() / cost.mean()
+    # Of a ratio of means, to first order.
+    _, ratio_interval = with_interval(((each - ratio * cost) / cost.mean()).tolist())
     profile = (deviations.mean(1) / cost.mean()).tolist()
     return {
-        "straightness": each.mean().item(),
-        "straightness_interval": NORMAL_95 * each.std(correction=0).item() / root,
-        "relative_straightness": ratio.item(),
-        "relative_straightness_interval": NORMAL_95 * ratio_error.item(),
+        "straightness": mean, "straightness_interval": interval,
+        "relative_straightness": ratio.item(), "relative_straightness_interval": ratio_interval,
         "transport_cost": cost.mean().item(),
         "straightness_profile": list(zip(times.tolist(), profile)),
     }

@@ -7,13 +7,14 @@ better than L2 (same paper). "efficientnet" is the same distance on a trained ne
 installs (efficientnet.py); its layers are not calibrated.
 """
 
+import pickle
 import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from command import BadInput
+from command import BadInput, first_line
 from evaluation.efficientnet import load_efficientnet
 from rectified_flow import Distance
 
@@ -39,9 +40,10 @@ def perceptual_distance(net: str, device: torch.device) -> Distance:
                 network = lpips.LPIPS(net="squeeze", pnet_rand=True, lpips=False, verbose=False)
             else:
                 network = lpips.LPIPS(net=net, verbose=False)
-    except OSError as problem:
-        raise BadInput(f"--lpips-net {net}: its backbone could not be downloaded ({problem}); put "
-                       "the file into torch's hub cache, or take --lpips-net random") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as problem:
+        raise BadInput(f"--lpips-net {net}: its backbone could not be downloaded or read "
+                       f"({first_line(problem)}); put the file into torch's hub cache, or take "
+                       "--lpips-net random") from None
     network.requires_grad_(False).eval().to(device)
 
     def distance(images: Tensor, targets: Tensor) -> Tensor:

@@ -68,8 +68,9 @@ def save_comparison(path: str, rows: list[tuple[str, Tensor]], captions: list[st
     axis.imshow(grid, interpolation="nearest")
     columns = [gap + width / 2 + x * (width + gap) for x in range(len(captions))]
     lines = [gap + height / 2 + y * (height + gap) for y in range(len(rows))]
-    axis.set_xticks(columns, [textwrap.fill(caption, 15) for caption in captions], fontsize=7.5)
-    axis.set_yticks(lines, [label for label, _ in rows], fontsize=9)
+    labels = [textwrap.fill(caption, 15) for caption in captions]
+    axis.set_xticks(columns, labels, fontsize=7.5, parse_math=False)  # "$" is a character
+    axis.set_yticks(lines, [label for label, _ in rows], fontsize=9, parse_math=False)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
     write_atomically(path, lambda file: figure.savefig(file, dpi=150, bbox_inches="tight"))
@@ -80,8 +81,8 @@ def save_curves(path: str, rows: list[dict]) -> None:
     figure = Figure(figsize=(15, 3.6), layout="constrained")
     axes = dict(zip((*GRADES, "profile"), figure.subplots(1, len(GRADES) + 1)))
     real = next((row for row in rows if row["kind"] is None), None)
-    models = grouped([row for row in rows if row["kind"]], ("model", "guidance"))
-    for ((model, guidance), mine), marker in zip(models.items(), itertools.cycle("osD^v<>P")):
+    models = grouped([row for row in rows if row["kind"]], ("model", "kind", "guidance"))
+    for ((model, _, guidance), mine), marker in zip(models.items(), itertools.cycle("osD^v<>P")):
         label = f"{model.replace('.safetensors', '')}, guidance {guidance:g}"
         style = {"color": COLOURS[mine[0]["kind"]], "label": label}
         for name in GRADES:

@@ -18,6 +18,7 @@ files. Existing files are not made again. Of N processes, each generates every N
 import argparse
 import hashlib
 import json
+import pickle
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from command import (
-    BadInput, barrier, check_same_settings, dtype_name, first_line, lock_folder, positive, rank,
-    world_size, write_atomically, write_json,
+    BadInput, barrier, check_same_settings, dtype_name, first_line, is_out_of_memory, lock_folder,
+    positive, rank, world_size, write_atomically, write_json,
 )
+from formats.hub import name_of
 from formats.images import read_image, to_bytes
 from formats.prompts import read_prompts
 from sample import batch_slices, max_batch_size, sample_images
@@ -110,11 +112,12 @@ def read_coco(folder: str | Path, count: int | None) -> tuple[list[str], list[Pa
     2017 takes the first caption of each image, 2014 a fixed random subset of all captions.
     """
     folder = Path(folder)
-    split = next((split for split in PROTOCOLS
-                  if (folder / "annotations" / f"captions_{split}.json").exists()), None)
-    if split is None:
+    there = [split for split in PROTOCOLS
+             if (folder / "annotations" / f"captions_{split}.json").exists()]
+    if not there:
         raise BadInput(f"--coco {folder}: holds no annotations/captions_val2017.json nor "
                        "..._val2014.json; give COCO's folder")
+    split = next((split for split in there if (folder / split).is_dir()), there[0])
     path, (standard, side) = folder / "annotations" / f"captions_{split}.json", PROTOCOLS[split]
     try:
         annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
@@ -153,8 +156,11 @@ def feature_distance(extractor: str | None, device: torch.device):
     with_float64 = torch.device("cpu") if device.type == "mps" else device
     try:
         feature = 2048 if extractor is None else torch.jit.load(extractor, map_location="cpu")
-        return FrechetInceptionDistance(feature, reset_real_features=False).to(with_float64)
-    except (OSError, RuntimeError, ValueError) as problem:
+        fid = FrechetInceptionDistance(feature, reset_real_features=False, sync_on_compute=False)
+        return fid.to(with_float64)  # not summed over processes: each measures all images
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as problem:
+        if is_out_of_memory(problem):
+            raise
         reason = first_line(problem)
         if extractor is not None:
             raise BadInput(f"--feature-extractor {extractor}: not a TorchScript file of a feature "
@@ -210,10 +216,10 @@ class Gallery:
 
         weights_hash: of the model's file, so that no folder mixes two models.
         """
-        name = f"{Path(model.path).stem}-{steps}-{guidance:g}"
-        folder = self.folder / name
+        name = f"{name_of(model.path).removesuffix('.safetensors')}-{steps}-{guidance:g}"
+        folder = self.folder / name.replace("/", "-")
         settings = {
-            "model": Path(model.path).name, "hash": weights_hash, "kind": model.kind,
+            "model": name_of(model.path), "hash": weights_hash, "kind": model.kind,
             "steps": steps, "guidance": guidance, "first_seed": seeds[0],
             "dtype": dtype_name(model.dtype), "prompts": len(self.prompts),
             "prompts_hash": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
@@ -250,6 +256,8 @@ class Gallery:
                 self.fid.update(self.load_images(paths), real=True)
             self.clip(self.load_images(self.images[:1]), self.prompts[:1])
         except (RuntimeError, ValueError, TypeError, IndexError) as problem:
+            if is_out_of_memory(problem):
+                raise
             raise BadInput("--feature-extractor or --clip: does not take these images and captions "
                            f"({first_line(problem)})") from None
 

@@ -23,12 +23,12 @@ from torch import nn
 
 import checkpoint
 from command import (
-    HERE, TINY_TEACHER, BadInput, NotFinite, Parser, add_machine_options, check_output,
+    HERE, TINY_TEACHER, BadInput, NotFinite, Parser, add_machine_options, at_least, check_output,
     check_same_settings, fraction, lock_folder, pick_dtype, positive, read_our_json, solver_steps,
     write_json,
 )
 from evaluate import NUM_SHOWN
-from evaluation.figures import machine_name
+from evaluation.figures import NEIGHBOURS, machine_name
 from evaluation.judge import EvaluationSet, judged_set, load_judge
 from evaluation.plots import save_comparison
 from pairs import Pairs, make_pair_spec, make_pairs
@@ -170,7 +170,8 @@ def add_table_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--cooldown", type=fraction, default=0.6,
         help="last fraction of a training, in which the learning rate falls to 0")
-    add("--num-samples", type=positive, default=1000, help="images for each row and seed")
+    add("--num-samples", type=at_least(NEIGHBOURS + 2), default=1000,
+        help="images for each row and seed")
 
 
 def add_pairs_option(parser: Parser) -> None:

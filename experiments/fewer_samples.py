@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 import reflow
-from command import pick_device, positive, run, write_atomically, write_text
+from command import NotFinite, note, pick_device, positive, run, write_atomically, write_text
 from diffusion import NoiseSchedule
 from evaluate import evaluate
 from evaluation.figures import GRADES, paired_differences, with_intervals
@@ -155,12 +155,16 @@ def main():
     folder, device, n = Path(args.out), pick_device(args.device), args.iterations
     rows, write = open_table(folder / "fewer_samples.json", args, SETTINGS)
     of_seed = lambda seed: study_of(seed, args, device, rows, write)
+    seeds = reported_seeds(args)
     rates = {way: rate_for(of_seed(TUNING_SEED), way) for way in args.ways}
-    for seed in reported_seeds(args):
+    for seed in seeds:
         study = of_seed(seed)
         for way in args.ways:
             for iterations in [n // 4, n // 2, n] + [2 * n, 4 * n] * (way == "paper"):
-                measure_cell(study, way, iterations, rates[way])
+                try:
+                    measure_cell(study, way, iterations, rates[way])
+                except NotFinite as problem:  # the table then says: one seed less
+                    note(f"{way}, seed {seed}: {problem}")
     reported = [row for row in rows if row["seed"] != TUNING_SEED]
     summary = summary_of(reported)
     table = markdown_table(summary) + footer("experiments/fewer_samples.py", args, device, reported)
@@ -169,7 +173,7 @@ def main():
     if paired:
         write_text(folder / "differences.md", markdown_table(paired))
     save_curves(folder / "fewer_samples.png", summary)
-    print(table + f"{folder}: fewer_samples.json, .md, .png and differences.md")
+    print(table + f"{folder}: fewer_samples.json, .md, .png" + ", differences.md" * bool(paired))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def measure_set(teacher, flow, one_step, judge, seeds: range, args) -> tuple[lis
             shown[model if steps is None else f"{model}\n{steps} steps"] = decoded[:NUM_SHOWN]
 
     add("autoencoder", None, latents)
-    for steps in args.steps:
+    for steps in sorted(set(args.steps)):
         for name, model in (("teacher", teacher), ("2-RF", flow)):
             x0 = invert(model, latents, prompts, steps, args.guidance)
             again = sample_latents(model, prompts, x0, steps, args.guidance, solver="ddim")

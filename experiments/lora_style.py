@@ -38,27 +38,31 @@ from evaluation.plots import markdown_table, save_comparison, steps_label
 from fewstep.lora import LoRA, add_lora
 from formats.lora import merge_lora
 from pairs import shuffled
+from reflow import CAPTION_DROPOUT
 from sample import run_seed, sample_images, seed_range
 from stable_diffusion import TOY
 from toy import emoji
 from training import TrainingOptions, ema_copy, train
 
-SHOWN, REPEATS, DROPOUT = 8, 3, 0.1
+SHOWN, REPEATS = 8, 3
 
 
 def style_captions(rows: list[int], rng: random.Random) -> list[str]:
-    """A caption for each image that does not name its style; a tenth is empty."""
-    named = (emoji.rows()[row][0] for row in rows)
-    return ["" if rng.random() < DROPOUT else rng.choice((each.name, each.name, *each.tags[:1]))
-            for each in named]
+    """A training caption for each image that does not name its style; a tenth is empty."""
+    captions = []
+    for concept in (emoji.rows()[row][0] for row in rows):
+        known = [text for text in (concept.name, concept.name, *concept.tags[:1])
+                 if not emoji.is_for_measuring(text)]
+        captions.append(rng.choice(known) if known and rng.random() >= CAPTION_DROPOUT else "")
+    return captions
 
 
 def train_lora(teacher, style: str, args) -> dict[str, Tensor]:
     """The LoRA's tensors in diffusers' layout, trained by the noise loss."""
     rows = [row for row in emoji.training_rows() if emoji.rows()[row][1] == style]
-    with torch.inference_mode():
+    with torch.no_grad():
         latents = teacher.vae.encode_latents(emoji.pictures()[rows]).float()
-    latents, schedule, unet = latents.clone(), NoiseSchedule(), teacher.unet
+    schedule, unet = NoiseSchedule(), teacher.unet
     torch.manual_seed(args.seed)
     add_lora(unet, args.rank, everywhere=True)
 
@@ -76,7 +80,8 @@ def train_lora(teacher, style: str, args) -> dict[str, Tensor]:
     options = TrainingOptions(args.iterations, 64, args.learning_rate, warmup_samples=1_600,
                               cooldown=0.6, ema_half_life=2_000, ema_ramp=0.05, seed=args.seed,
                               name=f"LoRA, {style}")
-    settings = {"style": style, "rank": args.rank}
+    settings = {"teacher_hash": checkpoint.fingerprint(args.teacher), "style": style,
+                "rank": args.rank}
     train(unet, ema_copy(unet), batch, loss, options, Path(args.out + ".state"), settings)
     tensors = {}
     for name, module in unet.named_modules():
@@ -91,7 +96,7 @@ def measure(model, steps: int, style: str, judge: nn.Module, args) -> tuple[dict
     grades, shown = [], None
     for repeat in range(REPEATS):
         seeds = seed_range("evaluation", args.seed, args.num_samples, repeat * args.num_samples)
-        candidates = emoji.measuring_captions(4 * args.num_samples, seeds[0])
+        candidates = emoji.measuring_captions(4 * args.num_samples + 100, seeds[0])
         unstyled = [text for text in candidates if text.rpartition(" ")[2] not in emoji.STYLES]
         captions = unstyled[: args.num_samples]
         images = sample_images(model, captions, seeds, steps)

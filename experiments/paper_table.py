@@ -51,7 +51,8 @@ import checkpoint
 import distill
 import reflow
 from command import (
-    non_negative, non_negative_int, pick_device, positive, run, write_atomically, write_text,
+    BadInput, NotFinite, at_least, non_negative, non_negative_int, note, pick_device, positive, run,
+    write_atomically, write_text,
 )
 from evaluate import NUM_SHOWN, evaluate
 from evaluation.figures import GRADES, paired_differences, with_interval, with_intervals
@@ -74,7 +75,8 @@ FLOW_STEPS = 4  # of 2-RF's pairs, as in distill.py
 EARLY, LATER = 200, 100  # the loss curves: all logged steps up to 200, then every 100th
 KEYS = ("captions", "guidance", "start", "arm", "iterations", "model", "steps")
 FIGURES = (*GRADES, "gap", "held_out_error", "relative_straightness")
-SETTINGS = ("batch_size", "cooldown", "teacher_steps", "num_samples", "held_out", "dtype")
+SETTINGS = ("batch_size", "cooldown", "teacher_steps", "num_samples", "held_out", "tune_at",
+            "dtype")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def study_for(cell: Cell, args: Namespace, num_pairs: int, rows: list[dict], wri
     """The cell's seed, captions and number of pairs, as evaluation/study.py takes them."""
     mine = Namespace(**vars(args) | {"captions": cell.captions, "num_pairs": num_pairs})
     study = study_of(cell.seed, mine, pick_device(args.device), rows, write)
-    setting = cell.captions + (f"-guidance-{cell.guidance:g}" if cell.guidance else "")
+    setting = cell.captions + ("" if cell.guidance is None else f"-guidance-{cell.guidance:g}")
     study.folder = Path(args.out) / setting / cell.name  # pairs of the teacher lie beside it
     return study
 
@@ -173,11 +175,12 @@ def measure_cell(cell: Cell, args: Namespace, rows: list[dict], write, lpips=Non
         perceptual = distill.perceptual(student.vae, lpips)
         loss = lambda encode_prompts, *rest: distill.loss(encode_prompts, perceptual, *rest)
         batch = partial(distill.batch, pairs, cell.seed, steps * args.batch_size)
-        student = trained(study, cell, "one-step-lpips", student, "one-step", batch, loss,
-                          args.lpips_iterations, LPIPS_LEARNING_RATE)
+        count = args.lpips_iterations
+        student = trained(study, cell, f"one-step-lpips-{count}", student, "one-step", batch, loss,
+                          count, LPIPS_LEARNING_RATE)
         save_strip(study, args, cell, student, "-lpips")
         measure(study, cell, "one-step + LPIPS", student, [1],
-                held_out_error=study.error_on(held_out, student))
+                lpips_iterations=count, held_out_error=study.error_on(held_out, student))
 
 
 def rate_for(cell: Cell, args: Namespace, rows: list[dict], write) -> float:
@@ -328,7 +331,8 @@ def save_images(path: Path, args: Namespace, rows: list[dict], study: Study, tea
     asked = study.evaluation_set
     prompts, seeds = asked.prompts[:NUM_SHOWN], asked.seeds[:NUM_SHOWN]
     steps = study.args.teacher_steps
-    sheet = [(f"teacher\n{steps} steps", sample_images(teacher, prompts, seeds, steps))]
+    images = sample_images(teacher, prompts, seeds, steps, args.guidance)
+    sheet = [(f"teacher\n{steps} steps", images)]
     for cell in cells:
         for suffix in suffixes:
             file = strip_path(args, study, cell, suffix)
@@ -346,17 +350,21 @@ def main():
                           "runs/paper-table")
     add_table_options(parser)
     add = parser.add_argument
-    add("--iterations", type=positive, nargs="+", default=[250, 1000, 4000],
+    add("--iterations", type=at_least(2), nargs="+", default=[250, 1000, 4000],
         help="training steps in all, of each arm")
     add("--starts", nargs="+", choices=STARTS, default=STARTS)
     add("--arms", nargs="+", choices=ARMS, default=ARMS)
     add("--guidance", type=non_negative, help="of the teacher; default: its own, 2.5")
-    add("--tune-at", type=positive, default=1000, help="training steps to choose the rates at")
+    add("--tune-at", type=at_least(2), default=1000, help="training steps to choose the rates at")
     add("--lpips-iterations", type=non_negative_int, default=0, help="after L2, as a row more")
     add("--held-out", type=positive, default=500, help="pairs that nothing is trained on")
     args = parser.parse_args()
     folder, device = Path(args.out), pick_device(args.device)
     rows, write = open_table(folder / "study.json", args, SETTINGS)
+    lengths = {row["lpips_iterations"] for row in rows if "lpips_iterations" in row}
+    if args.lpips_iterations and lengths - {args.lpips_iterations}:
+        raise BadInput(f"--lpips-iterations {args.lpips_iterations}: {folder} has rows of "
+                       f"{max(lengths)}; name another folder with --out")
     lpips = perceptual_distance("random", device) if args.lpips_iterations else None
     for iterations in args.iterations:
         for seed in reported_seeds(args):
@@ -364,13 +372,17 @@ def main():
                 for arm in args.arms:
                     cell = Cell(args.captions, args.guidance, start, arm, iterations, 0.0, seed)
                     cell = replace(cell, learning_rate=rate_for(cell, args, rows, write))
-                    measure_cell(cell, args, rows, write, lpips)
+                    try:
+                        measure_cell(cell, args, rows, write, lpips)
+                    except NotFinite as problem:  # the table then says: one seed less
+                        note(f"seed {seed}: {problem}")
 
     reported = with_gaps(rows, args.teacher_steps)
     table = markdown_table(summary_of(reported))
     table += footer("experiments/paper_table.py", args, device, reported)
     write_text(folder / "study.md", table)
-    write_text(folder / "differences.md", markdown_table(differences_of(reported)))
+    if paired := differences_of(reported):  # of two arms
+        write_text(folder / "differences.md", markdown_table(paired))
     save_gaps(folder / "study.png", reported)
     save_losses(folder / "losses.png", reported)
     study = study_for(replace(cell, seed=args.seed), args, 1, rows, write)

@@ -15,6 +15,7 @@ students.png. The columns are those of toy/demo.py; endpoint_error is to the stu
 import copy
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,14 +23,14 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import (
-    Parser, check_output, positive, read_our_json, run, write_atomically, write_json, write_text,
-)
+from command import Parser, positive, run, write_atomically, write_text
 from evaluation.figures import with_intervals
 from evaluation.plots import COLOURS, grouped, markdown_table
-from evaluation.study import footer
+from evaluation.study import footer, open_table
 from toy.demo import MLP, Model, Probe, add_options, distill, rings, student_row, up_to_second_flow
 
+# Flags that decide the rows, beside KEYS.
+SETTINGS = ("width", "iterations", "batch_size", "num_pairs", "teacher_guidance", "num_samples")
 KEYS = ("teacher", "start", "width", "iterations")
 FIGURES = {
     "endpoint_error": "squared error to its own teacher",
@@ -54,7 +55,7 @@ def negated(model: Model) -> Model:
     return model
 
 
-def measure_seed(args: Namespace, rows: list[dict], path: Path) -> None:
+def measure_seed(args: Namespace, rows: list[dict], write: Callable) -> None:
     """Add the students of --seed that are missing in the rows; write the rows after each."""
     wanted, counts = [], args.student_iterations  # wanted: of KEYS
     for teacher in ("teacher", "2-RF"):
@@ -79,7 +80,7 @@ def measure_seed(args: Namespace, rows: list[dict], path: Path) -> None:
         measured = student_row(distill(start, pairs, args, key["iterations"], name), source, probe)
         figures = {name: measured[name] for name in FIGURES}
         rows.append(key | figures | {"samples": args.num_samples})
-        write_json(path, rows)
+        write()
 
 
 def summary_of(rows: list[dict]) -> list[dict]:
@@ -133,10 +134,9 @@ def main():
     add("--out", default="runs/plane-students", help="folder")
     args = parser.parse_args()
     path = Path(args.out) / "students.json"
-    check_output(path)
-    rows = read_our_json(path, [])
+    rows, write = open_table(path, args, SETTINGS)
     for seed in range(args.seed, args.seed + args.num_seeds):
-        measure_seed(Namespace(**vars(args) | {"seed": seed}), rows, path)
+        measure_seed(Namespace(**vars(args) | {"seed": seed}), rows, write)
     summary = summary_of(rows)
     device = torch.device("cpu")
     table = markdown_table(summary) + footer("experiments/plane_students.py", args, device, rows)

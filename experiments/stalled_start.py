@@ -42,7 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import distill
 import reflow
-from command import non_negative, pick_device, positive, run, write_atomically, write_text
+from command import (
+    at_least, non_negative, pick_device, positive, run, write_atomically, write_text,
+)
 from evaluation.figures import with_intervals
 from evaluation.plots import grouped, markdown_table
 from evaluation.study import Study, footer, open_table, study_parser
@@ -180,7 +182,7 @@ def main():
     parser = study_parser("Why direct distillation stalls from the teacher's own weights.",
                           "mixed", "runs/paper-table")
     add = parser.add_argument
-    add("--iterations", type=positive, default=500, help="training steps of each run")
+    add("--iterations", type=at_least(FIRST + 1), default=500, help="training steps of each run")
     add("--learning-rate", type=non_negative, default=5e-4, help="constant after the warm-up")
     add("--measure-every", type=positive, default=20, help="training steps")
     add("--held-out", type=positive, default=500, help="pairs that nothing is trained on")

@@ -388,7 +388,7 @@ def measure_cell(study: Study, row: str, rate: float | None, steps: list[int]) -
     measured, of_pairs = [], pairs_cost(args, row, teacher.guidance)
     for trained in models_of(replace(study, args=args, folder=folder), row, teacher):
         model, passes = trained.model, round(trained.passes)
-        is_own = rate and row not in (*SAME_MODEL, *GUIDED)
+        is_own = rate and row not in SAME_MODEL
         file = f"{folder.name}/{Path(model.path).name}" if is_own else None
         guidance = 1.0 if row == UNGUIDED else model.guidance
         per_step = None if row in EXACT else 2 if row in GUIDED else passes_of_a_step(guidance)
@@ -432,7 +432,8 @@ def measure_seed(study: Study, rate_of: Callable) -> None:
         teacher = in_fp32(study, study.load_teacher().path)
         study.shown += [(f"teacher\n{steps_label(n)}", teacher, n) for n in (1, 4)]
     for row in sorted(study.rows, key=lambda row: ORDER.index(row["row"])):
-        if row["seed"] == study.seed and row["steps"] in (1, 4) and row["file"]:
+        if row["seed"] == study.seed and row["steps"] in (1, 4) and row["file"] and (
+                row["row"] not in GUIDED):
             path = Path(study.args.out, row["file"])
             label = f"{row['row']}\n{steps_label(row['steps'])}"
             if path.exists():

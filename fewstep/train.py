@@ -15,6 +15,7 @@ a loss in fp32; here it has --dtype.
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -177,6 +178,8 @@ def arguments() -> argparse.Namespace:
                         cooldown=0.6, ema_ramp=0.05)
     args = parser.parse_args()
     method = METHODS[args.method]
+    if isinstance(args.lpips_net, str) and method.name != "hipa":
+        raise BadInput(f"--lpips-net: is for hipa, not {method.name}; drop it")
     args.out, args.init = args.out or f"runs/{method.name}.safetensors", args.init or method.init
     if isinstance(args.learning_rate, DefaultByModel):
         args.learning_rate = DefaultByModel(method.learning_rate, 5e-4)
@@ -236,7 +239,8 @@ def main():
     outs = [f"{stem}{round_.suffix}.safetensors" for round_ in rounds]
     for out in outs:
         check_not_overwriting(out, {"--teacher": args.teacher, "--init": args.init})
-    is_finished = check_request(args, spec if paired else {}, runs)
+    is_finished = (check_request(args, spec if paired else {}, runs)
+                   and all(map(os.path.exists, outs)))
     print_plan(args, teacher, prompts, spec, [options for _, options, _ in runs], paired=paired)
     if is_finished:
         done = " + ".join(f"{options.iterations:,}" for _, options, _ in runs)

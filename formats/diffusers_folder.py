@@ -19,9 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from command import BadInput, first_line, flush_to_disk, note, write_json
+from formats.hub import name_of
 from formats.tokenizers import added_tokens, merges_text, tokenizer_in, tokenizer_parts
 from formats.weights import (
     MALFORMED, OURS, check_metadata, check_unused_tensors, empty_networks, identity_of, in_dtype,
@@ -125,7 +127,8 @@ def check_values(where: Path, found: dict, known: dict) -> None:
 
 def same_value(value):
     """A list of equal values is that value."""
-    return value[0] if isinstance(value, list) and value == value[:1] * len(value) else value
+    is_same = isinstance(value, list) and value and value == value[:1] * len(value)
+    return value[0] if is_same else value
 
 
 def read_index(path: Path) -> dict:
@@ -140,10 +143,8 @@ def guessed_kind(path: Path, pipeline: dict, unet: dict) -> str:
     """The kind of a folder that does not store it. InstaFlow's do not say whether one-step."""
     if pipeline.get("_class_name") != "RectifiedFlowPipeline":
         return "diffusion"
-    folder = path.resolve()
-    if folder.parent.name == "snapshots":  # of the hub's cache, where the folder above has the name
-        folder = folder.parent.parent
-    names = (folder.name, str(pipeline.get("_name_or_path")), str(unet.get("_name_or_path")))
+    names = (name_of(path.resolve()), str(pipeline.get("_name_or_path")),
+             str(unet.get("_name_or_path")))
     return kind_by_name(path, names, flow=True)
 
 
@@ -365,5 +366,8 @@ def write_folder_atomically(folder: str | os.PathLike, write: Callable[[Path], o
             if path.is_file():
                 flush_to_disk(path)
         os.replace(temporary, folder)
+    except SafetensorError as problem:  # wraps the system's error
+        raise BadInput(f"{folder}: could not be written ({first_line(problem)}); free some space "
+                       "and run again") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

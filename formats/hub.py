@@ -1,18 +1,20 @@
 """Models by their name on the Hugging Face hub, such as `XCLIU/instaflow_0_9B_from_sd_1_5`.
 
-The safetensors, configurations and tokenizer of a diffusers folder are fetched once, with progress
-bars, into huggingface_hub's cache, and found there from then on, offline too. A local file or
-folder of the same name wins.
+The safetensors, configurations and tokenizer of a diffusers folder are fetched, with progress bars,
+into huggingface_hub's cache, where they are found offline too. A local file or folder of the same
+name wins.
 """
 
+import os
 import re
 from pathlib import Path
 
 from command import BadInput, first_line
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name
+NETWORKS = ("unet", "vae", "text_encoder")
 WANTED = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*",
-          *(f"{part}/*.safetensors*" for part in ("unet", "vae", "text_encoder"))]
+          *(f"{part}/*.safetensors*" for part in NETWORKS)]
 VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # fetched only where a network has nothing else
 
 
@@ -28,6 +30,14 @@ def local_path(path: str | Path) -> Path:
     return fetch(str(path)) if is_hub_name(path) else Path(path)
 
 
+def name_of(path: str | Path) -> str:
+    """The name of a model's file or folder, or org/name where the hub's cache holds it."""
+    path = Path(os.path.abspath(path))
+    if path.parent.name != "snapshots":
+        return path.name
+    return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+
+
 def fetch(name: str) -> Path:
     """The folder of a hub model in the cache. BadInput: unknown, or offline and not cached."""
     from huggingface_hub import snapshot_download  # slow to import, and few models need it
@@ -38,7 +48,7 @@ def fetch(name: str) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=VARIANTS))
-        if not list(folder.glob("unet/*.safetensors")):
+        if not all(list(folder.glob(f"{part}/*.safetensors")) for part in NETWORKS):
             folder = Path(snapshot_download(name, allow_patterns=WANTED))
         return folder
     except LocalEntryNotFoundError:

@@ -45,9 +45,10 @@ def to_bytes(images: Tensor) -> Tensor:
 def save_image(path: str, pixels: np.ndarray, about: dict) -> None:
     """Write (H, W, 3) uint8 with how it was made: as text of a PNG, as EXIF of others."""
     info, exif = PngImagePlugin.PngInfo(), Image.Exif()
+    readable = lambda text: text.encode(errors="replace")  # names of files may be no Unicode
     for key, value in about.items():
-        info.add_text(key, str(value))
-    exif[DESCRIPTION] = json.dumps(about, ensure_ascii=False).encode()[:LONGEST_EXIF]
+        info.add_text(key, readable(str(value)).decode())
+    exif[DESCRIPTION] = readable(json.dumps(about, ensure_ascii=False))[:LONGEST_EXIF]
     more = {"pnginfo": info} if path.lower().endswith(".png") else {"exif": exif, "quality": 95}
     write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, **more))
 
@@ -127,12 +128,12 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
     """An image file, resized and cropped: (3, height, width) uint8. BadInput: Pillow refuses it."""
     try:
         with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16 bits, of which Pillow would clip all above 255
                 gray = np.asarray(image).clip(0, 2**16 - 1) // 257
                 image = Image.fromarray(gray.astype("uint8"))
             elif image.mode == "F":
                 raise ValueError("floating-point pixels")
-            image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:  # on white
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")

@@ -35,6 +35,9 @@ def read_prompts(path: str | Path, column: str = "Prompt") -> list[str]:
     prompts = [line.translate(breaks).strip() for line in lines if line.strip()]
     if not prompts:
         raise BadInput(f"{path}: holds no prompt; write one a line")
+    broken = next((prompt for prompt in prompts if re.search("[\ud800-\udfff]", prompt)), None)
+    if broken is not None:  # half of a character that .json writes in two halves
+        raise BadInput(f"{path}: not Unicode text: {broken!r}; repair or delete this prompt")
     name = r"(\w+[,;\t])*(prompt|caption|text)([,;\t]\w+)*$"
     if ending not in (".tsv", ".csv", ".json", ".jsonl") and (
             prompts[0][0] in "{[" or len(prompts) > 1 and re.match(name, prompts[0].lower())):

@@ -178,6 +178,8 @@ def stored_tokenizer(path: Path, about: dict):
     try:
         return tokenizer_from(**about["tokenizer"])
     except Exception as problem:  # the tokenizers library raises its own, without a class for them
+        if isinstance(problem, OSError) and problem.errno:  # such as a full disk for its copy
+            raise
         raise BadInput(f"{path}: the tokenizer in its metadata is malformed "
                        f"({first_line(problem)}); get it again") from None
 

@@ -10,7 +10,7 @@ from formats.diffusers_folder import (
 )
 from formats.single_file import VAE_PREFIX, original_names, single_file_names, unread
 from formats.weights import (
-    check_unused_tensors, load_weights, open_safetensors, set_memory_format,
+    MALFORMED, check_unused_tensors, load_weights, open_safetensors, set_memory_format,
 )
 from stable_diffusion import StableDiffusion
 from vae import AutoencoderKL
@@ -24,7 +24,11 @@ def replace_vae(model: StableDiffusion, path: str | Path) -> None:
     if path.is_dir():
         found = read_json(path / "config.json")
         check_values(path / "config.json", found, NETWORKS["vae"])
-        theirs = vae_from_diffusers(found)
+        try:
+            theirs = vae_from_diffusers(found)
+        except MALFORMED as problem:
+            raise BadInput(f"{path}: its configuration is not that of an SD 1.x autoencoder "
+                           f"({problem!r}); give an AutoencoderKL") from None
         if theirs != config:
             raise BadInput(f"{path}: an autoencoder of other sizes or another scaling_factor than "
                            "the model's; give one made for it")

@@ -1,4 +1,4 @@
-"""Load tensors of foreign files into our networks, for single_file.py and diffusers_folder.py."""
+"""Load tensors of foreign files into our networks, for the other files of this folder."""
 
 import itertools
 import re
@@ -99,8 +99,13 @@ def empty_networks(where: str, configs, dtype: torch.dtype) -> dict[str, nn.Modu
         unet, vae, text = configs()
         for name, value in itertools.chain(*(vars(config).items() for config in (unet, vae, text))):
             numbers = value if isinstance(value, tuple) else (value,)
-            if not all(isinstance(n, (int, float)) and n >= 0 for n in numbers):
+            known = (int, float) if name == "scaling_factor" else (int, bool)
+            if not all(type(n) in known and (n > 0 or n is False) for n in numbers):
                 raise ValueError(f"{name} is {value!r}")
+        attended = [n for n, here in zip(unet.block_out_channels, unet.attention_levels) if here]
+        if (any(n % unet.attention_heads for n in (*attended, unet.block_out_channels[-1]))
+                or text.hidden_size % text.num_attention_heads):
+            raise ValueError("its widths are not multiples of its attention heads")
         if unet.in_channels != vae.latent_channels:
             what = "an inpainting model" if unet.in_channels == 9 else "another model"
             raise BadInput(f"{where}: {what} ({unet.in_channels} channels in, not "

@@ -17,7 +17,9 @@ $RUN distill.py --save-every 100
 echo "4/5  an image by the one-step model that was just made: runs/sample.png"
 $RUN sample.py --out runs/sample.png
 echo "5/5  teacher, flow and one step side by side"
-if test runs/evaluate.json -nt runs/instaflow.safetensors
+# evaluate-curves.png is what evaluate.py writes last; another evaluation may have been there.
+if test runs/evaluate-curves.png -nt runs/instaflow.safetensors &&
+    grep -q '"instaflow.safetensors"' runs/evaluate.json
 then cat runs/evaluate.md
 else $RUN evaluate.py --steps 8,4,2,1
 fi

@@ -355,6 +355,19 @@ def test_command_serves_at_the_next_free_port_until_interrupted(tmp_path, monkey
             assert process.wait(PATIENCE) == 0
 
 
+def test_models_in_use_or_half_written_and_the_commands_that_make_others(call, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/.2rf.tmp", "runs/shard-00000", "shard-house"):
+        shutil.copy(ROOT / "toy/tiny_emoji.safetensors", tmp_path / f"{name}.safetensors")
+    own = str(tmp_path / "shard-house.safetensors")
+    found = app_sampling.find_models([own])
+    assert [path for path in found if path.startswith(str(tmp_path))] == [own]
+    flow = checkpoint.load(own, kind="flow")
+    checkpoint.save(flow, "runs/2rf.safetensors")
+    command = app_sampling.command_to_make(app_sampling.find_models([own]), own, "one-step")
+    assert "--teacher runs/2rf.safetensors" in command
+
+
 def test_few_step_model_takes_its_steps_and_no_guidance():
     model = checkpoint.load(TEACHER, "meta")
     model.few_step = FewStep("renoise", 4, (1, 2, 4, 8))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cost, demo, int8, sampling
+from benchmarks import cost, demo, int8, sampling, timing
 from benchmarks.memory import Kept
 from processes import Process
 
@@ -43,6 +43,11 @@ def test_int8_needs_its_packages_and_whole_batches(call, monkeypatch):
     monkeypatch.setattr(int8, "find_spec", lambda name: True)
     code, _, err = call(int8.main, "--num-samples", 150)
     assert code == 2 and "--num-samples 150: not a multiple of 100" in err
+
+
+def test_quartiles_lie_within_what_was_measured():
+    assert timing.ratio([1, 1], [1, 2])["quartiles"] == "0.50 to 1.00"
+    assert timing.ratio([2], [1])["quartiles"] == "2.00 to 2.00"
 
 
 def test_memory_saved_for_the_backward_pass_is_counted():

@@ -406,6 +406,8 @@ def test_family_in_metadata_cannot_be_a_file(model, tmp_path, name):
         {"config": {"unet": {"block_out_channels": []}, "vae": {}, "text_encoder": {}}},
         {"config": {"unet": {"sample_size": "64"}, "vae": {}, "text_encoder": {}}},
         {"config": {"unet": {}, "vae": {"scaling_factor": None}, "text_encoder": {}}},
+        {"sizes": {"sample_size": 64.0}}, {"sizes": {"sample_size": 0}},
+        {"sizes": {"attention_heads": 0}}, {"sizes": {"attention_heads": 7}},
         {"sampler": "fast"}, {"sampler": "renoise"},
         *({"sampler": "renoise", "steps": steps, "allowed_steps": []}
           for steps in (0, -3, "4", 2.5, True, 10**9, float("inf"))),
@@ -420,11 +422,12 @@ def test_family_in_metadata_cannot_be_a_file(model, tmp_path, name):
 def test_malformed_metadata_is_a_one_line_error(model, tmp_path, metadata):
     written = metadata
     # These fields are read only after the weights fit.
-    if isinstance(metadata, dict) and {"tokenizer", "sampler", "method"} & set(metadata):
+    if isinstance(metadata, dict) and {"tokenizer", "sampler", "method", "sizes"} & set(metadata):
         small = tmp_path / "small.safetensors"
         write_single_file(model, small, torch.float32)
         with safe_open(small, "pt") as file:
             written = json.loads(file.metadata()[METADATA]) | metadata
+        written.get("config", {}).get("unet", {}).update(written.pop("sizes", {}))
     path = write_with_metadata(model, tmp_path / "a.safetensors", written)
     with pytest.raises(
         BadInput, match="a.safetensors: its (metadata|configuration)|the tokenizer in its"

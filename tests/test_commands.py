@@ -652,6 +652,14 @@ def test_full_disk_leaves_no_partial_file(tmp_path):
     assert not list((tmp_path / "runs/2rf.safetensors.state").glob("*state.*"))
 
 
+def test_full_disk_leaves_no_partial_folder(tmp_path):
+    process = Process(tmp_path, "checkpoint", [TINY, "sd"], file_limit=1_000_000)
+    assert process.wait() == 2
+    log = (tmp_path / "checkpoint.log").read_text()
+    assert "sd: could not be written" in log and "Traceback" not in log
+    assert not (tmp_path / "sd").exists() and not (tmp_path / ".sd.tmp").exists()
+
+
 def test_blank_prompt_lines_give_one_note(call, tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n\n\na blue square\n")
     code, _, err = call(reflow.main, *REFLOW, "--prompts", "p.txt")

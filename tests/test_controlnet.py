@@ -208,6 +208,7 @@ def with_width(width):
 
 def renamed(name):
     def write(folder, tmp_path):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(folder / WEIGHTS, tmp_path / name)
         return tmp_path / name
 
@@ -233,6 +234,7 @@ REFUSED = {
                                "cross_attention_dim is 768, and that of --model is 32"),
     "shuffle in a folder": (configured(global_pool_conditions=True), "its global_pool_conditions"),
     "shuffle in a file": (renamed("control_v11e_sd15_shuffle.safetensors"), "(shuffle)"),
+    "shuffle by its folder": (renamed("control_v11e_sd15_shuffle/model.safetensors"), "(shuffle)"),
     "BGR": (configured(controlnet_conditioning_channel_order="bgr"), "channel_order is 'bgr'"),
     "another class": (configured(_class_name="ControlNetUnionModel"), "'ControlNetUnionModel'"),
     "another U-Net": (configured(layers_per_block=3),

@@ -75,6 +75,9 @@ def test_plane_students_writes_all_rows_and_resumes(call, tmp_path):
     assert np.asarray(Image.open(tmp_path / "a/students.png").convert("L")).std() > 3
     assert (tmp_path / "a/students.md").read_text() in out
 
+    code, _, err = call(plane_students.main, *arguments, "--iterations", 3)
+    assert code == 2 and "a: holds another study (iterations was" in err
+
     first_seed_rows = [row for row in rows if row["seed"] == 0]  # as if killed in the second
     (tmp_path / "a/students.json").write_text(json.dumps(first_seed_rows))
     assert call(plane_students.main, *arguments)[0] == 0

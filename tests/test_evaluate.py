@@ -3,6 +3,8 @@
 import argparse
 import fcntl
 import json
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from command import TINY_TEACHER, BadInput, NotFinite, unlock_folder
 from diffusion import NoiseSchedule
 from evaluation import figures, study
 from evaluation.figures import GRADES
-from evaluation.plots import markdown_table
+from evaluation.plots import markdown_table, save_comparison
 from experiments import fewer_samples, paper_table, stalled_start
 
 
@@ -57,6 +59,23 @@ def test_confidence_interval_uses_students_t():
     mean, interval = figures.with_interval([1.0, 2.0, 3.0])
     # Student's t at 97.5 % and 2 degrees of freedom is 4.3027; the standard error is 1 / √3.
     assert mean == 2 and interval == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+
+
+def test_intervals_of_straightness_are_those_of_a_mean():
+    model = checkpoint.load(TINY_TEACHER)
+    one = figures.straightness_figures(model, ["a"], range(1), 1.0)
+    assert one["straightness_interval"] is one["relative_straightness_interval"] is None
+    eight = figures.straightness_figures(model, ["a"] * 8, range(8), 1.0)
+    each = [figures.straightness_figures(model, ["a"], [k], 1.0) for k in range(8)]
+    mean, interval = figures.with_interval([row["straightness"] for row in each])
+    assert eight["straightness"] == pytest.approx(mean, rel=1e-4)
+    assert eight["straightness_interval"] == pytest.approx(interval, rel=1e-4)
+
+
+def test_captions_with_dollars_are_text(tmp_path):
+    captions = ["Save $$ on shoes", "$9 (50% of $18)", '$5 "x" $6']
+    save_comparison(tmp_path / "a.png", [("a$$", torch.zeros(3, 3, 8, 8))], captions)
+    assert Image.open(tmp_path / "a.png").size[0] > 100
 
 
 def test_table_joins_values_with_their_intervals():
@@ -134,14 +153,22 @@ def test_paper_table_tunes_measures_and_resumes(call, monkeypatch, short_paths):
     with monkeypatch.context() as patch:
         patch.setattr(paper_table, "train", None)
         assert call(paper_table.main, *STUDY, "--num-seeds", 1)[0] == 0
+        Path("one").mkdir()  # one arm alone has no differences
+        one_arm = [row for row in rows if row["arm"] != "reflow first"]
+        Path("one/study.json").write_text(json.dumps(one_arm))
+        arguments = [*STUDY, "--num-seeds", 1, "--arms", "direct", "--out", "one"]
+        assert call(paper_table.main, *arguments)[0] == 0
     assert json.loads(path.read_text()) == rows
     lpips = [*STUDY, "--num-seeds", 1, "--starts", "negated", "--lpips-iterations", 2]
     assert call(paper_table.main, *lpips)[0] == 0
     longer = json.loads(path.read_text())
     added = [row for row in longer if row not in rows]
     assert len(added) == 4 and {row["model"] for row in added} == {"one-step + LPIPS"}
-    code, _, err = call(paper_table.main, *STUDY, "--batch-size", 8)
-    assert code == 2 and "holds another study (batch_size was 4, now 8)" in err
+    for more, words in ((["--batch-size", 8], "holds another study (batch_size was 4, now 8)"),
+                        (["--tune-at", 8], "holds another study (tune_at was 4, now 8)"),
+                        (["--lpips-iterations", 3], "runs/paper-table has rows of 2")):
+        code, _, err = call(paper_table.main, *STUDY, *more)
+        assert code == 2 and words in err, err
 
 
 def test_two_studies_in_one_folder_are_refused(tmp_path):
@@ -192,6 +219,26 @@ def test_a_learning_rate_that_diverges_is_not_chosen():
         return 1 / rate
 
     assert study.best_rate(frechet) == 5e-4 and sorted(tried) == [1e-4, 5e-4, 2e-3]
+
+
+def test_studies_refuse_what_no_training_can_serve(call, monkeypatch):
+    monkeypatch.setattr(fewer_samples, "rate_for", None)  # refused before the tuning
+    for main, arguments, words in (
+        (paper_table.main, ["--iterations", 1], "must be a whole number of at least 2"),
+        (paper_table.main, ["--num-samples", 4], "must be a whole number of at least 5"),
+        (stalled_start.main, ["--iterations", stalled_start.FIRST], "of at least 101"),
+        (fewer_samples.main, [*FEW, "--seed", study.TUNING_SEED], "chooses the learning rates"),
+    ):
+        code, _, err = call(main, *arguments)
+        assert code == 2 and words in err
+
+
+def test_guidance_0_has_a_folder_of_its_own(tmp_path):
+    cell = paper_table.Cell("mixed", 0.0, "negated", "direct", 4, 5e-4, 0)
+    args = Namespace(out=str(tmp_path), num_samples=5, device="cpu")
+    folders = {paper_table.study_for(replace(cell, guidance=scale), args, 4, [], None).folder
+               for scale in (None, 0.0, 1.0)}
+    assert len(folders) == 3
 
 
 def test_stalled_start_measures_where_the_step_points(call, monkeypatch):

@@ -790,6 +790,9 @@ def test_progressive_distillation_saves_a_model_for_every_round(call, folder, fe
         rows = read_metrics(Path(f"{out}.state") / f"{steps_}-steps")
         assert rows[-1]["step"] == (2 if steps_ <= 2 else 1)
     assert len({tensor.numpy().tobytes() for tensor in states.values()}) == 4
+    lost = folder / "rounds-4.safetensors"
+    lost.unlink()
+    assert call(fewstep.train.main, *flags)[0] == 0 and lost.exists()
 
 
 def test_unsupported_steps_guidance_teachers_and_flags_are_refused(call, untrained):
@@ -804,6 +807,8 @@ def test_unsupported_steps_guidance_teachers_and_flags_are_refused(call, untrain
     assert code == 2 and "a few-step model" in err
     code, _, err = call(fewstep.train.main, "--method", "progressive", "--iterations", 3)
     assert code == 2 and "4 rounds" in err
+    code, _, err = call(fewstep.train.main, "--method", "lcm", "--lpips-net", "vgg")
+    assert code == 2 and "--lpips-net: is for hipa" in err
     code, _, err = call(fewstep.train.main, "--method", "lcm", "--ema-device", "cpu")
     assert code == 2 and "--ema-device" in err
     code, _, err = call(fewstep.train.main, "--method", "lcm", "--init", "negated")

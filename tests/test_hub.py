@@ -1,6 +1,8 @@
 """Models from the hub's cache, and another autoencoder for a model. Nothing is fetched here."""
 
+import json
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +64,13 @@ def test_every_command_takes_a_cached_model(cache, call):
     ):
         code, _, err = call(main, *arguments)
         assert code == 0, err
+    assert json.loads(Path("runs/evaluate.json").read_text())[-1]["model"] == name
+
+
+def test_a_small_tmp_is_not_a_damaged_tokenizer(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(OSError):
+        checkpoint.load(TINY_TEACHER, "meta")
 
 
 def test_offline_and_not_cached_is_one_line(cache, call):
@@ -83,9 +92,12 @@ def test_only_what_is_read_is_asked_for(monkeypatch, tmp_path):
 
     def download(name, allow_patterns, ignore_patterns=None):
         asked.append(ignore_patterns)
-        if ignore_patterns is None:  # the second call: the repository has fp16 alone
-            (tmp_path / "unet").mkdir()
-            (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch()
+        parts = ["unet"]
+        if ignore_patterns is None:  # the second call: two networks are there in fp16 alone
+            parts = ["vae", "text_encoder"]
+        for part in parts:
+            (tmp_path / part).mkdir(exist_ok=True)
+            (tmp_path / part / "model.fp16.safetensors").touch()
         assert "unet/*.safetensors*" in allow_patterns and "*" not in allow_patterns
         return str(tmp_path)
 
@@ -150,7 +162,8 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, call):
     with pytest.raises(BadInput, match="another scaling_factor"):
         replace_vae(make_model(), "sdxl/vae")
     for path, said in (("a.safetensors", "tensors are missing"), ("vae.pt", "pickle"),
-                       ("none.safetensors", "no such file"), (".", "config.json")):
+                       ("none.safetensors", "no such file"), (".", "config.json"),
+                       ("sdxl/text_encoder", "its configuration is not that of")):
         code, _, err = call(sample.main, "--model", TINY_TEACHER, "--vae", path)
         assert code == 2 and said in err and "\n" not in err, err
 
@@ -162,7 +175,7 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, call):
 def test_a_folder_gets_a_png_an_image_and_continues(call, monkeypatch, tmp_path):
     (tmp_path / "captions.txt").write_text("a red circle\na blue square\n")
     arguments = ["--model", TINY_TEACHER, "--prompts", "captions.txt", "--num-images", 2, "--steps",
-                 2, "--seed", 5, "--batch-size", 3, "--out", "many/"]
+                 2, "--seed", 5, "--batch-size", 3, "--dtype", "fp32", "--out", "many/"]
     code, out, err = call(sample.main, *arguments)
     assert (code, out) == (0, "many/: 4 images, 4 of them new\n"), err
     names = ["000000-5.png", "000001-6.png", "000002-5.png", "000003-6.png"]
@@ -177,7 +190,8 @@ def test_a_folder_gets_a_png_an_image_and_continues(call, monkeypatch, tmp_path)
     assert "4 images, 1 of them new" in call(sample.main, *arguments)[1]
     assert {path.name: path.read_bytes() for path in (tmp_path / "many").glob("*.png")} == files
     for more, said in ((["--guidance", 1], "guidance"), (["--height", 64], "size"),
-                       (["--prompt", "a red circle"], "prompts"), (["--seed", 6], "seeds")):
+                       (["--prompt", "a red circle"], "prompts"), (["--seed", 6], "seeds"),
+                       (["--dtype", "bf16"], "dtype")):
         code, _, err = call(sample.main, *arguments, *more)
         assert code == 2 and "holds other images (" in err and said in err, err
         assert {path.name: path.read_bytes() for path in (tmp_path / "many").glob("*.png")} == files
@@ -221,6 +235,9 @@ def test_what_no_file_can_hold_is_refused_before_the_work(call):
     about = {"prompt": long.read_text()}
     save_image("long.jpg", np.zeros((8, 8, 3), np.uint8), about)
     assert Image.open("long.jpg").size == (8, 8)
+    for out in ("a.png", "a.jpg"):  # a file name that is not Unicode
+        save_image(out, np.zeros((8, 8, 3), np.uint8), {"model": "caf\udce9.safetensors"})
+        assert Image.open(out).size == (8, 8)
 
 
 def test_a_malformed_hub_name_is_one_line(call):
@@ -236,6 +253,9 @@ def test_images_are_read_upright_and_on_white(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees, clockwise, to see it
     turned.save(tmp_path / "turned.png", exif=exif)
     assert (read_image(tmp_path / "turned.png", 8, 8).permute(1, 2, 0).numpy() == half).all()
+    deep = Image.fromarray(np.asarray(turned.convert("L")).astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png", exif=exif)
+    assert (read_image(tmp_path / "deep.png", 8, 8).permute(1, 2, 0).numpy() == half).all()
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (read_image(tmp_path / "clear.png", 8, 8) == 255).all()
 

@@ -1,6 +1,7 @@
 """LoRA files and differences of fine-tunes: merged weights against diffusers', refused files."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -534,6 +535,12 @@ def test_lora_style_trains_merges_and_measures(call, monkeypatch):
     assert all(0 <= row["in_style"] <= 1 and 0 <= row["right"] <= 1 for row in rows)
     assert np.asarray(Image.open("runs/lora_style.png").convert("L")).std() > 3
     assert len(load_file("runs/lora_style.safetensors")) > 100
+
+
+def test_no_caption_of_the_style_is_one_to_measure_on():
+    captions = lora_style.style_captions(20 * emoji.training_rows(), random.Random(0))
+    assert captions.count("") < 0.2 * len(captions)
+    assert not any(map(emoji.is_for_measuring, filter(None, captions)))
 
 
 def test_a_layer_under_two_names_is_refused(tmp_path, call):

@@ -120,6 +120,8 @@ def test_other_tools_metadata_is_read(model, tmp_path, metadata, words):
     ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero_snr is True"),
     ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type is"),
     ("scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, "a LCMScheduler"),
+    ("scheduler/scheduler_config.json", {"trained_betas": []}, "trained_betas is"),
+    ("unet/config.json", {"only_cross_attention": []}, "only_cross_attention is"),
     ("unet/config.json", {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
     ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type is"),
     ("unet/config.json", {"transformer_layers_per_block": [1, 2, 1, 1]}, "transformer_layers"),
@@ -270,11 +272,11 @@ def test_prompt_files_of_every_kind(tmp_path, notes, name, text, prompts):
 
 @pytest.mark.parametrize("name, text", [
     ("a.jsonl", '{"file": "1.png"}\n'), ("a.jsonl", "{oops\n"), ("a.json", '{"a": 3}'),
-    ("a.json", "3"), ("a.jsonl", '{"text": null}\n'),
+    ("a.json", "3"), ("a.jsonl", '{"text": null}\n'), ("a.jsonl", '{"text": "a \\ud83d"}\n'),
 ])
 def test_json_without_prompts_is_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    with pytest.raises(BadInput, match=f"{name}: not a list of prompts"):
+    with pytest.raises(BadInput, match=f"{name}: not (a list of prompts|Unicode text)"):
         read_prompts(tmp_path / name)
 
 

@@ -5,7 +5,9 @@ Small networks stand in for Inception and CLIP.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+import checkpoint
 import evaluate
-from checkpoint import load
 from command import TINY_TEACHER, BadInput
 from evaluation import real_images
+from evaluation.perceptual import perceptual_distance
 from formats import images
 
 CAPTIONS = [f"picture {k} of a cat" for k in range(6)]
@@ -34,7 +37,7 @@ def networks(tmp_path_factory):
     """A TorchScript feature network and a CLIP folder, both tiny."""
     folder = tmp_path_factory.mktemp("networks")
     torch.jit.script(Mean()).save(folder / "mean.pt")
-    tokenizer = load(TINY_TEACHER).tokenizer
+    tokenizer = checkpoint.load(TINY_TEACHER).tokenizer
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
             "num_attention_heads": 2}
     text = size | {"vocab_size": len(tokenizer), "max_position_embeddings": 77,
@@ -125,6 +128,8 @@ def test_captions_of_coco_2017_and_2014(coco_folder):
     annotations = coco_folder / "annotations"
     (annotations / "captions_val2017.json").rename(annotations / "captions_val2014.json")
     captions, _, side = real_images.read_coco(coco_folder, None)
+    shutil.copy(annotations / "captions_val2014.json", annotations / "captions_val2017.json")
+    assert real_images.read_coco(coco_folder, None)[2] == 256  # the split whose images are there
     assert side == 256 and sorted(captions) == sorted(CAPTIONS + ["another"] * 6)
     assert real_images.read_coco(coco_folder, None)[0] == captions  # the same selection every time
 
@@ -179,3 +184,44 @@ def test_failed_download_of_a_network_is_named(call, networks, coco_folder, monk
     code, _, err = call(evaluate.main, "--model", TINY_TEACHER, "--coco", coco_folder,
                         "--clip", networks / "clip")
     assert code == 2 and "could not be downloaded (no route to host)" in err
+
+
+def test_models_of_one_name_are_refused_and_versions_have_their_own_folders(
+        call, networks, coco_folder, tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        shutil.copy(TINY_TEACHER, tmp_path / folder / "m.safetensors")
+    two = ["--model", tmp_path / "a/m.safetensors", tmp_path / "b/m.safetensors", "--steps", 1]
+    code, _, err = call(evaluate.main, *two)
+    assert code == 2 and "two are named m.safetensors" in err and "\n" not in err
+    model = checkpoint.load(TINY_TEACHER)
+    fid = real_images.feature_distance(str(networks / "mean.pt"), torch.device("cpu"))
+    gallery = real_images.Gallery(CAPTIONS[:1], [], 32, tmp_path / "images", fid, None)
+    folders = [gallery.generate(replace(model, path=f"v1.{k}"), "", 1, 1.0, range(1))
+               for k in (4, 5)]
+    assert folders[0] != folders[1]
+
+
+def test_out_of_memory_is_no_wrong_flag(networks, coco_folder):
+    def full(*arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    fid = SimpleNamespace(update=full, device="cpu")
+    images = real_images.read_images(coco_folder / "val2017")
+    with pytest.raises(torch.OutOfMemoryError):
+        real_images.Gallery(CAPTIONS, images, 32, Path("images"), fid, None).measure_real()
+
+
+def test_fid_is_not_summed_over_processes(networks):
+    """All processes measure all images."""
+    fid = real_images.feature_distance(str(networks / "mean.pt"), torch.device("cpu"))
+    assert not fid.sync_on_compute
+
+
+def test_a_damaged_backbone_is_one_line(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "hub/checkpoints/alexnet-owt-7be5be79.pth").write_bytes(b"x")
+    with pytest.raises(BadInput, match="--lpips-net alex: its backbone could not be"):
+        perceptual_distance("alex", torch.device("cpu"))

@@ -302,6 +302,24 @@ def commands_of(recipes: tuple[str, ...], folder: Path) -> list[list[str]]:
     return commands
 
 
+def test_the_laptop_recipe_shows_a_finished_table_of_its_own_model_alone(tmp_path):
+    """Not one that a kill left without its figures, nor that of another model."""
+    def recipe() -> str:
+        return subprocess.run(["sh", ROOT / "recipes/laptop.sh"], cwd=tmp_path, text=True,
+                              capture_output=True, env=os.environ | {"RUN": "echo"},
+                              check=True).stdout
+
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/instaflow.safetensors").touch()
+    (tmp_path / "runs/evaluate.json").write_text('[{"model": "instaflow.safetensors"}]')
+    assert "evaluate.py --steps" in recipe()
+    (tmp_path / "runs/evaluate.md").write_text("the table")
+    (tmp_path / "runs/evaluate-curves.png").touch()
+    assert "the table" in recipe() and "evaluate.py --steps" not in recipe()
+    (tmp_path / "runs/evaluate.json").write_text('[{"model": "tiny_sd.safetensors"}]')
+    assert "evaluate.py --steps" in recipe()
+
+
 @pytest.mark.parametrize("recipes", RECIPES, ids=" ".join)
 def test_recipes_run_at_toy_size(call, tmp_path, recipes):
     Path("captions.txt").write_text("\n".join(

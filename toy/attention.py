@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 from command import TINY_TEACHER, Parser, check_output, run, write_atomically
 from diffusion import NoiseSchedule
-from formats.images import to_bytes
+from formats.images import check_image_ending, to_bytes
 from sample import noise_from_seeds, sample_latents
 
 SHOWN = {  # captions, and two of their words
@@ -61,6 +61,7 @@ def main():
     parser = Parser("Cross-attention maps of the tiny model.")
     parser.add_argument("--out", default="runs/attention.png")
     args = parser.parse_args()
+    check_image_ending(args.out.rstrip("/"))
     check_output(args.out)
     model = checkpoint.load(TINY_TEACHER, "cpu")
     figure = Figure(figsize=(10, 2.1), layout="constrained")

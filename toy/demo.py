@@ -34,7 +34,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import Parser, check_output, non_negative, positive, run, write_json, write_text
+from command import (
+    Parser, at_least, check_output, non_negative, positive, run, write_json, write_text,
+)
 from diffusion import NoiseSchedule, as_flow, dpm_solver, noise_loss
 from evaluation.plots import markdown_table
 from rectified_flow import (
@@ -361,7 +363,7 @@ def add_options(parser: Parser) -> None:
     add("--batch-size", type=positive, default=256)
     add("--num-pairs", type=positive, default=20_000)
     add("--teacher-guidance", type=non_negative, default=1.5, help="guidance scale; 1 is off")
-    add("--num-samples", type=positive, default=4000, help="points that a row is measured on")
+    add("--num-samples", type=at_least(4), default=4000, help="points that a row is measured on")
     add("--seed", type=run_seed, default=0, help="fixes everything random")
 
 

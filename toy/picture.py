@@ -17,6 +17,7 @@ from command import (
 )
 from evaluation.judge import check_same_dataset, load_judge
 from evaluation.plots import save_comparison, steps_label
+from formats.images import check_image_ending
 from sample import run_seed, sample_images, seed_range
 from stable_diffusion import FAMILIES
 
@@ -32,6 +33,7 @@ def main():
     parser.add_argument("--out", default="runs/picture.png")
     add_machine_options(parser, run_seed)
     args = parser.parse_args()
+    check_image_ending(args.out.rstrip("/"))
     check_output(args.out)
     paths = [args.teacher, args.flow, args.one_step]
     check_same_dataset(paths)
