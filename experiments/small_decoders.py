@@ -8,7 +8,7 @@ then makes the same images with its own decoder and with the small one, both in 
 captions and noises. psnr compares the two decoders' images, in dB.
 
 Writes small_decoders.json (a row for each seed), .md (means with 95 % intervals over seeds and of
-the paired differences, small minus full) and .png: full, small and their difference, of seed 0.
+the paired differences, small minus full) and .png: full, small and their difference, of --seed.
 """
 
 import sys

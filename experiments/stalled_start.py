@@ -1,6 +1,6 @@
 """Why does direct distillation stall from the teacher's own weights? Where does its answer point?
 
-    python experiments/stalled_start.py       3 seeds, 15 minutes each on one CPU core; resumes
+    python experiments/stalled_start.py       3 seeds, 40 minutes on one CPU core; resumes
 
 At t = 0 squared L2 of distillation is reflow's loss, ‖v(X0, 0) - (X1 - X0)‖². A noise predictor
 gives v ≈ X0 there: X0 + v lands at 2 X0, far from any data. Five trainings use the same pairs of

@@ -12,7 +12,7 @@ from conftest import ROOT
 from evaluation.figures import frechet_distance
 from sample import sample_images
 from stable_diffusion import FAMILIES
-from toy import picture, shapes, train_teacher
+from toy import attention, picture, shapes, train_teacher
 from toy.shapes import Caption, Phrase, Scene, obeys, parse
 
 FIGURES = json.loads((ROOT / "toy" / "tiny_sd.json").read_text())
@@ -160,6 +160,10 @@ def test_readme_image_needs_two_models_of_one_dataset(call):
         "--out", "image.png")
     assert code == 0 and "2 captions, four rows" in out, err
     assert len(Image.open("image.png").convert("RGB").getcolors(10**7)) > 20
+    for main in (attention.main, picture.main):
+        for out in ("a.txt", "runs/a"):
+            code, _, err = call(main, "--out", out)
+            assert code == 2 and f"--out {out}: must end in .png" in err
     code, _, err = call(picture.main, "--flow", ROOT / "toy/tiny_emoji.safetensors",
                         "--one-step", ROOT / "toy/tiny_instaflow.safetensors")
     assert code == 2 and "was trained on another dataset than" in err

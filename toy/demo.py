@@ -16,7 +16,7 @@ and flow.gif to runs/toy/ (or runs/toy-DATASET/). Columns of the table, measured
     times_floor             Wasserstein-2 distance to fresh data / that of fresh data to fresh data
     on_mode                 fraction of points within 3 standard deviations of a centre of the label
     endpoint_error          E‖Z1 - exact end‖²; exact: 250 steps (for a student: its teacher's 25)
-    relative_straightness   S / E‖Z1 - Z0‖², where the denominator is the transport_cost
+    relative_straightness   S / E‖Z1 - Z0‖², both on the same paths
 """
 
 import copy
