@@ -68,11 +68,16 @@ def rates_from(path: str | None) -> dict[str, float]:
     try:
         measured = {row["stage"]: row["samples_per_second"]
                     for row in json.loads(Path(path).read_text())["rows"]}
-        return {name: measured[name.removesuffix(" large batch")] for name in RECIPE}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise BadInput(
             f"--rates {path}: not a result of benchmarks/training_step.py ({problem!r})"
         ) from None
+    stages = {name: name.removesuffix(" large batch") for name in RECIPE}
+    missing = [stage for stage in stages.values() if stage not in measured]
+    if missing:
+        raise BadInput(f"--rates {path}: has no stage {missing[0]}; run "
+                       "benchmarks/training_step.py without --stages")
+    return {name: measured[stage] for name, stage in stages.items()}
 
 
 def bill(rates: dict[str, float], gpus: int, price: float | None) -> list[dict]:

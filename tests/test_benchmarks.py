@@ -24,7 +24,8 @@ def test_cost_follows_gpus_price_and_measured_speed(call, tmp_path):
     code, out, err = call(cost.main, "--rates", tmp_path / "rates.json")
     assert code == 0 and "this: 99.6 GPU-days" in out
     (tmp_path / "rates.json").write_text(json.dumps({"rows": rows[1:]}))
-    assert call(cost.main, "--rates", tmp_path / "rates.json")[0] == 2
+    code, _, err = call(cost.main, "--rates", tmp_path / "rates.json")
+    assert code == 2 and "has no stage pairs" in err
     assert call(cost.main, "--reflow-share", 1.5)[0] == 2
 
 
