@@ -28,7 +28,7 @@ two rows without training, for LCM's sampler,
     exact consistency               the teacher's 48 steps to the end, in the student's place
     exact consistency, guidance 1   with a teacher without guidance
 
-and ablations of the methods, which take the learning rate of their method:
+and ablations of the methods, which take the learning rate of their method (but for OWN_RATE):
 
     velocity, image loss      Rectified Diffusion's loss on a network that predicts v, from t = 0
     velocity, squared           with the squared error of images: 2-RF's times (1 - t)^2
@@ -37,7 +37,7 @@ and ablations of the methods, which take the learning rate of their method:
     perflow, on path            windows that start on the teacher's path (FlowSteer)
     perflow, halving            8, 4, then 2 windows, and the angle in the loss (ProReflow)
     progressive, velocity       students that predict v, from t = 0
-    mlcm, edges alone           MLCM's second part, with all iterations and the full learning rate
+    mlcm, edges alone           MLCM's second part, with all iterations and a rate of its own
     hipa, convolutions          HiPA's LoRA on all convolutions and linear maps
     scott, no critic            SCott without its adversarial loss
     scott, no noise             also without its noise: η = 0, still three solver steps
@@ -145,6 +145,7 @@ VARIANTS = {
             Part("exact", meanflow.loss))),
     "meanflow, fresh noise": replace(METHODS["re-meanflow"], data="images"),
 }
+OWN_RATE = ("mlcm, edges alone",)  # MLCM's rate is mostly of its other part
 RANKED = ("teacher", *INSTAFLOW, *METHODS, "rectified-diffusion, guided")
 ROWS = (*RANKED, *EXACT, *VARIANTS)
 ORDER = ("real", *ROWS)
@@ -406,7 +407,8 @@ def measure_cell(study: Study, row: str, rate: float | None, steps: list[int]) -
 
 def tuned_rate(study: Study, row: str) -> float:
     """The learning rate with the least Fréchet distance at the row's own steps."""
-    steps = METHODS[row].few_step.steps if row in METHODS else FLOW_STEPS if row == "2-RF" else 1
+    method = VARIANTS.get(row) or METHODS.get(row)
+    steps = method.few_step.steps if method else FLOW_STEPS if row == "2-RF" else 1
 
     def frechet(rate: float) -> float:
         measure_cell(study, row, rate, [steps])
@@ -548,7 +550,9 @@ def main():
     def rate_of(row: str) -> float | None:
         if row == "teacher" or row in EXACT:
             return None
-        base = VARIANTS[row].name if row in VARIANTS else SAME_MODEL.get(row, row)
+        base = SAME_MODEL.get(row, row)
+        if row in VARIANTS and row not in OWN_RATE:
+            base = VARIANTS[row].name
         return rate_of(base) if base != row else tuned_rate(tuning, row)
 
     for seed in reported_seeds(args):
