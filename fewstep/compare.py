@@ -45,7 +45,7 @@ and ablations of the methods, which take the learning rate of their method (but 
     meanflow, fresh noise       Re-MeanFlow on all pairs' images, with fresh noise
 
 Each row has the best of three learning rates (or one more, where the best lies at the edge), by the
-Fréchet distance at the method's own number of steps on a seed that is not reported. In every
+Fréchet distance at the method's own number of steps on a seed that no result uses. In every
 training the learning rate warms up over the same fraction and decays over the last part. The
 captions and noises of the evaluation are held out from all pairs. For progressive distillation,
 each number of steps is its own round's model, which has cost what all rounds so far have spent.
