@@ -1,7 +1,7 @@
 """Does a LoRA that was trained on the teacher restyle the one-step model?
 
     python toy/emoji.py                          downloads the images (npm, 160 MB)
-    python experiments/lora_style.py             10 minutes on 2 CPU cores, with a 2-RF of emoji
+    python experiments/lora_style.py             7 minutes on 2 CPU cores, with a 2-RF of emoji
 
 A LoRA (rank 16, on the U-Net's linear maps and inner convolutions) learns one style of emoji on the
 teacher, from images of that style and captions without the style's name. Its file is then merged
