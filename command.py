@@ -22,7 +22,7 @@ except ImportError:  # Windows has no such locks: there two runs in one folder g
 
 HERE = Path(__file__).resolve().parent
 TINY_TEACHER = str(HERE / "toy" / "tiny_sd.safetensors")  # the default teacher
-TINY_ONE_STEP = str(HERE / "toy" / "tiny_emoji_instaflow.safetensors")  # where no other is
+TINY_ONE_STEP = str(HERE / "toy" / "tiny_emoji_instaflow.safetensors")  # if there is no other
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --dtype
 
 

@@ -102,7 +102,7 @@ class StableDiffusion:
         return self.kind != "one-step" or steps == 1
 
     def allowed_steps(self, numbers: Sequence[int]) -> list[int]:
-        """Those of these numbers of steps that the model allows; if it allows none, its own."""
+        """The numbers of steps among these that the model allows; if there are none, its own."""
         return [number for number in numbers if self.allows(number)] or [self.steps]
 
     @property

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command import (
     Parser, at_least, positive, read_our_json, run, write_atomically, write_text,
 )
-from evaluation.figures import machine_name, paired_differences, with_intervals
+from evaluation.figures import FEWEST_SAMPLES, machine_name, paired_differences, with_intervals
 from evaluation.plots import grouped, markdown_table
 from evaluation.study import footer, open_table, run_command
 from sample import run_seed
@@ -86,7 +86,7 @@ def main():
     add = parser.add_argument
     add("--fractions", type=at_least(0.002), nargs="+", default=[1.0, 0.5, 0.35])
     add("--num-seeds", type=positive, default=3, help="whole runs, from --seed on")
-    add("--num-samples", type=at_least(5), default=1000, help="images for each row")
+    add("--num-samples", type=at_least(FEWEST_SAMPLES), default=1000, help="images for each row")
     add("--out", default="runs/demo-length", help="folder")
     add("--seed", type=run_seed, default=0, help="fixes everything random")
     args = parser.parse_args()

@@ -20,6 +20,7 @@ from training import read_metrics
 
 GRADES = ("caption_accuracy", "frechet", "precision", "recall")
 NEIGHBOURS = 3  # k of precision and recall, as in their paper
+FEWEST_SAMPLES = NEIGHBOURS + 2  # that precision and recall need
 STRAIGHTNESS_STEPS = 25
 STRAIGHT = ("straightness", "relative_straightness", "transport_cost")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from command import BadInput
 from evaluation.figures import (
-    GRADES, NEIGHBOURS, frechet_distance, precision_recall, with_intervals,
+    FEWEST_SAMPLES, GRADES, frechet_distance, precision_recall, with_intervals,
 )
 from formats.diffusers_folder import read_index
 from formats.prompts import built_in_prompts, split_prompts
@@ -77,8 +77,8 @@ def make_evaluation_set(
     if judge_path is None:
         _, held_out = split_prompts(built_in_prompts())
         return EvaluationSet([held_out[k % len(held_out)] for k in range(count)], seeds, seed)
-    if count < NEIGHBOURS + 2:
-        raise BadInput(f"--num-samples {count}: precision and recall need {NEIGHBOURS + 2} or more")
+    if count < FEWEST_SAMPLES:
+        raise BadInput(f"--num-samples {count}: precision and recall need {FEWEST_SAMPLES} or more")
     judge = load_judge(judge_path)
     return judged_set(judge, judge.measuring_captions(count, seeds[0]), seeds, seed)
 

@@ -13,7 +13,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,11 +25,11 @@ from torch import nn
 import checkpoint
 from command import (
     HERE, TINY_TEACHER, BadInput, NotFinite, Parser, add_machine_options, at_least, check_output,
-    check_same_settings, fraction, lock_folder, pick_dtype, positive, read_our_json, solver_steps,
-    write_json,
+    check_same_settings, fraction, lock_folder, note, pick_dtype, positive, read_our_json,
+    solver_steps, write_json,
 )
 from evaluate import NUM_SHOWN
-from evaluation.figures import NEIGHBOURS, machine_name
+from evaluation.figures import FEWEST_SAMPLES, machine_name
 from evaluation.judge import EvaluationSet, judged_set, load_judge
 from evaluation.plots import save_comparison
 from pairs import Pairs, make_pair_spec, make_pairs
@@ -170,7 +171,7 @@ def add_table_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--cooldown", type=fraction, default=0.6,
         help="last fraction of a training, in which the learning rate falls to 0")
-    add("--num-samples", type=at_least(NEIGHBOURS + 2), default=1000,
+    add("--num-samples", type=at_least(FEWEST_SAMPLES), default=1000,
         help="images for each row and seed")
 
 
@@ -237,6 +238,15 @@ def best_rate(frechet: Callable[[float], float]) -> float:
     best = min(RATES, key=distance)
     beyond = {RATES[0]: LOWER, RATES[-1]: HIGHER}.get(best, best)
     return min(best, beyond, key=distance)
+
+
+@contextmanager
+def one_seed_less(cell: str) -> Iterator[None]:
+    """Go on where the training of a reported cell diverges: its line then has one seed less."""
+    try:
+        yield
+    except NotFinite as problem:
+        note(f"{cell}: {problem}")
 
 
 def reported_seeds(args: argparse.Namespace) -> range:

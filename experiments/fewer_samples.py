@@ -36,14 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 import reflow
-from command import NotFinite, note, pick_device, positive, run, write_atomically, write_text
+from command import pick_device, positive, run, write_atomically, write_text
 from diffusion import NoiseSchedule
 from evaluate import evaluate
 from evaluation.figures import GRADES, paired_differences, with_intervals
 from evaluation.plots import grouped, markdown_table, steps_label
 from evaluation.study import (
     SETTINGS, TUNING_SEED, WARMUP, Study, add_pairs_option, add_table_options, best_rate, footer,
-    open_table, reported_seeds, study_of, study_parser,
+    one_seed_less, open_table, reported_seeds, study_of, study_parser,
 )
 from fewstep.meanflow import match_times
 from rectified_flow import pseudo_huber, squared
@@ -161,10 +161,8 @@ def main():
         study = of_seed(seed)
         for way in args.ways:
             for iterations in [n // 4, n // 2, n] + [2 * n, 4 * n] * (way == "paper"):
-                try:
+                with one_seed_less(f"{way}, seed {seed}"):
                     measure_cell(study, way, iterations, rates[way])
-                except NotFinite as problem:  # the table then says: one seed less
-                    note(f"{way}, seed {seed}: {problem}")
     reported = [row for row in rows if row["seed"] != TUNING_SEED]
     summary = summary_of(reported)
     table = markdown_table(summary) + footer("experiments/fewer_samples.py", args, device, reported)

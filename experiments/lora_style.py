@@ -96,6 +96,7 @@ def measure(model, steps: int, style: str, judge: nn.Module, args) -> tuple[dict
     grades, shown = [], None
     for repeat in range(REPEATS):
         seeds = seed_range("evaluation", args.seed, args.num_samples, repeat * args.num_samples)
+        # Most candidates name no style; 100 more are enough for small samples too.
         candidates = emoji.measuring_captions(4 * args.num_samples + 100, seeds[0])
         unstyled = [text for text in candidates if text.rpartition(" ")[2] not in emoji.STYLES]
         captions = unstyled[: args.num_samples]

@@ -51,7 +51,7 @@ import checkpoint
 import distill
 import reflow
 from command import (
-    BadInput, NotFinite, at_least, non_negative, non_negative_int, note, pick_device, positive, run,
+    BadInput, at_least, non_negative, non_negative_int, pick_device, positive, run,
     write_atomically, write_text,
 )
 from evaluate import NUM_SHOWN, evaluate
@@ -59,8 +59,8 @@ from evaluation.figures import GRADES, paired_differences, with_interval, with_i
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import COLOURS, grouped, markdown_table, save_comparison
 from evaluation.study import (
-    TUNING_SEED, Study, add_table_options, best_rate, footer, open_table, reported_seeds, study_of,
-    study_parser,
+    TUNING_SEED, Study, add_table_options, best_rate, footer, one_seed_less, open_table,
+    reported_seeds, study_of, study_parser,
 )
 from formats.images import image_grid
 from rectified_flow import squared
@@ -372,10 +372,8 @@ def main():
                 for arm in args.arms:
                     cell = Cell(args.captions, args.guidance, start, arm, iterations, 0.0, seed)
                     cell = replace(cell, learning_rate=rate_for(cell, args, rows, write))
-                    try:
+                    with one_seed_less(f"seed {seed}"):
                         measure_cell(cell, args, rows, write, lpips)
-                    except NotFinite as problem:  # the table then says: one seed less
-                        note(f"seed {seed}: {problem}")
 
     reported = with_gaps(rows, args.teacher_steps)
     table = markdown_table(summary_of(reported))

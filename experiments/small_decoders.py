@@ -23,7 +23,7 @@ import checkpoint
 from command import at_least, pick_device, positive, run, write_text
 from editing import psnr
 from evaluate import NUM_SHOWN
-from evaluation.figures import GRADES, NEIGHBOURS, paired_differences, with_intervals
+from evaluation.figures import FEWEST_SAMPLES, GRADES, paired_differences, with_intervals
 from evaluation.plots import markdown_table, save_comparison
 from evaluation.study import (
     ONE_STEP, SETTINGS, Study, add_pairs_option, footer, open_table, run_command, study_of,
@@ -80,7 +80,7 @@ def main():
     add_pairs_option(parser)
     add = parser.add_argument
     add("--iterations", type=positive, default=1000, help="of a small decoder")
-    add("--num-samples", type=at_least(NEIGHBOURS + 2), default=1000,
+    add("--num-samples", type=at_least(FEWEST_SAMPLES), default=1000,
         help="images for each row and seed")
     add("--width", type=positive, default=32, help="channels of the small decoder")
     args = parser.parse_args()

@@ -83,16 +83,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import distill
 import reflow
-from command import (
-    NotFinite, note, pick_device, positive, run, unlock_folder, write_atomically, write_text,
-)
+from command import pick_device, positive, run, unlock_folder, write_atomically, write_text
 from evaluate import evaluate
 from evaluation.figures import GRADES, minutes_of, with_interval, with_intervals
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import grouped, markdown_table, steps_label
 from evaluation.study import (
-    TUNING_SEED, WARMUP, Study, add_pairs_option, add_table_options, best_rate, footer, open_table,
-    reported_seeds, save_images, study_of, study_parser,
+    TUNING_SEED, WARMUP, Study, add_pairs_option, add_table_options, best_rate, footer,
+    one_seed_less, open_table, reported_seeds, save_images, study_of, study_parser,
 )
 from fewstep import consistency, meanflow, perflow, progressive, rectified_diffusion
 from fewstep.methods import METHODS, Part, halvings, rounds_of
@@ -426,10 +424,8 @@ def measure_seed(study: Study, rate_of: Callable) -> None:
         study.rows.append(key | dict.fromkeys(("steps", "nfe"))
                           | study.evaluation_set.real_grades | dict.fromkeys(empty))
     for row in study.args.rows:
-        try:
+        with one_seed_less(f"{row}, seed {study.seed}"):
             measure_cell(study, row, rate_of(row), STEPS)
-        except NotFinite as problem:  # the table then says: one seed less
-            note(f"{row}, seed {study.seed}: {problem}")
     if "teacher" in study.args.rows:
         teacher = in_fp32(study, study.load_teacher().path)
         study.shown += [(f"teacher\n{steps_label(n)}", teacher, n) for n in (1, 4)]

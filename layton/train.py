@@ -34,7 +34,7 @@ import checkpoint
 from command import Parser, add_machine_options, at_least, pick_device, positive, run, write_text
 from editing import psnr
 from evaluate import NUM_SHOWN
-from evaluation.figures import NEIGHBOURS, with_intervals
+from evaluation.figures import FEWEST_SAMPLES, with_intervals
 from evaluation.judge import judged_set
 from evaluation.perceptual import perceptual_distance
 from evaluation.plots import grouped, markdown_table, save_comparison
@@ -207,7 +207,7 @@ def main():
     add = parser.add_argument
     add("--dataset", choices=ITERATIONS, default="shapes")
     add("--iterations", type=positive, nargs=3, metavar="N", help=f"stages; default: {ITERATIONS}")
-    add("--num-samples", type=at_least(NEIGHBOURS + 2), help="images to measure; default: none")
+    add("--num-samples", type=at_least(FEWEST_SAMPLES), help="images to measure; default: none")
     add("--out", help="folder of states and tables; default: runs/layton/DATASET")
     add_machine_options(parser, run_seed)
     args = parser.parse_args()
