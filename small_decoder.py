@@ -15,8 +15,7 @@ whole latent, and training crops z and d(z) at the same place: --crop 32 is 256 
 
 L1 + LPIPS cannot invent detail: they prefer a compromise between several plausible details, so
 faces and text stay soft. TAESD (github.com/madebyollin/taesd) trains against a discriminator to get
-sharp detail. Its published taesd_decoder.safetensors works with --decoder too, and with --init
-here.
+sharp detail. Its published taesd_decoder.safetensors works with --decoder and as --init too.
 
 The last hundredth of the pairs is held out: OUT.state/metrics.jsonl has l1 and psnr (dB) against
 the full decoder, OUT.state/samples/ images, full | small. Network: formats/small_decoder.py.
@@ -146,7 +145,8 @@ def arguments() -> argparse.Namespace:
     add("--crop", type=non_negative_int, default=either(32, 0),
         help="side in latents of the squares to train on; 0: whole latents")
     add("--lpips-net", choices=NETS, default=either("vgg", "random"), help="the backbone of LPIPS")
-    add_training_options(parser, "runs/small_decoder.safetensors", either(16, 64))
+    add_training_options(parser, "runs/small_decoder.safetensors", either(16, 64),
+                         "random, or a small decoder's file")
     add_machine_options(parser, run_seed)
     # TAESD's learning rate. 2e-3: best PSNR of 3e-4, 2e-3, 4e-3 and 8e-3 (shapes, seed 0).
     parser.set_defaults(init="random", learning_rate=either(3e-4, 2e-3), teacher=None)

@@ -347,12 +347,15 @@ def read_metrics(folder: str | Path, having: str = "loss") -> list[dict]:
     return [row for row in rows if having in row]
 
 
-def add_training_options(parser: argparse.ArgumentParser, out: str, batch_size=64) -> None:
-    """The flags of every training command, but for its iterations."""
+def add_training_options(
+    parser: argparse.ArgumentParser, out: str, batch_size=64,
+    starts="teacher, negated (a diffusion's output), random or a CHECKPOINT",
+) -> None:
+    """The flags of every training command, but for its iterations. starts: values of --init."""
     add, either = parser.add_argument_group("training").add_argument, DefaultByModel
     add("--batch-size", type=positive, default=batch_size, help="samples of an iteration")
     add("--init", default=either("teacher", "negated"),
-        help="initial weights: teacher, negated (a diffusion's output), random or a CHECKPOINT")
+        help=f"initial weights: {starts}")
     add("--learning-rate", type=non_negative, default=either(None, 5e-4),
         help="peak; in reflow of Stable Diffusion 1e-06, of a flow 1e-07")
     add("--cooldown", type=fraction, default=either(0.0, 0.6),

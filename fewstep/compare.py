@@ -1,6 +1,6 @@
 """InstaFlow and the methods beside it: one teacher, one set of pairs, one student, one cost.
 
-    python fewstep/compare.py                                   seeds 0, 1 and 2; hours; resumes
+    python fewstep/compare.py                                   3 seeds; hours, 14 GB; resumes
     python fewstep/compare.py --num-seeds 1 --rows lcm perflow  some rows; others are kept
 
 A cost counts passes of a sample through the U-Net, measured on a few iterations of each training:
