@@ -85,18 +85,20 @@ def check_init(init: str, teacher: StableDiffusion) -> str:
     """--init in a run's settings. BadInput: a checkpoint with another U-Net than the teacher's."""
     if init in INITS:
         return init
-    if not Path(init).exists():
+    path = local_path(init)
+    if not path.exists():
         raise BadInput(f"--init: must be {', '.join(INITS)} or a checkpoint that exists, got "
                        f"{init!r}")
-    if load(init, "meta").unet.config != teacher.unet.config:
+    if load(path, "meta").unet.config != teacher.unet.config:
         raise BadInput(f"--init {init}: its U-Net is not built like the teacher's; give one that "
                        "was made from that teacher")
-    return fingerprint(init)
+    return fingerprint(path)
 
 
 def main():
     parser = Parser("Convert a checkpoint between the single-file layout and a diffusers folder.")
-    parser.add_argument("source", help="an SD 1.x .safetensors file or a diffusers folder")
+    parser.add_argument("source", help="an SD 1.x .safetensors, a diffusers folder, or org/name "
+                                       "on the hub")
     parser.add_argument("target", help="ending in .safetensors for a single file, else a folder")
     parser.add_argument("--kind", choices=KINDS, help="override what the U-Net predicts")
     parser.add_argument("--tokenizer", help="folder with vocab.json and merges.txt, to store too")

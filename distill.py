@@ -144,7 +144,7 @@ def main():
     stages = stages_for(args, teacher, device, spec)
     (l2_state, l2, l2_settings), (lpips_state, second, lpips_settings) = stages
     runs = [stage for stage in stages if stage[1].iterations]
-    finished = check_request(args, spec, runs)
+    finished = check_request(args, spec, runs) and (Path(l2_out).exists() or not l2.iterations)
     print_plan(args, teacher, prompts, spec, [options for _, options, _ in runs])
     # A stage that is not asked for now may have written OUT.
     skipped = any(saved_step(stage[0]) for stage in stages if stage not in runs)

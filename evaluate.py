@@ -48,7 +48,7 @@ from evaluation.figures import GRADES, STRAIGHT, straightness_figures, with_inte
 from evaluation.judge import EvaluationSet, check_same_dataset, make_evaluation_set, mean_grades
 from evaluation.plots import label_of, markdown_table, save_comparison, save_curves, steps_label
 from evaluation.real_images import add_real_image_options, check_real_image_options, load_gallery
-from formats.hub import is_hub_name, name_of
+from formats.hub import is_hub_name, local_path, name_of
 from sample import check_no_guidance, max_batch_size, run_seed, sample_images, seed_range
 from stable_diffusion import FAMILIES, KINDS
 
@@ -169,7 +169,7 @@ def arguments() -> argparse.Namespace:
     parser = Parser("Measure models and compare them side by side.")
     add = parser.add_argument
     ours = [TINY_TEACHER, "runs/2rf.safetensors", "runs/instaflow.safetensors"]
-    add("--model", nargs="+", default=ours, help="one or more checkpoints")
+    add("--model", nargs="+", default=ours, help="one or more checkpoints, or org/name on the hub")
     add("--steps", type=list_of(solver_steps), default="25,8,4,2,1", help="one-step models take 1")
     add("--guidance", type=list_of(non_negative), help="e.g. 1,1.5,2.5; default: each model's own")
     add("--num-samples", type=positive, help="images a row; default: 1000 with a judge, else 8")
@@ -186,7 +186,10 @@ def arguments() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """BadInput, before the work, for flags that do not fit each other, the models or the disk."""
+    """BadInput, before the work, for flags that do not fit each other, the models or the disk.
+
+    Models of the hub are fetched here, and are paths in args.model from then on.
+    """
     missing = [path for path in args.model if not (Path(path).exists() or is_hub_name(path))]
     if missing:
         raise BadInput(f"{missing[0]}: no such checkpoint; make it with reflow.py and distill.py, "
@@ -194,15 +197,14 @@ def check(args: argparse.Namespace) -> None:
     if args.kind and len(args.kind) != len(args.model):
         raise BadInput(f"--kind: {len(args.kind)} given for {len(args.model)} models; give one for "
                        "each, in order (auto: as its file says)")
-    real = args.coco or args.images
-    kinds = [None] * len(args.model) if real or not args.kind else args.kind
-    shown = [(name_of(path), kind) for path, kind in zip(args.model, kinds)]
-    twice = next((name for name, kind in shown if shown.count((name, kind)) > 1), None)
+    args.model = [str(local_path(path)) for path in args.model]
+    names = [name_of(path) for path in args.model]
+    twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise BadInput(f"--model: two are named {twice}, so their rows would look alike; rename "
                        "one, or link to it by another name")
     check_real_image_options(args)
-    if not real:
+    if not (args.coco or args.images):
         check_same_dataset(args.model)
     check_output(args.out)
 

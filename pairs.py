@@ -226,7 +226,8 @@ def shuffled(samples: Tensor, size: int, seed: int) -> Tensor:
 def add_pair_options(parser: argparse.ArgumentParser, pairs: str, teacher=TINY_TEACHER) -> None:
     """The flags of a data set of pairs. pairs, teacher: the defaults of --pairs and --teacher."""
     add = parser.add_argument_group("pairs").add_argument
-    add("--teacher", default=teacher, help="an SD 1.x .safetensors, one of ours, or a folder")
+    add("--teacher", default=teacher,
+        help="an SD 1.x .safetensors, one of ours, a folder, or org/name on the hub")
     add("--kind", choices=KINDS, help="what its U-Net predicts; default: as the file says")
     add("--tokenizer", help="folder with vocab.json and merges.txt, for a teacher without its own")
     add("--prompts", help="a file with a prompt a line, or .tsv, .csv, .json, .jsonl; default: the "

@@ -5,6 +5,7 @@
     straightness       S along the model's own path                  rectified_flow.py
 """
 
+import math
 import platform
 import statistics
 from pathlib import Path
@@ -81,10 +82,15 @@ def straightness_figures(model, prompts: list[str], seeds, guidance: float) -> d
 
 
 def with_interval(values: list[float | None]) -> tuple[float | None, float | None]:
-    """The mean over repeats, and half the width of its 95 % interval by Student's t."""
+    """The mean over repeats, and half the width of its 95 % interval by Student's t.
+
+    None for values that are missing; NaN, without an interval, for infinite ones.
+    """
     count = len(values)
     if None in values:
         return None, None
+    if not all(map(math.isfinite, values)):
+        return math.nan, None
     mean = statistics.fmean(values)
     if count == 1:
         return mean, None

@@ -27,6 +27,7 @@ from evaluation.figures import (
     FEWEST_SAMPLES, GRADES, frechet_distance, precision_recall, with_intervals,
 )
 from formats.diffusers_folder import read_index
+from formats.hub import local_path
 from formats.prompts import built_in_prompts, split_prompts
 from formats.single_file import read_metadata
 from formats.weights import open_safetensors
@@ -111,7 +112,7 @@ def mean_grades(sets: list[EvaluationSet], images: list[Tensor]) -> dict:
 def check_same_dataset(paths: list[str]) -> None:
     """BadInput if the checkpoints were trained on different datasets; reads no weights."""
     families = {}
-    for path in map(Path, paths):
+    for path in map(local_path, paths):
         files = open_safetensors([path]) if path.suffix == ".safetensors" else {}
         about = read_index(path) if path.is_dir() else read_metadata(path, files)
         families[about.get("family") or "sd"] = path

@@ -12,20 +12,23 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
-from command import BadInput, first_line
+from command import BadInput, first_line, is_out_of_memory
 from evaluation.efficientnet import load_efficientnet
 from rectified_flow import Distance
 
 NETS = ("vgg", "alex", "squeeze", "random", "efficientnet")
 RANDOM_NET_SEED = 1
+# What torch, transformers and safetensors raise for a damaged file.
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError)
 
 
 def perceptual_distance(net: str, device: torch.device) -> Distance:
     """The distance of images (B, 3, H, W) in [-1, 1]: (B,); fp32, frozen. net: one of NETS.
 
-    BadInput: the backbone is neither cached nor can be downloaded.
+    BadInput: the backbone is missing or damaged, and cannot be downloaded.
     """
     if net == "efficientnet":
         return efficientnet_distance(device)
@@ -40,7 +43,9 @@ def perceptual_distance(net: str, device: torch.device) -> Distance:
                 network = lpips.LPIPS(net="squeeze", pnet_rand=True, lpips=False, verbose=False)
             else:
                 network = lpips.LPIPS(net=net, verbose=False)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as problem:
+    except UNREADABLE as problem:
+        if is_out_of_memory(problem):
+            raise
         raise BadInput(f"--lpips-net {net}: its backbone could not be downloaded or read "
                        f"({first_line(problem)}); put the file into torch's hub cache, or take "
                        "--lpips-net random") from None

@@ -83,7 +83,7 @@ def save_curves(path: str, rows: list[dict]) -> None:
     real = next((row for row in rows if row["kind"] is None), None)
     models = grouped([row for row in rows if row["kind"]], ("model", "kind", "guidance"))
     for ((model, _, guidance), mine), marker in zip(models.items(), itertools.cycle("osD^v<>P")):
-        label = f"{model.replace('.safetensors', '')}, guidance {guidance:g}"
+        label = f"{model.replace('.safetensors', '')}, guidance {guidance:g}".replace("$", r"\$")
         style = {"color": COLOURS[mine[0]["kind"]], "label": label}
         for name in GRADES:
             if mine[0][name] is not None:

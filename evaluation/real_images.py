@@ -18,7 +18,6 @@ files. Existing files are not made again. Of N processes, each generates every N
 import argparse
 import hashlib
 import json
-import pickle
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from command import (
     BadInput, barrier, check_same_settings, dtype_name, first_line, is_out_of_memory, lock_folder,
     positive, rank, world_size, write_atomically, write_json,
 )
+from evaluation.perceptual import UNREADABLE
 from formats.hub import name_of
 from formats.images import read_image, to_bytes
 from formats.prompts import read_prompts
@@ -158,7 +158,7 @@ def feature_distance(extractor: str | None, device: torch.device):
         feature = 2048 if extractor is None else torch.jit.load(extractor, map_location="cpu")
         fid = FrechetInceptionDistance(feature, reset_real_features=False, sync_on_compute=False)
         return fid.to(with_float64)  # not summed over processes: each measures all images
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as problem:
+    except UNREADABLE as problem:
         if is_out_of_memory(problem):
             raise
         reason = first_line(problem)
@@ -181,7 +181,9 @@ def caption_score(name: str, device: torch.device) -> Callable[[Tensor, list[str
     try:
         model = CLIPModel.from_pretrained(name).eval().to(device)
         processor = CLIPProcessor.from_pretrained(name)
-    except (OSError, ValueError) as problem:
+    except UNREADABLE as problem:
+        if is_out_of_memory(problem):
+            raise
         raise BadInput(
             f"--clip {name}: could not be read or downloaded ({first_line(problem)})"
         ) from None

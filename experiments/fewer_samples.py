@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 import reflow
-from command import pick_device, positive, run, write_atomically, write_text
+from command import at_least, pick_device, run, write_atomically, write_text
 from diffusion import NoiseSchedule
 from evaluate import evaluate
 from evaluation.figures import GRADES, paired_differences, with_intervals
@@ -148,7 +148,7 @@ def main():
     add_table_options(parser)
     add_pairs_option(parser)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--iterations", type=positive, default=256,
+    parser.add_argument("--iterations", type=at_least(4), default=256,
                         help="also measured after a quarter and a half of them; the paper's way "
                              "also after 2 and 4 times as many")
     args = parser.parse_args()

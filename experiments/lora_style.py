@@ -80,7 +80,7 @@ def train_lora(teacher, style: str, args) -> dict[str, Tensor]:
     options = TrainingOptions(args.iterations, 64, args.learning_rate, warmup_samples=1_600,
                               cooldown=0.6, ema_half_life=2_000, ema_ramp=0.05, seed=args.seed,
                               name=f"LoRA, {style}")
-    settings = {"teacher_hash": checkpoint.fingerprint(args.teacher), "style": style,
+    settings = {"teacher_hash": checkpoint.fingerprint(teacher.path), "style": style,
                 "rank": args.rank}
     train(unet, ema_copy(unet), batch, loss, options, Path(args.out + ".state"), settings)
     tensors = {}

@@ -385,8 +385,8 @@ def main():
     save_losses(folder / "losses.png", reported)
     study = study_for(replace(cell, seed=args.seed), args, 1, rows, write)
     save_images(folder / "images.png", args, reported, study, study.load_teacher())
-    print(table + f"{folder}: study.json, study.md, differences.md, study.png, losses.png and "
-          "images.png")
+    print(table + f"{folder}: study.json, .md, .png, losses.png, images.png"
+          + ", differences.md" * bool(paired))
 
 
 if __name__ == "__main__":

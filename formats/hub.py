@@ -13,8 +13,7 @@ from command import BadInput, first_line
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name
 NETWORKS = ("unet", "vae", "text_encoder")
-WANTED = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*",
-          *(f"{part}/*.safetensors*" for part in NETWORKS)]
+SETTINGS = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*"]
 VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # fetched only where a network has nothing else
 
 
@@ -33,9 +32,10 @@ def local_path(path: str | Path) -> Path:
 def name_of(path: str | Path) -> str:
     """The name of a model's file or folder, or org/name where the hub's cache holds it."""
     path = Path(os.path.abspath(path))
-    if path.parent.name != "snapshots":
-        return path.name
-    return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    repository = path.parent.parent.name  # models--org--name/snapshots/commit
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def fetch(name: str) -> Path:
@@ -47,9 +47,12 @@ def fetch(name: str) -> Path:
     )
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=VARIANTS))
-        if not all(list(folder.glob(f"{part}/*.safetensors")) for part in NETWORKS):
-            folder = Path(snapshot_download(name, allow_patterns=WANTED))
+        weights = [f"{part}/*.safetensors*" for part in NETWORKS]
+        folder = Path(snapshot_download(name, allow_patterns=SETTINGS + weights,
+                                        ignore_patterns=VARIANTS))
+        lacking = [each for each in weights if not list(folder.glob(each))]
+        if lacking:
+            folder = Path(snapshot_download(name, allow_patterns=SETTINGS + lacking))
         return folder
     except LocalEntryNotFoundError:
         raise BadInput(f"{name}: no such file or folder, and not in the hub's cache while the hub "

@@ -143,7 +143,8 @@ def test_every_layout_loads_the_same_weights(model, folder, tmp_path):
         tmp_path / "fp16" / "diffusion_pytorch_model.fp16.safetensors")
     paths = [folder, tmp_path / "fp16", folder / WEIGHTS,
              original_file(folder, tmp_path / "a.safetensors"),
-             original_file(folder, tmp_path / "b.safetensors", prefix="")]
+             original_file(folder, tmp_path / "b.safetensors", prefix=""),
+             renamed("shuffled runs/control_v11p_sd15_canny.safetensors")(folder, tmp_path)]
     for path in paths:
         loaded = controlnet.load(path, model.unet)
         assert not loaded.training

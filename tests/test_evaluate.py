@@ -3,6 +3,7 @@
 import argparse
 import fcntl
 import json
+import math
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from command import TINY_TEACHER, BadInput, NotFinite, unlock_folder
 from diffusion import NoiseSchedule
 from evaluation import figures, study
 from evaluation.figures import GRADES
-from evaluation.plots import markdown_table, save_comparison
+from evaluation.plots import markdown_table, save_comparison, save_curves
 from experiments import fewer_samples, paper_table, stalled_start
 
 
@@ -56,6 +57,7 @@ def test_copies_of_a_real_image_count_once():
 def test_confidence_interval_uses_students_t():
     assert figures.with_interval([3.0]) == (3, None)
     assert figures.with_interval([None, None]) == (None, None)
+    assert math.isnan(figures.with_interval([1.0, math.inf, -math.inf])[0])
     mean, interval = figures.with_interval([1.0, 2.0, 3.0])
     # Student's t at 97.5 % and 2 degrees of freedom is 4.3027; the standard error is 1 / √3.
     assert mean == 2 and interval == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
@@ -72,10 +74,24 @@ def test_intervals_of_straightness_are_those_of_a_mean():
     assert eight["straightness_interval"] == pytest.approx(interval, rel=1e-4)
 
 
-def test_captions_with_dollars_are_text(tmp_path):
+def test_overflow_on_the_path_of_a_flow_is_one_line(call):
+    model = checkpoint.load(TINY_TEACHER)
+    model.kind = "flow"
+    torch.nn.init.constant_(model.unet.conv_out.bias, 3e38)
+    checkpoint.save(model, "a$$b.safetensors", None)
+    arguments = ["--model", "a$$b.safetensors", "--num-samples", 8, "--dtype", "fp32"]
+    code, _, err = call(evaluate.main, *arguments, "--steps", 2)
+    assert code == 2 and "overflows" in err and "\n" not in err
+
+
+def test_captions_and_models_with_dollars_are_text(tmp_path):
     captions = ["Save $$ on shoes", "$9 (50% of $18)", '$5 "x" $6']
     save_comparison(tmp_path / "a.png", [("a$$", torch.zeros(3, 3, 8, 8))], captions)
     assert Image.open(tmp_path / "a.png").size[0] > 100
+    grades = {name: 1.0 for name in GRADES} | {f"{name}_interval": None for name in GRADES}
+    row = {"model": "a$$b", "kind": "flow", "guidance": 1.0, "steps": 1, **grades}
+    save_curves(tmp_path / "b.png", [row | {"straightness_profile": [(0.0, 1.0), (0.5, 1.0)]}])
+    assert Image.open(tmp_path / "b.png").size[0] > 100
 
 
 def test_table_joins_values_with_their_intervals():
@@ -157,7 +173,9 @@ def test_paper_table_tunes_measures_and_resumes(call, monkeypatch, short_paths):
         one_arm = [row for row in rows if row["arm"] != "reflow first"]
         Path("one/study.json").write_text(json.dumps(one_arm))
         arguments = [*STUDY, "--num-seeds", 1, "--arms", "direct", "--out", "one"]
-        assert call(paper_table.main, *arguments)[0] == 0
+        code, out, _ = call(paper_table.main, *arguments)
+        assert code == 0 and "differences.md" not in out
+        assert not Path("one/differences.md").exists()
     assert json.loads(path.read_text()) == rows
     lpips = [*STUDY, "--num-seeds", 1, "--starts", "negated", "--lpips-iterations", 2]
     assert call(paper_table.main, *lpips)[0] == 0
@@ -227,6 +245,7 @@ def test_studies_refuse_what_no_training_can_serve(call, monkeypatch):
         (paper_table.main, ["--iterations", 1], "must be a whole number of at least 2"),
         (paper_table.main, ["--num-samples", 4], "must be a whole number of at least 5"),
         (stalled_start.main, ["--iterations", stalled_start.FIRST], "of at least 101"),
+        (fewer_samples.main, [*FEW, "--iterations", 3], "must be a whole number of at least 4"),
         (fewer_samples.main, [*FEW, "--seed", study.TUNING_SEED], "chooses the learning rates"),
     ):
         code, _, err = call(main, *arguments)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +20,7 @@ import evaluate
 import reflow
 import sample
 from command import TINY_TEACHER, BadInput
-from formats.hub import fetch, is_hub_name
+from formats.hub import fetch, is_hub_name, name_of
 from formats.images import read_image, save_image
 from formats.single_file import VAE_PREFIX
 from formats.vae_file import replace_vae
@@ -53,18 +54,34 @@ def test_a_cached_model_opens_by_its_name(cache, call):
     assert checkpoint.load("copy.safetensors").kind == opened.kind
 
 
-def test_every_command_takes_a_cached_model(cache, call):
+def test_every_command_takes_a_cached_model(cache, call, monkeypatch):
     name = put(checkpoint.load(TINY_TEACHER), cache, "org/teacher")
     training = ["--num-pairs", 4, "--teacher-steps", 2, "--validation-pairs", 0, "--batch-size", 2]
     difference = ["--add-difference", name, TINY_TEACHER, "--prompt", "a", "--num-images", 1]
     for main, *arguments in (
         (reflow.main, "--teacher", name, "--iterations", 1, *training),
         (sample.main, "--model", name, *difference, "--steps", 1, "--out", "many/"),
-        (evaluate.main, "--model", name, "--num-samples", 10, "--steps", 1),
+        (reflow.main, "--init", name, "--iterations", 1, *training, "--out", "b.safetensors",
+         "--pairs", "pairs"),
+        (evaluate.main, "--model", name, TINY_TEACHER, "--num-samples", 10, "--steps", 1),
     ):
         code, _, err = call(main, *arguments)
         assert code == 0, err
-    assert json.loads(Path("runs/evaluate.json").read_text())[-1]["model"] == name
+    models = {row["model"] for row in json.loads(Path("runs/evaluate.json").read_text())}
+    assert models == {"real", name, "tiny_sd.safetensors"}
+    # Names differ by their organisations; an unknown name is refused before any work.
+    shutil.copytree(cache / "models--org--teacher", cache / "models--other--teacher")
+    two = ["--model", name, "other/teacher", "--num-samples", 10, "--steps", 1]
+    assert call(evaluate.main, *two)[0] == 0
+    monkeypatch.setattr(checkpoint, "load", None)
+    code, _, err = call(evaluate.main, "--model", TINY_TEACHER, "nobody/typo")
+    assert code == 2 and err.startswith("error: nobody/typo: no such file or folder")
+
+
+def test_only_a_folder_of_the_cache_gives_its_name(tmp_path):
+    assert name_of(tmp_path / "models--a--b" / "snapshots" / "0123abc") == "a/b"
+    for folder in ("snapshots", "models--a--b", "runs"):
+        assert name_of(tmp_path / folder / "m.safetensors") == "m.safetensors"
 
 
 def test_a_small_tmp_is_not_a_damaged_tokenizer(monkeypatch):
@@ -88,22 +105,26 @@ def test_a_local_path_wins(cache, tmp_path, monkeypatch):
 
 
 def test_only_what_is_read_is_asked_for(monkeypatch, tmp_path):
-    asked = []
+    """Variants are asked for where a network has nothing else."""
+    files = ["model_index.json", "safety_checker/model.safetensors", "tokenizer/vocab.json",
+             "unet/model.safetensors", "unet/model.fp16.safetensors", "unet/model.bin",
+             "vae/model.fp16.safetensors", "text_encoder/model.fp16.safetensors"]
+    calls = []
 
     def download(name, allow_patterns, ignore_patterns=None):
-        asked.append(ignore_patterns)
-        parts = ["unet"]
-        if ignore_patterns is None:  # the second call: two networks are there in fp16 alone
-            parts = ["vae", "text_encoder"]
-        for part in parts:
-            (tmp_path / part).mkdir(exist_ok=True)
-            (tmp_path / part / "model.fp16.safetensors").touch()
-        assert "unet/*.safetensors*" in allow_patterns and "*" not in allow_patterns
+        calls.append(name)
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns,
+                                        ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert fetch("org/name") == tmp_path and asked == [["*.fp16.*", "*.non_ema.*"], None]
-    assert fetch("org/name") == tmp_path and len(asked) == 3
+    assert fetch("org/name") == tmp_path and len(calls) == 2
+    fetched = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")}
+    assert fetched == {file for file in files if "/" in file} - {
+        "safety_checker/model.safetensors", "unet/model.fp16.safetensors", "unet/model.bin"}
+    assert fetch("org/name") == tmp_path and len(calls) == 3
 
 
 # --------------------------------------------------------------------------------------------------

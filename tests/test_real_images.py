@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import lpips
 import numpy as np
 import pytest
 import torch
@@ -225,3 +226,18 @@ def test_a_damaged_backbone_is_one_line(call, monkeypatch, tmp_path):
     (tmp_path / "hub/checkpoints/alexnet-owt-7be5be79.pth").write_bytes(b"x")
     with pytest.raises(BadInput, match="--lpips-net alex: its backbone could not be"):
         perceptual_distance("alex", torch.device("cpu"))
+
+    def full(*arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lpips, "LPIPS", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        perceptual_distance("alex", torch.device("cpu"))
+
+
+def test_a_damaged_clip_is_one_line(networks, tmp_path):
+    shutil.copytree(networks / "clip", tmp_path / "clip")
+    weights = tmp_path / "clip" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(BadInput, match="--clip .*: could not be read"):
+        real_images.caption_score(str(tmp_path / "clip"), torch.device("cpu"))
