@@ -115,9 +115,6 @@ def stages_for(args: argparse.Namespace, teacher, device: torch.device, spec: di
 
 
 def check_distillation(args: argparse.Namespace, teacher) -> None:
-    if teacher.kind == "one-step":
-        raise BadInput(f"{args.teacher}: a one-step model is distilled already; give a flow or a "
-                       "diffusion as --teacher")
     if args.student == "stacked" and teacher.unet.config.stacked:
         raise BadInput(f"{args.teacher}: its U-Net is a stacked one already; take --student unet")
     if not args.l2_iterations + args.lpips_iterations:
@@ -138,9 +135,9 @@ def main():
     l2_out = f"{stem}-l2.safetensors" if args.lpips_iterations else args.out
     if args.l2_iterations:
         check_not_overwriting(l2_out, {"--teacher": args.teacher, "--init": args.init})
+    prompts, captions, spec = requested_pairs(teacher, args, "distillation")
     lpips = perceptual_distance(args.lpips_net, device) if args.lpips_iterations else None
-    prompts, held_out, spec = requested_pairs(teacher, args, "distillation")
-    shown = validation_prompts(args, prompts, held_out)
+    shown = validation_prompts(args, captions)
     stages = stages_for(args, teacher, device, spec)
     (l2_state, l2, l2_settings), (lpips_state, second, lpips_settings) = stages
     runs = [stage for stage in stages if stage[1].iterations]
@@ -156,7 +153,7 @@ def main():
     if args.compile:
         teacher.compile()
     pairs = make_pairs(teacher, prompts, spec, args.pairs, args.teacher_batch_size, args.repair)
-    reference = validation_data(teacher, held_out or prompts, shown, spec, args)
+    reference = validation_data(teacher, captions, shown, spec, args)
     del teacher
 
     student = checkpoint.load_student(args, device, spec["teacher_hash"], l2_settings["init"])

@@ -70,9 +70,10 @@ def prompt_spec(prompts: list[str], source: str) -> dict:
 def requested_pairs(
     teacher: StableDiffusion, args: argparse.Namespace, purpose: str,
 ) -> tuple[list[str], list[str], dict]:
-    """(prompts, held-out prompts, spec) of a command's flags. Nothing is made yet."""
-    if teacher.few_step:
-        raise BadInput(f"{args.teacher}: a few-step model, which has no path to learn from; give a "
+    """(prompts, captions to validate on, spec) of a command's flags. Nothing is made yet."""
+    if teacher.few_step or teacher.kind == "one-step":
+        what = "few-step" if teacher.few_step else "one-step"
+        raise BadInput(f"{args.teacher}: a {what} model, which has no path to learn from; give a "
                        "diffusion or a flow as --teacher")
     count = args.num_pairs or (TINY_PAIRS if teacher.is_tiny else PAPER_PAIRS)
     if args.prompts is not None:
@@ -93,7 +94,7 @@ def requested_pairs(
              "noises of its own")
     spec = make_pair_spec(teacher, prompts, source, count, args.teacher_steps,
                           args.teacher_guidance, args.solver, purpose, args.seed)
-    return prompts, held_out, spec
+    return prompts, held_out or prompts, spec
 
 
 def check_same_pairs(folder: str | Path, spec: dict) -> None:

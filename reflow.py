@@ -9,8 +9,7 @@
         InstaFlow's second stage on the same pairs (64 A100-days more)
 
 The teacher's ODE takes each noise X0 to a latent X1, in --teacher-steps with --teacher-guidance.
-pairs.py stores X1 and a seed: a generator with seed i + constant draws the X0 of pair i again; the
-constant depends on --seed. The U-Net learns X1 - X0 on these pairs:
+pairs.py stores X1 and the seed of X0. The U-Net learns X1 - X0 on these pairs:
 
     min_v  E ‖(X1 - X0) - v(X_t, t | T)‖²      X_t = (1-t) X0 + t X1,  t ~ U[0, 1]
 
@@ -33,7 +32,7 @@ from torch import Tensor
 
 import checkpoint
 from command import (
-    BadInput, DefaultByModel, Parser, add_machine_options, pick_device, pick_dtype, positive,
+    DefaultByModel, Parser, add_machine_options, pick_device, pick_dtype, positive,
     resolve_defaults, run,
 )
 from evaluation.plan import check_request, print_plan
@@ -97,12 +96,9 @@ def main():
     dtype = pick_dtype(args.dtype, device)  # of the teacher
     teacher = checkpoint.load(args.teacher, device, dtype, args.kind, args.tokenizer)
     resolve_defaults(args, teacher.is_tiny)
-    if teacher.kind == "one-step":
-        raise BadInput(f"{args.teacher}: a one-step model has no path to straighten; give a "
-                       "diffusion or a flow as --teacher")
     purpose = "reflow" if teacher.kind == "diffusion" else "second reflow"  # of the noises
-    prompts, held_out, spec = requested_pairs(teacher, args, purpose)
-    shown = validation_prompts(args, prompts, held_out)
+    prompts, captions, spec = requested_pairs(teacher, args, purpose)
+    shown = validation_prompts(args, captions)
     state, rate = Path(args.out + ".state"), args.learning_rate
     if rate is None:  # the paper's, and a tenth of it for a third flow
         rate = 1e-6 if teacher.kind == "diffusion" else 1e-7
@@ -120,7 +116,7 @@ def main():
     if args.compile:
         teacher.compile()
     pairs = make_pairs(teacher, prompts, spec, args.pairs, args.teacher_batch_size, args.repair)
-    reference = validation_data(teacher, held_out or prompts, shown, spec, args)
+    reference = validation_data(teacher, captions, shown, spec, args)
     del teacher
 
     student = checkpoint.load_student(args, device, spec["teacher_hash"], settings["init"])

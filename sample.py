@@ -52,67 +52,52 @@ def sample_latents(
     model, prompts: Sequence[str] | Tensor, seeds: Sequence[int] | Tensor, steps: int | None = None,
     guidance: float | None = None, negative: str = "", solver: str = "dpm",
     size: tuple[int, int] | None = None, *, start: tuple[Tensor, float] | None = None,
-    batch_size: int | None = None, bar: tqdm | None = None,
+    batch_size: int | None = None, bar: tqdm | None = None, decode: bool = False,
 ) -> Tensor:
     """Latents (N, 4, h, w), fp32, one for each prompt and seed. model: a StableDiffusion.
 
     None means the model's own. guidance: 1 is off. negative: the prompt that guidance leads away
     from. solver: "dpm" or "ddim", for a diffusion. size: (height, width) in pixels. Few-step models
-    are sampled without guidance. bar: updated after each batch. For editing.py, prompts may also be
-    contexts (N, L, D), and seeds noises (N, 4, h, w). start: (latents (N, 4, h, w), t) begins at
-    X_t = (1 - t) X0 + t latents and spreads `steps` over [t, 1], so that t does not set the cost.
+    are trained with guidance: leave it out. bar: updated after each batch. decode: return images,
+    as `sample_images` does. For editing.py, prompts may also be contexts (N, L, D), and seeds
+    noises (N, 4, h, w). start: (latents (N, 4, h, w), t) begins at X_t = (1 - t) X0 + t latents and
+    spreads `steps` over [t, 1], so that t does not set the cost.
     """
     assert start is None or starts_anywhere(model)
     steps, guidance = steps or model.steps, model.guidance_for(guidance)
-    shape, latents = model.latent_shape(size), []
+    shape, samples = model.latent_shape(size), []
     null_context = model.encode_prompts([negative])  # (1, L, D)
     for part in batch_slices(len(prompts), batch_size or max_batch_size(shape)):
         noise = noise_from_seeds(seeds[part], shape).to(model.device)
         context = model.encode_prompts(prompts[part])
         begin = () if start is None else (start[0][part].to(noise), start[1])
-        if model.few_step:
+        if model.few_step and model.few_step.sampler != "euler":
             x1 = few_step_sample(model, noise, steps, context, seeds[part], *begin)
-        elif model.kind == "diffusion" and solver == "dpm":
+        elif model.kind == "diffusion" and solver == "dpm" and not model.few_step:
             predict_noise = guided(model.unet, null_context, guidance)
             *_, x1 = dpm_solver(predict_noise, noise, steps, NoiseSchedule(), context, *begin)
         else:  # Euler; of a diffusion it is DDIM
             flow, x, times = as_flow(model.unet, model.kind, noise, steps, null_context, guidance,
                                      *begin)
             *_, x1 = euler(flow, x, steps, context, times)
-        latents.append(x1)
+        samples.append(decode_finite(model, x1, prompts[part]) if decode else x1)
         if bar is not None:
             bar.update(len(noise))
-    return torch.cat(latents)
+    return torch.cat(samples)
 
 
-@torch.inference_mode()
-def sample_images(
-    model, prompts, seeds, steps: int | None = None, guidance: float | None = None, *,
-    size: tuple[int, int] | None = None, start: tuple[Tensor, float] | None = None,
-    batch_size: int | None = None, bar: tqdm | None = None, **more,
-) -> Tensor:
+def sample_images(model, prompts, seeds, *how, **more) -> Tensor:
     """Images (N, 3, H, W) in [-1, 1], fp32 on the CPU. Arguments as of `sample_latents`."""
-    images, batch = [], batch_size or max_batch_size(model.latent_shape(size))
-    for part in batch_slices(len(prompts), batch):
-        latents = sample_latents(model, prompts[part], seeds[part], steps, guidance, size=size,
-                                 start=start and (start[0][part], start[1]), batch_size=batch,
-                                 **more)
-        images.append(decode_finite(model, latents, prompts[part]))
-        if bar is not None:
-            bar.update(len(latents))
-    return torch.cat(images)
+    return sample_latents(model, prompts, seeds, *how, **more, decode=True)
 
 
 def few_step_sample(
     model, noise: Tensor, steps: int, context: Tensor, seeds: Sequence[int], *begin,
 ) -> Tensor:
-    """Noise to latents with a few-step model. "euler" follows the velocity; "renoise" predicts the
-    end and adds new noise; "mean" asks a network of two times for the step's mean velocity.
+    """Noise to latents with a few-step model: "renoise" predicts the end and adds new noise;
+    "mean" asks a network of two times for the step's mean velocity.
     """
     velocity, x, times = as_flow(model.unet, model.kind, noise, steps, context[:1], 1.0, *begin)
-    if model.few_step.sampler == "euler":
-        *_, x = euler(velocity, x, steps, context, times)
-        return x
     renoise = model.few_step.sampler == "renoise"
     if renoise and steps > 1:  # the first noise of each seed is its start
         noises = noise_from_seeds(seeds, (steps, *noise.shape[1:])).to(noise.device)

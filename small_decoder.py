@@ -48,7 +48,7 @@ from training import (
     TrainingOptions, add_training_options, append_metrics, autocast_dtype, ema_copy, read_metrics,
     train, training_options,
 )
-from validation import runnable
+from validation import on_device
 
 FITS = 16  # samples at 512 px that 80 GB hold: an estimate
 MEASURED, NUM_SHOWN, AT_ONCE = 64, 8, 8  # held-out latents, at most; AT_ONCE: in one pass
@@ -113,14 +113,14 @@ def cropped(images: Tensor, corners: Tensor, side: int) -> Tensor:
 
 @torch.no_grad()
 def validate(
-    small: SmallDecoder, ema: SmallDecoder, latents: Tensor, wanted: Tensor,
-    options: TrainingOptions, folder: Path, step: int, loss,
+    ema: SmallDecoder, latents: Tensor, wanted: Tensor, options: TrainingOptions, folder: Path,
+    step: int, loss,
 ) -> None:
     """Compare the averaged weights' images of whole latents with `wanted`, the full decoder's."""
     seen = any(row["step"] == step for row in read_metrics(folder, "psnr"))  # by a killed run
     if rank() == 0 and not seen:
-        with runnable(ema, small) as network:
-            images = torch.cat([network.decode(part).float() for part in latents.split(AT_ONCE)])
+        network = on_device(ema, latents.device)
+        images = torch.cat([network.decode(part).float() for part in latents.split(AT_ONCE)])
         l1 = (images.clamp(-1, 1) - wanted).abs().mean().item()
         append_metrics(folder, {"step": step, "samples": step * options.batch_size, "l1": l1,
                                 "psnr": psnr(images, wanted).mean().item()})
@@ -212,7 +212,7 @@ def main():
     wanted = torch.cat([target(full, part) for part in held_out.split(AT_ONCE)])
     train(small, ema, partial(batch, pairs, count, args.crop, args.seed),
           partial(loss, full, lpips, args.crop), options, state, settings,
-          partial(validate, small, ema, held_out, wanted, options, state))
+          partial(validate, ema, held_out, wanted, options, state))
     save_decoder(small, args.out)
     print(f"{args.out}: a small decoder for --decoder; its loss is in {state / 'loss.png'}")
 

@@ -10,9 +10,9 @@ averaged (EMA) weights are validated, before the first iteration and at every --
 """
 
 import argparse
-import contextlib
+import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,9 +47,7 @@ def add_validation_options(parser: argparse.ArgumentParser) -> None:
 # Before the run
 
 
-def validation_prompts(
-    args: argparse.Namespace, prompts: list[str], held_out: list[str],
-) -> list[str]:
+def validation_prompts(args: argparse.Namespace, captions: list[str]) -> list[str]:
     """What to sample at every save. BadInput: no such file, too many pairs, useless flags."""
     if not args.validation_pairs:
         if args.validation_prompts or args.keep:
@@ -59,7 +57,6 @@ def validation_prompts(
     seed_range("validation", args.seed, args.validation_pairs + NUM_PROMPTS)
     if args.validation_prompts:
         return read_prompts(args.validation_prompts, args.prompt_column)[:NUM_PROMPTS]
-    captions = held_out or prompts
     count = min(NUM_PROMPTS, len(captions))
     return [captions[k * len(captions) // count] for k in range(count)]
 
@@ -128,24 +125,23 @@ def validate(
     """
     seen = any(row["step"] == step for row in read_metrics(folder, "held_out_loss"))
     if rank() == 0 and not seen:  # seen: a killed run continues at a validated state
-        with runnable(ema, student.unet) as unet:
-            model = replace(student, unet=unet)
-            figures = held_out_loss(unet, batches, loss, model.device)
-            model, done = finish(model), before + step
-            rows = [(f"teacher\n{steps_label(reference.teacher_steps)}", reference.images)]
-            for steps in model.allowed_steps(STEPS):
-                images = sample_images(model, reference.prompts, reference.seeds, steps,
-                                       batch_size=reference.batch_size)
-                rows.append((f"{done:,} iterations\n{steps_label(steps)}", images))
-            state = Path(reference.out + ".state")
-            save_comparison(str(state / "samples" / f"{done:07d}.png"), rows, reference.prompts)
-            if model.kind != "one-step" and not model.few_step:
-                straight = straightness_figures(model, reference.prompts, reference.seeds,
-                                                model.guidance)
-                figures["relative_straightness"] = straight["relative_straightness"]
-            if step:
-                checkpoint.save(model, reference.out)
-                keep_model(reference, state / "models", done)
+        model, done = replace(student, unet=on_device(ema, student.device)), before + step
+        figures = held_out_loss(model.unet, batches, loss, model.device)
+        model = finish(model)
+        rows = [(f"teacher\n{steps_label(reference.teacher_steps)}", reference.images)]
+        for steps in model.allowed_steps(STEPS):
+            images = sample_images(model, reference.prompts, reference.seeds, steps,
+                                   batch_size=reference.batch_size)
+            rows.append((f"{done:,} iterations\n{steps_label(steps)}", images))
+        state = Path(reference.out + ".state")
+        save_comparison(str(state / "samples" / f"{done:07d}.png"), rows, reference.prompts)
+        if model.kind != "one-step" and not model.few_step:
+            straight = straightness_figures(model, reference.prompts, reference.seeds,
+                                            model.guidance)
+            figures["relative_straightness"] = straight["relative_straightness"]
+        if step:
+            checkpoint.save(model, reference.out)
+            keep_model(reference, state / "models", done)
         append_metrics(folder, {"step": step, "samples": step * options.batch_size} | figures)
         plot_loss(folder)
     barrier()
@@ -162,19 +158,10 @@ def held_out_loss(unet, batches: list[tuple], loss: Callable, device: torch.devi
             "held_out_loss_by_t": [] if None in by_t else means}
 
 
-@contextlib.contextmanager
-def runnable(ema: nn.Module, network: nn.Module) -> Iterator[nn.Module]:
-    """The EMA network; with --ema-device cpu, the network with the averaged weights meanwhile."""
-    pairs = [(w, a) for w, a in zip(network.parameters(), ema.parameters()) if w is not a]
-    if all(weight.device == average.device for weight, average in pairs):
-        yield ema
-        return
-    trained = [weight.detach().to("cpu", copy=True) for weight, _ in pairs]
-    for weight, average in pairs:
-        weight.data.copy_(average)
-    yield network
-    for (weight, _), before in zip(pairs, trained):
-        weight.data.copy_(before)
+def on_device(ema: nn.Module, device: torch.device) -> nn.Module:
+    """The EMA network; with --ema-device cpu, a copy of it on the device."""
+    is_there = all(weight.device == device for weight in ema.parameters())
+    return ema if is_there else copy.deepcopy(ema).to(device)
 
 
 def keep_model(reference: Reference, folder: Path, done: int) -> None:

@@ -223,8 +223,8 @@ def main():
     resolve_defaults(args, teacher.is_tiny)
     check_method(args, method, teacher)
     lpips = perceptual_distance(args.lpips_net, device) if method.name == "hipa" else None
-    prompts, held_out, spec = requested_pairs(teacher, args, "reflow")
-    shown, paired = validation_prompts(args, prompts, held_out), method.data != "prompts"
+    prompts, captions, spec = requested_pairs(teacher, args, "reflow")
+    shown, paired = validation_prompts(args, captions), method.data != "prompts"
     fits = FITS_LPIPS if method.name == "hipa" else FITS
     if method.critic:
         fits //= 2  # the teacher's U-Net keeps activations too
@@ -252,7 +252,7 @@ def main():
     pairs = Prompts(prompts)
     if paired:
         pairs = make_pairs(teacher, prompts, spec, args.pairs, args.teacher_batch_size, args.repair)
-    reference = validation_data(teacher, held_out or prompts, shown, spec, args)
+    reference = validation_data(teacher, captions, shown, spec, args)
 
     student = checkpoint.load_student(args, device, spec["teacher_hash"], settings["init"])
     student = student_of(student, method, args.init, args.seed)

@@ -606,8 +606,8 @@ def test_one_step_model_is_refused_as_teacher_and_for_more_steps(finished, call)
     for main, arguments, words in (
         (sample.main, ["--model", student, "--steps", 4],
          "is a one-step model, trained at t = 0 alone"),
-        (reflow.main, ["--teacher", student], "has no path to straighten"),
-        (distill.main, ["--teacher", student], "is distilled already"),
+        (reflow.main, ["--teacher", student], "has no path to learn from"),
+        (distill.main, ["--teacher", student], "has no path to learn from"),
     ):
         code, _, err = call(main, *arguments)
         assert code == 2 and words in err
