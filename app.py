@@ -94,7 +94,8 @@ def build_page(given: list[str], device, dtype, tokenizer: str | None = None, se
     given = [path if is_hub_name(path) else os.path.abspath(path) for path in given]
     load_here = lambda path: load(path, last_change(path), device, dtype,
                                   tokenizer if path in given else None)
-    listed = lambda: [(label(path, model), path) for path, model in find_models(given).items()]
+    models_now = lambda: find_models(given, tokenizer)
+    listed = lambda: [(label(path, model), path) for path, model in models_now().items()]
 
     def choose(path: str, previous: str):
         if path == previous:
@@ -138,7 +139,7 @@ def build_page(given: list[str], device, dtype, tokenizer: str | None = None, se
     def compare(path: str, prompt: str, *fields):
         with problems_on_page():
             settings = read_settings(load_here(path), *fields)
-            models, paths = find_models(given), []
+            models, paths = models_now(), []
             yield {area: gr.Column(visible=True)} | {s: gr.Image(visible=False) for s in strips}
             for text, picture, (kind, title) in zip(texts, pictures, COLUMNS.items()):
                 other = model_to_compare(models, path, kind)

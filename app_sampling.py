@@ -44,10 +44,13 @@ STRIP_COLUMNS, STRIP_PIXELS = 13, 128
 # Models
 
 
-def find_models(given: list[str]) -> dict[str, StableDiffusion | None]:
-    """Path -> the model without its weights; None: it cannot be read. given: paths, listed first.
+def find_models(
+    given: list[str], tokenizer: str | None = None,
+) -> dict[str, StableDiffusion | None]:
+    """Path -> the model without its weights; None: it cannot be read.
 
-    Then runs/ and the folders in it, then the tiny models of toy/.
+    given: paths, listed first, whose tokenizer this is. Then runs/ and the folders in it, then the
+    tiny models of toy/.
     """
     found = []
     for folder, pattern in ((Path.cwd(), "runs/*"), (Path.cwd(), "runs/*/*"), (HERE, "toy/tiny_*")):
@@ -55,13 +58,14 @@ def find_models(given: list[str]) -> dict[str, StableDiffusion | None]:
         found += sorted(files, key=lambda path: (path.parent, path.stem))
     models = [str(path) for path in found if path.parent.suffix != ".state"
               and not path.stem.startswith(("shard-", "."))]  # "." of a file that is being written
-    return {path: outline(path, last_change(path)) for path in [*given, *models]}
+    return {path: outline(path, last_change(path), tokenizer if path in given else None)
+            for path in [*given, *models]}
 
 
 @functools.lru_cache(maxsize=1000)
-def outline(path: str, changed: float) -> StableDiffusion | None:
+def outline(path: str, changed: float, tokenizer: str | None) -> StableDiffusion | None:
     try:
-        return checkpoint.load(path, "meta")
+        return checkpoint.load(path, "meta", tokenizer=tokenizer)
     except (BadInput, OSError):
         return None
 

@@ -37,7 +37,7 @@ def load(
     if path.is_dir():
         if use_ema:
             raise BadInput(f"{path}: a diffusers folder holds one U-Net; leave out --use-ema")
-        model = load_folder(path, device, dtype, kind)
+        model = load_folder(path, device, dtype, kind, tokenizer is None)
     elif not path.is_file():
         raise BadInput(f"{path}: no such file or folder; `make demo`, or reflow.py and distill.py, "
                        "make those in runs/; else give an SD 1.x .safetensors or diffusers folder")

@@ -138,7 +138,7 @@ def read_coco(folder: str | Path, count: int | None) -> tuple[list[str], list[Pa
 
 def read_images(folder: str | Path) -> list[Path]:
     """The image files of a folder, sorted. BadInput: fewer than two."""
-    found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in SUFFIXES)
+    found = sorted(path for path in Path(folder).glob("[!.]*") if path.suffix.lower() in SUFFIXES)
     if len(found) < 2:
         raise BadInput(f"{folder}: holds {len(found)} images ({', '.join(SUFFIXES)}); FID "
                        "needs two or more")

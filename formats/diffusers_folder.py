@@ -66,7 +66,9 @@ OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "p
 # In
 
 
-def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDiffusion:
+def load_folder(
+    path: Path, device, dtype, kind: str | None = None, with_tokenizer: bool = True,
+) -> StableDiffusion:
     """The model in a folder. kind overrides what it says. BadInput: whatever is wrong with it."""
     if (path / "text_encoder_2").exists():
         raise BadInput(f"{path}: a Stable Diffusion XL folder; {OURS}")
@@ -77,13 +79,17 @@ def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDif
     about, scheduler = read_index(path), path / "scheduler" / "scheduler_config.json"
     noise = read_json(scheduler) if scheduler.exists() else {}
     noise = DIFFUSERS_DEFAULTS | noise if "_class_name" in noise else noise
-    is_flow = about.get("_class_name") == "RectifiedFlowPipeline"  # has no noise schedule
+    scheduler_class = str(noise.get("_class_name"))
+    if re.match("LCM|TCD|FlowMatch", scheduler_class):
+        if not kind:
+            raise BadInput(f"{scheduler}: a {scheduler_class}, so no plain diffusion; --kind "
+                           "overrides it")
+        noise.pop("original_inference_steps", None)  # of LCM's and TCD's own steps
+    # Flows have no noise schedule.
+    is_flow = about.get("_class_name") == "RectifiedFlowPipeline" or "Flow" in scheduler_class
     for where, found, known in ((path, about, PIPELINE), (scheduler, noise, SCHEDULER),
                                 *((path / part, config[part], NETWORKS[part]) for part in config)):
         check_values(where, {} if found is noise and is_flow else found, known)
-    if not kind and re.match("LCM|TCD|FlowMatch", str(noise.get("_class_name"))):
-        raise BadInput(f"{scheduler}: a {noise['_class_name']}, so no plain diffusion; --kind "
-                       "overrides it")
     networks = empty_networks(str(path), lambda: (
         unet_from_diffusers(config["unet"]),
         vae_from_diffusers(config["vae"]),
@@ -97,7 +103,8 @@ def load_folder(path: Path, device, dtype, kind: str | None = None) -> StableDif
             keys = {name: name.removeprefix("text_model.") for name in keys}  # transformers 5's
         load_weights(network, part, keys, files, str(path / part), device, dtype)
         check_unused_tensors(path / part, set(files) - set(keys.values()), ("",))
-    tokenizer = tokenizer_in(path / "tokenizer") if (path / "tokenizer").is_dir() else None
+    with_tokenizer = with_tokenizer and (path / "tokenizer").is_dir()
+    tokenizer = tokenizer_in(path / "tokenizer") if with_tokenizer else None
     return StableDiffusion(
         **networks, tokenizer=tokenizer,
         kind=kind or about.get("kind") or guessed_kind(path, about, config["unet"]),

@@ -41,7 +41,6 @@ def name_of(path: str | Path) -> str:
 def fetch(name: str) -> Path:
     """The folder of a hub model in the cache. BadInput: unknown, or offline and not cached."""
     from huggingface_hub import snapshot_download  # slow to import, and few models need it
-    from httpx import HTTPError
     from huggingface_hub.errors import (
         HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
     )
@@ -61,6 +60,8 @@ def fetch(name: str) -> Path:
         raise BadInput(f"{name}: no such file or folder, and the hub refuses it "
                        f"({first_line(problem)}); check the name, or log in with `hf auth login`"
                        ) from None
-    except HTTPError as problem:
+    except Exception as problem:  # its packages for downloads have their own errors
+        if isinstance(problem, OSError) and problem.errno:  # of the disk
+            raise
         raise BadInput(f"{name}: the download broke off ({first_line(problem)}); run the same "
                        "command again to continue it") from None

@@ -1,5 +1,6 @@
 """Another autoencoder for a model, such as sd-vae-ft-mse: a diffusers folder or a single file."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -36,6 +37,10 @@ def replace_vae(model: StableDiffusion, path: str | Path) -> None:
         raise BadInput(f"{path}: " + (unread(path) if path.exists() else
                                       "no such file or folder; give an autoencoder of SD 1.x"))
     files = open_safetensors(weight_files(path) if path.is_dir() else [path])
+    # Stable Diffusion XL's has the same sizes. A folder's config tells them apart.
+    if any(key.startswith("conditioner.") for key in files) or not path.is_dir() and (
+            re.search("sd_?-?xl", path.name.lower())):
+        raise BadInput(f"{path}: an autoencoder of Stable Diffusion XL; give one of SD 1.x")
     with torch.device("meta"):
         vae = AutoencoderKL(config)
     set_memory_format(model.unet, vae, model.dtype)
@@ -43,8 +48,8 @@ def replace_vae(model: StableDiffusion, path: str | Path) -> None:
         files = {key: file for key, file in files.items() if key.startswith(VAE_PREFIX)}
     keys = names_in(files, list(vae.state_dict()), model)
     load_weights(vae, "autoencoder", keys, files, str(path), model.device, model.dtype)
-    unknown = {key for key in files if not key.startswith(TRAINING)} - set(keys.values())
-    check_unused_tensors(path, unknown, ("",))
+    unknown = {key for key in files if not key.removeprefix(VAE_PREFIX).startswith(TRAINING)}
+    check_unused_tensors(path, unknown - set(keys.values()), ("",))
     model.vae = vae.eval()
 
 

@@ -104,10 +104,12 @@ def single_file_tensors(
         tensors = {name.replace(old, new, 1): tensor for name, tensor in tensors.items()}
     if buffers:
         cumprod = torch.sigmoid(2 * NoiseSchedule().log_ratio).float()
+        # Converters to bf16 convert them too; published fp16 files keep them in fp32.
+        exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         tensors |= {
-            "betas": 1 - cumprod / torch.cat([torch.ones(1), cumprod[:-1]]),
-            "alphas_cumprod": cumprod.clone(),
-            "sqrt_alphas_cumprod": cumprod.sqrt(),
+            "betas": (1 - cumprod / torch.cat([torch.ones(1), cumprod[:-1]])).to(exact),
+            "alphas_cumprod": cumprod.to(exact, copy=True),
+            "sqrt_alphas_cumprod": cumprod.sqrt().to(exact),
             "posterior_variance": torch.zeros(1000),
             "model_ema.num_updates": torch.tensor(1),
         }

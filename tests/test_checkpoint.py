@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import checkpoint
+from app_sampling import find_models
 import command
 from command import TINY_TEACHER, BadInput
 from conftest import ROOT, relative_error
@@ -494,6 +495,10 @@ def test_malformed_index_or_tokenizer_is_refused(model, tmp_path):
         (tmp_path / "other" / "tokenizer" / name).write_text("[")
     with pytest.raises(BadInput, match="not a CLIP tokenizer"):
         checkpoint.load(tmp_path / "other")
+    write_folder(model, tmp_path / "third")
+    path, own = str(tmp_path / "other"), tmp_path / "third" / "tokenizer"
+    assert checkpoint.load(path, tokenizer=own).tokenizer is not None
+    assert find_models([path])[path] is None and find_models([path], own)[path] is not None
 
 
 @pytest.mark.parametrize("edit, words", REFUSED.values(), ids=REFUSED)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,20 @@ def test_offline_and_not_cached_is_one_line(cache, call):
     assert code == 2 and "\n" not in err and "cannot be reached" in err
 
 
+@pytest.mark.parametrize("problem, said", [
+    (RuntimeError("Task error: CAS Client Error"), "the download broke off (Task error"),
+    (OSError(28, "No space left on device"), "No space left on device; finished files are kept"),
+])
+def test_a_broken_download_is_one_line(monkeypatch, call, problem, said):
+    def download(*arguments, **more):
+        raise problem
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setitem(sys.modules, "httpx", None)  # comes with gradio alone
+    code, _, err = call(sample.main, "--model", "some/model")
+    assert code == 2 and said in err and "\n" not in err
+
+
 def test_a_local_path_wins(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(make_model(), cache, "org/name")
@@ -146,8 +161,10 @@ def layouts(other, folder):
     bare = {key.removeprefix(VAE_PREFIX): x for key, x in original.items()}
     save_file(bare | {"loss.logvar": torch.zeros(1)}, folder / "ft-mse.safetensors")
     shutil.copy(folder / "sd/vae/diffusion_pytorch_model.safetensors", folder / "kl.safetensors")
-    return [folder / "sd" / "vae", folder / "ft-mse.safetensors", folder / "kl.safetensors",
-            folder / "whole.safetensors"]
+    with_loss = whole | {VAE_PREFIX + "loss.logvar": torch.zeros(1)}
+    save_file(with_loss, folder / "with-loss.safetensors")
+    files = ("with-loss", "ft-mse", "kl", "whole")
+    return [folder / "sd" / "vae", *(folder / f"{name}.safetensors" for name in files)]
 
 
 def test_every_layout_of_an_autoencoder_is_read(other, tmp_path):
@@ -176,6 +193,8 @@ def test_sample_takes_another_autoencoder(other, tmp_path, call):
 
 def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, call):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    save_file({"conditioner.a": torch.zeros(1)}, tmp_path / "xl.safetensors")
+    checkpoint.save(make_model(), "sd_xl_base_1.0.safetensors")
     (tmp_path / "vae.pt").touch()
     model = make_model()
     model.vae.config = replace(model.vae.config, scaling_factor=0.13)  # SDXL's
@@ -183,6 +202,8 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, call):
     with pytest.raises(BadInput, match="another scaling_factor"):
         replace_vae(make_model(), "sdxl/vae")
     for path, said in (("a.safetensors", "tensors are missing"), ("vae.pt", "pickle"),
+                       ("xl.safetensors", "of Stable Diffusion XL"),
+                       ("sd_xl_base_1.0.safetensors", "of Stable Diffusion XL"),
                        ("none.safetensors", "no such file"), (".", "config.json"),
                        ("sdxl/text_encoder", "its configuration is not that of")):
         code, _, err = call(sample.main, "--model", TINY_TEACHER, "--vae", path)

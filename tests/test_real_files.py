@@ -111,6 +111,18 @@ def test_other_tools_metadata_is_read(model, tmp_path, metadata, words):
             checkpoint.load(path)
 
 
+@pytest.mark.parametrize("kind, changes", [
+    ("diffusion", {"_class_name": "LCMScheduler", "original_inference_steps": 50}),
+    ("flow", {"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_start": None}),
+])
+def test_kind_overrides_the_schedulers_class(model, tmp_path, kind, changes):
+    write_folder(model, tmp_path / "sd")
+    edit_json(tmp_path / "sd/scheduler/scheduler_config.json", **changes)
+    with pytest.raises(BadInput, match="--kind overrides it"):
+        checkpoint.load(tmp_path / "sd")
+    assert checkpoint.load(tmp_path / "sd", kind=kind).kind == kind
+
+
 @pytest.mark.parametrize("file, changes, words", [
     ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
     ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "beta_end is 0.02"),

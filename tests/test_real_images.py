@@ -208,7 +208,9 @@ def test_out_of_memory_is_no_wrong_flag(networks, coco_folder):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     fid = SimpleNamespace(update=full, device="cpu")
+    (coco_folder / "val2017" / "._000000000001.jpg").touch()  # of a Mac's copy
     images = real_images.read_images(coco_folder / "val2017")
+    assert len(images) == len(CAPTIONS)
     with pytest.raises(torch.OutOfMemoryError):
         real_images.Gallery(CAPTIONS, images, 32, Path("images"), fid, None).measure_real()
 

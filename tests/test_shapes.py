@@ -128,6 +128,7 @@ def test_committed_model_reaches_its_committed_accuracy(model, classifier):
 def test_teacher_training_runs_and_a_second_run_changes_nothing(tmp_path, call):
     """Every stage from scratch, for three iterations. A second run finds them all done."""
     few = [f"--{stage}-iterations=3" for stage in ("reader", "autoencoder", "text", "unet")]
+    (tmp_path / "captions.txt").write_text("the user's own")
     arguments = [*few, "--data", "64", "--out", tmp_path / "t.safetensors",
                  "--work", tmp_path / "work"]
     train_teacher.MEASURED, measured = 8, train_teacher.MEASURED
@@ -138,6 +139,9 @@ def test_teacher_training_runs_and_a_second_run_changes_nothing(tmp_path, call):
     finally:
         train_teacher.MEASURED = measured
     assert (tmp_path / "t.safetensors").read_bytes() == first
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "captions.txt", "work", "t.safetensors", "t.json", "t-captions.txt", "t-reader.safetensors"}
+    assert (tmp_path / "captions.txt").read_text() == "the user's own"
     teacher = checkpoint.load(tmp_path / "t.safetensors")
     assert teacher.encode_prompts(["a red circle"]).shape == (1, 16, 128)
 

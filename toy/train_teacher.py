@@ -217,7 +217,8 @@ def main():
     parser = Parser("Train a tiny Stable Diffusion from scratch.")
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="shapes", help="the dataset")
-    add("--out", help="the model; the other files are written beside it; default: in toy/")
+    add("--out", help="the model; OUT with -captions.txt and -reader.safetensors stand beside it; "
+                      "default: in toy/, where they have no prefix")
     add("--work", help="folder of the training states; default: runs/teacher-DATASET")
     add("--data", type=positive, default=100_000, help="images for the U-Net (shapes only)")
     add("--reader-iterations", type=positive, default=3000, help="of the judge (shapes only)")
@@ -231,6 +232,8 @@ def main():
     if out.suffix != ".safetensors":
         raise BadInput(f"--out: must end in .safetensors, got {args.out!r}")
     check_output(out)
+    beside = lambda name: out.with_name(f"{out.stem}-{name}" if args.out else name)
+    reader, captions = beside("reader.safetensors"), beside(FAMILIES[args.dataset].captions.name)
     folder = Path(args.work or f"runs/teacher-{args.dataset}")
     if args.dataset == "emoji":  # fail now, not after an hour, if something is not installed
         emoji.load_reader()
@@ -244,7 +247,7 @@ def main():
     if args.dataset == "shapes":
         classifier = train_classifier(args.reader_iterations, folder, seed)
         tensors = {name: tensor.half() for name, tensor in classifier.state_dict().items()}
-        write_atomically(out.with_name("reader.safetensors"), lambda path: save_file(tensors, path))
+        write_atomically(reader, lambda path: save_file(tensors, path))
     text_iterations = args.text_iterations or dataset.text_iterations
     text_encoder = train_text(args.dataset, text_config, text_iterations, folder, seed, ids_of)
     # The text stage of shapes covers all that captions say. For emoji the U-Net teaches more.
@@ -268,13 +271,12 @@ def main():
     model = StableDiffusion(unet, vae, text_encoder, tokenizer, "diffusion", family=args.dataset)
     checkpoint.save(model, out)
     prompts = [str(caption) for caption in dataset.module.training_captions(CAPTIONS, seed)]
-    write_text(out.with_name(FAMILIES[args.dataset].captions.name), "\n".join(prompts) + "\n")
+    write_text(captions, "\n".join(prompts) + "\n")
 
     stages = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
     for stage in stages:
         plot_loss(stage)
-    readers = [out.with_name("reader.safetensors")] if args.dataset == "shapes" else []
-    judge = dataset.module.load_reader(*readers)
+    judge = dataset.module.load_reader(*[reader] * (args.dataset == "shapes"))
     figures = {
         "command": " ".join(["python toy/train_teacher.py", *sys.argv[1:]]),
         "seed": seed,
