@@ -22,7 +22,7 @@ from diffusion import as_flow
 from formats.hub import name_of
 from formats.images import decode_finite, enlarged, image_grid, save_image
 from rectified_flow import broadcast_over, euler
-from sample import check, noise_from_seeds, pixels, sample_images, user_seed
+from sample import check, noise_from_seeds, pixels, sample_images, sampler_of, user_seed
 from stable_diffusion import FAMILIES, StableDiffusion
 
 LARGEST = 4  # times the side of the images that a model was trained on
@@ -180,8 +180,8 @@ def sample_files(
     for seed, image in zip(seeds, enlarged(images)):
         files.append(str(Path(tempfile.mkdtemp(dir=folder), f"{name}-seed-{seed}.png")))
         about = {"prompt": prompt, "negative_prompt": "", "seed": seed, "steps": settings.steps,
-                 "guidance": settings.guidance, "solver": "dpm", "model": name_of(model.path),
-                 "kind": model.kind}
+                 "guidance": settings.guidance, "solver": sampler_of(model, "dpm"),
+                 "model": name_of(model.path), "kind": model.kind}
         save_image(files[-1], image_grid(image[None], 1), about)
     return files, seconds
 

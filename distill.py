@@ -17,6 +17,7 @@ Source: Liu et al. 2023 (InstaFlow, arXiv 2309.06380).
 """
 
 import argparse
+import filecmp
 from functools import partial
 from pathlib import Path
 
@@ -141,7 +142,9 @@ def main():
     stages = stages_for(args, teacher, device, spec)
     (l2_state, l2, l2_settings), (lpips_state, second, lpips_settings) = stages
     runs = [stage for stage in stages if stage[1].iterations]
-    finished = check_request(args, spec, runs) and (Path(l2_out).exists() or not l2.iterations)
+    finished = check_request(args, spec, runs)
+    if finished and len(runs) == 2:  # OUT is L2's after a command without LPIPS
+        finished = Path(l2_out).exists() and not filecmp.cmp(l2_out, args.out, shallow=False)
     print_plan(args, teacher, prompts, spec, [options for _, options, _ in runs])
     # A stage that is not asked for now may have written OUT.
     skipped = any(saved_step(stage[0]) for stage in stages if stage not in runs)

@@ -178,7 +178,8 @@ def arguments() -> argparse.Namespace:
     add("--tokenizer", help="folder with vocab.json and merges.txt, for models without their own")
     add("--kind", choices=["auto", *KINDS], nargs="+", help="of each --model; auto: as it says")
     add("--decoder", help="a small decoder in place of each model's, by small_decoder.py or TAESD")
-    add("--compile", action="store_true", help="torch.compile: minutes a new size, then faster")
+    add("--compile", action="store_true",
+        help="torch.compile: minutes a new size, which count in seconds_per_image; then faster")
     add("--out", default="runs/evaluate.json", help="the rows; table and images go beside it")
     add_real_image_options(parser)
     add_machine_options(parser, run_seed)

@@ -68,9 +68,12 @@ def prompt_spec(prompts: list[str], source: str) -> dict:
 
 
 def requested_pairs(
-    teacher: StableDiffusion, args: argparse.Namespace, purpose: str,
+    teacher: StableDiffusion, args: argparse.Namespace, purpose: str, paired: bool = True,
 ) -> tuple[list[str], list[str], dict]:
-    """(prompts, captions to validate on, spec) of a command's flags. Nothing is made yet."""
+    """(prompts, captions to validate on, spec) of a command's flags. Nothing is made yet.
+
+    paired False: prompts alone are needed.
+    """
     if teacher.few_step or teacher.kind == "one-step":
         what = "few-step" if teacher.few_step else "one-step"
         raise BadInput(f"{args.teacher}: a {what} model, which has no path to learn from; give a "
@@ -84,10 +87,11 @@ def requested_pairs(
         every, source, count = built_in_prompts(), "built-in", args.num_pairs or GRAMMAR_PAIRS
         where = ("captions are to be had as LAION's or COCO's lists or PartiPrompts, and the paper "
                  f"took {PAPER_PAIRS:,} of LAION-2B-en; give a file of them with --prompts")
-        if count > GRAMMAR_PAIRS:
+        if count > GRAMMAR_PAIRS and paired:
             raise BadInput(f"--num-pairs {count}: the built-in grammar is good for "
                            f"{GRAMMAR_PAIRS:,}; {where}")
-        note(f"{count:,} pairs of the built-in grammar, enough to try the method; {where}")
+        what = f"{count:,} pairs" if paired else "prompts"
+        note(f"{what} of the built-in grammar, enough to try the method; {where}")
     prompts, held_out = split_prompts(every)
     if not held_out and args.validation_pairs:
         note("too few prompts to hold out a hundredth; validation uses training prompts, with "

@@ -67,13 +67,14 @@ def sample_latents(
     steps, guidance = steps or model.steps, model.guidance_for(guidance)
     shape, samples = model.latent_shape(size), []
     null_context = model.encode_prompts([negative])  # (1, L, D)
+    sampler = sampler_of(model, solver)
     for part in batch_slices(len(prompts), batch_size or max_batch_size(shape)):
         noise = noise_from_seeds(seeds[part], shape).to(model.device)
         context = model.encode_prompts(prompts[part])
         begin = () if start is None else (start[0][part].to(noise), start[1])
-        if model.few_step and model.few_step.sampler != "euler":
+        if sampler in ("renoise", "mean"):
             x1 = few_step_sample(model, noise, steps, context, seeds[part], *begin)
-        elif model.kind == "diffusion" and solver == "dpm" and not model.few_step:
+        elif sampler == "dpm":
             predict_noise = guided(model.unet, null_context, guidance)
             *_, x1 = dpm_solver(predict_noise, noise, steps, NoiseSchedule(), context, *begin)
         else:  # Euler; of a diffusion it is DDIM
@@ -89,6 +90,13 @@ def sample_latents(
 def sample_images(model, prompts, seeds, *how, **more) -> Tensor:
     """Images (N, 3, H, W) in [-1, 1], fp32 on the CPU. Arguments as of `sample_latents`."""
     return sample_latents(model, prompts, seeds, *how, **more, decode=True)
+
+
+def sampler_of(model, solver: str) -> str:
+    """What samples: a few-step model's own, of a diffusion the solver, else "euler"."""
+    if model.few_step:
+        return model.few_step.sampler
+    return solver if model.kind == "diffusion" else "euler"
 
 
 def few_step_sample(
@@ -258,8 +266,9 @@ def main():
     how = {"steps": steps, "guidance": guidance, "negative": args.negative_prompt,
            "solver": args.solver, "size": size, "batch_size": args.batch_size}
     about = {"prompt": "\n".join(prompts), "negative_prompt": args.negative_prompt,
-             "seed": args.seed, "steps": steps, "guidance": guidance, "solver": args.solver,
-             "model": name_of(model.path), "kind": model.kind, **added, **editing_flags(args)}
+             "seed": args.seed, "steps": steps, "guidance": guidance,
+             "solver": sampler_of(model, args.solver), "model": name_of(model.path),
+             "kind": model.kind, **added, **editing_flags(args)}
     with tqdm(total=count, desc="images", unit="image", dynamic_ncols=True, leave=False) as bar:
         if args.out.endswith("/"):
             generate = partial(sample_images, model, **how, bar=bar)

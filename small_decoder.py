@@ -32,8 +32,8 @@ from torch import Tensor, nn
 import checkpoint
 from command import (
     TINY_TEACHER, BadInput, DefaultByModel, Parser, add_machine_options, barrier,
-    check_not_overwriting, dtype_name, non_negative_int, note, pick_device, pick_dtype, positive,
-    rank, read_our_json, resolve_defaults, run,
+    check_not_overwriting, dtype_name, first_line, non_negative_int, note, pick_device, pick_dtype,
+    positive, rank, read_our_json, resolve_defaults, run,
 )
 from editing import psnr
 from evaluation.perceptual import NETS, perceptual_distance
@@ -62,8 +62,9 @@ def read_pairs(folder: str, model) -> Pairs:
     """The pairs in a folder. BadInput: none, incomplete, damaged, or other latents."""
     spec = read_our_json(Path(folder, "pairs.json"), {})
     if not spec:
+        has_path = model.kind != "one-step" and not model.few_step
         raise BadInput(f"{folder}: holds no pairs; make them: python reflow.py --teacher "
-                       f"{model.path} --pairs {folder}")
+                       f"{model.path if has_path else 'ITS-TEACHER'} --pairs {folder}")
     count, shape = spec["count"], tuple(spec["latent_shape"])
     if shape[0] != model.unet.config.in_channels or count < 2:
         raise BadInput(f"{folder}: holds {count} latents of {shape[0]} channels; give two or more "
@@ -122,11 +123,11 @@ def validate(
         network = on_device(ema, latents.device)
         images = torch.cat([network.decode(part).float() for part in latents.split(AT_ONCE)])
         l1 = (images.clamp(-1, 1) - wanted).abs().mean().item()
-        append_metrics(folder, {"step": step, "samples": step * options.batch_size, "l1": l1,
-                                "psnr": psnr(images, wanted).mean().item()})
         sides = torch.stack([wanted[:NUM_SHOWN], images[:NUM_SHOWN]], 1).flatten(0, 1)
         save_image(str(folder / "samples" / f"{step:07d}.png"), image_grid(enlarged(sides), 4),
                    {"columns": "full, small, full, small", "iterations": step})
+        append_metrics(folder, {"step": step, "samples": step * options.batch_size, "l1": l1,
+                                "psnr": psnr(images, wanted).mean().item()})
         plot_loss(folder)
     barrier()
 
@@ -186,6 +187,13 @@ def main():
     pairs = read_pairs(args.pairs, model)
     if args.crop > min(pairs.spec["latent_shape"][1:]):
         raise BadInput(f"--crop {args.crop}: larger than the latents; 0 takes them whole")
+    lpips, pixels = perceptual_distance(args.lpips_net, device), model.vae.config.downsampling
+    try:
+        side = pixels * (args.crop or min(pairs.spec["latent_shape"][1:]))
+        lpips(*torch.zeros(2, 1, 3, side, side, device=device))
+    except RuntimeError as problem:  # its pools leave nothing
+        raise BadInput(f"--crop {args.crop}: too small for --lpips-net {args.lpips_net} "
+                       f"({first_line(problem)})") from None
     small, state = initial_decoder(args, model), Path(args.out + ".state")
     options = training_options(
         args, "small decoder", args.iterations, args.batch_size, args.learning_rate,
@@ -201,7 +209,7 @@ def main():
         print(f"{args.out}: finished already, {options.iterations:,} iterations")
         return
 
-    full, lpips = model.vae, perceptual_distance(args.lpips_net, device)
+    full = model.vae
     del model
     ema = ema_copy(small, args.ema_device)
     small.decoder.gradient_checkpointing = args.gradient_checkpointing

@@ -210,10 +210,10 @@ def errors_name_the_state(options: TrainingOptions, folder: Path):
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
+        flag = "--lpips-accumulate" if "LPIPS" in options.name else "--accumulate"
         what, remedy = "out of memory", (
-            f", continue it with more micro-batches than {options.accumulate} (--accumulate, for "
-            "LPIPS --lpips-accumulate), --gradient-checkpointing, --ema-device cpu or "
-            "--validation-pairs 0")
+            f", continue it with more micro-batches than {options.accumulate} ({flag}), "
+            "--gradient-checkpointing or another flag of --help that saves memory")
     step = saved_step(folder)
     kept = f"the state of step {step} is kept in {folder}" if step else "no state is saved yet"
     raise kind(f"{options.name}: {what}; {kept}{remedy}")

@@ -128,13 +128,14 @@ def validate(
         model, done = replace(student, unet=on_device(ema, student.device)), before + step
         figures = held_out_loss(model.unet, batches, loss, model.device)
         model = finish(model)
-        rows = [(f"teacher\n{steps_label(reference.teacher_steps)}", reference.images)]
-        for steps in model.allowed_steps(STEPS):
-            images = sample_images(model, reference.prompts, reference.seeds, steps,
-                                   batch_size=reference.batch_size)
-            rows.append((f"{done:,} iterations\n{steps_label(steps)}", images))
         state = Path(reference.out + ".state")
-        save_comparison(str(state / "samples" / f"{done:07d}.png"), rows, reference.prompts)
+        if step or not before:  # else the last stage's images stay
+            rows = [(f"teacher\n{steps_label(reference.teacher_steps)}", reference.images)]
+            for steps in model.allowed_steps(STEPS):
+                images = sample_images(model, reference.prompts, reference.seeds, steps,
+                                       batch_size=reference.batch_size)
+                rows.append((f"{done:,} iterations\n{steps_label(steps)}", images))
+            save_comparison(str(state / "samples" / f"{done:07d}.png"), rows, reference.prompts)
         if model.kind != "one-step" and not model.few_step:
             straight = straightness_figures(model, reference.prompts, reference.seeds,
                                             model.guidance)

@@ -9,6 +9,7 @@ pairs.
 import argparse
 import functools
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -187,6 +188,8 @@ def open_table(
     names: of the flags that decide the rows. BadInput: the folder holds a study with other ones, or
     another run writes there, whose rows would be lost.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("a study runs in one process; start it without torchrun")
     check_output(path)
     lock_folder(path.parent)
     settings = {name: value for name, value in vars(args).items() if name in names}
@@ -216,13 +219,13 @@ def run_command(*command) -> float:
 
 
 def footer(script: str, args: argparse.Namespace, device: torch.device, rows: list[dict]) -> str:
-    """The line below a table that says what wrote it. script: its path."""
+    """The line below a table that says what wrote it last. script: its path."""
     command = shlex.join(["python", script, *sys.argv[1:]])
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(args).items()
                          if name in (*SETTINGS, "tune_at", "measure_every"))
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     machine = f"{machine_name(device)}, torch {torch.__version__}"
-    return f"\nWritten by `{command}`, seeds {seeds}; {settings}; {machine}.\n"
+    return f"\nLast written by `{command}`, seeds {seeds}; {settings}; {machine}.\n"
 
 
 def best_rate(frechet: Callable[[float], float]) -> float:

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
 from command import (
-    TINY_TEACHER, Parser, add_machine_options, check_output, non_negative, pick_device, pick_dtype,
-    positive, run, solver_steps, write_atomically, write_json,
+    TINY_TEACHER, BadInput, Parser, add_machine_options, check_output, non_negative, pick_device,
+    pick_dtype, positive, run, solver_steps, write_atomically, write_json,
 )
 from editing import encode_image, invert, psnr
 from evaluation.figures import with_intervals
@@ -102,6 +102,8 @@ def main():
     check_same_dataset(paths)
     device = pick_device(args.device)
     models = [checkpoint.load(each, device, pick_dtype(args.dtype, device)) for each in paths]
+    if not models[0].is_tiny:
+        raise BadInput(f"{args.teacher}: has no captions with a judge; give tiny models")
     judge, rows, summary = load_judge(str(FAMILIES[models[0].family].judge)), [], []
     for k in range(args.num_sets):
         seeds = seed_range("evaluation", args.seed, args.num_samples, start=k * args.num_samples)

@@ -18,8 +18,8 @@ teacher's pairs of a smaller N are the first of a larger N. Each arm begins from
     negated         the sign of the last convolution flipped
 
 The learning rate decays over the last part of each training. It is the best of RATES for each start
-and arm at --tune-at steps on seed TUNING_SEED, by the Fréchet distance in one step; a best rate at
-the edge extends the grid by one.
+and arm at --tune-at steps on seed TUNING_SEED, by the Fréchet distance in one step, on the captions
+`mixed` (or `emoji`) at the teacher's own guidance. A best rate at the grid's edge adds one to it.
 
 Every row goes to study.json as soon as it is measured: stop the study at any time, run it again, it
 continues. The captions and noises of the evaluation are held out from all pairs. Writes study.md
@@ -185,7 +185,8 @@ def measure_cell(cell: Cell, args: Namespace, rows: list[dict], write, lpips=Non
 
 def rate_for(cell: Cell, args: Namespace, rows: list[dict], write) -> float:
     """The learning rate of this start and arm, tuned on TUNING_SEED."""
-    tuning = replace(cell, captions="mixed", guidance=None, iterations=args.tune_at,
+    captions = "emoji" if cell.captions == "emoji" else "mixed"
+    tuning = replace(cell, captions=captions, guidance=None, iterations=args.tune_at,
                      seed=TUNING_SEED)
 
     def frechet(rate: float) -> float:
@@ -261,9 +262,11 @@ def differences_of(rows: list[dict]) -> list[dict]:
 
 
 def main_students(rows: list[dict]) -> list[dict]:
-    """The one-step students of the main study: captions `mixed`, the teacher's own guidance."""
-    main = {"model": "one-step", "captions": "mixed", "guidance": None}
-    return [row for row in rows if main.items() <= row.items()]
+    """One-step students on captions `mixed` at the teacher's own guidance; if none, on others."""
+    students = [row for row in rows if row["model"] == "one-step"]
+    setting = lambda row: (row["captions"], row["guidance"])
+    main = [row for row in students if setting(row) == ("mixed", None)]
+    return main or [row for row in students if setting(row) == setting(students[0])]
 
 
 def save_gaps(path: Path, rows: list[dict]) -> None:
@@ -377,7 +380,8 @@ def main():
 
     reported = with_gaps(rows, args.teacher_steps)
     table = markdown_table(summary_of(reported))
-    table += footer("experiments/paper_table.py", args, device, reported)
+    of_all = {name: value for name, value in vars(args).items() if name not in KEYS}
+    table += footer("experiments/paper_table.py", Namespace(**of_all), device, reported)
     write_text(folder / "study.md", table)
     if paired := differences_of(reported):  # of two arms
         write_text(folder / "differences.md", markdown_table(paired))

@@ -195,6 +195,8 @@ def check_method(args: argparse.Namespace, method: Method, teacher: StableDiffus
     if args.compile and method.name == "re-meanflow":
         raise BadInput("--compile: a compiled network has no forward derivative, which re-meanflow "
                        "needs; drop it")
+    if args.num_pairs and method.data == "prompts":
+        raise BadInput(f"--num-pairs: {method.name} trains on prompts alone; drop it")
     if args.init == "negated" and method.kind == "diffusion":
         raise BadInput(f"--init negated: is for methods that predict velocity, and {method.name} "
                        "predicts noise; drop it")
@@ -223,8 +225,9 @@ def main():
     resolve_defaults(args, teacher.is_tiny)
     check_method(args, method, teacher)
     lpips = perceptual_distance(args.lpips_net, device) if method.name == "hipa" else None
-    prompts, captions, spec = requested_pairs(teacher, args, "reflow")
-    shown, paired = validation_prompts(args, captions), method.data != "prompts"
+    paired = method.data != "prompts"
+    prompts, captions, spec = requested_pairs(teacher, args, "reflow", paired)
+    shown = validation_prompts(args, captions)
     fits = FITS_LPIPS if method.name == "hipa" else FITS
     if method.critic:
         fits //= 2  # the teacher's U-Net keeps activations too
@@ -269,7 +272,8 @@ def main():
         train(student.unet, ema, partial(batch, round_, pairs, student.latent_shape()),
               partial(loss, round_.method, student.encode_prompts, ema, inputs), options, folder,
               own_settings, validator)
-        checkpoint.save(finished(student), out)
+        if round_.suffix or round_ is rounds[-1]:  # mlcm's first part has no model of its own
+            checkpoint.save(finished(student), out)
         plot_loss(folder)
         inputs = next_inputs(inputs, student, round_)
     print(f"{args.out}: a model by {method.name}, sampled in {steps_label(student.steps)} by "

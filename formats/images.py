@@ -88,8 +88,8 @@ def save_each(
 def parameters_of(about: dict, pixels: np.ndarray) -> str:
     """The text under "parameters" of a PNG by which AUTOMATIC1111 and its successors read it."""
     height, width, _ = pixels.shape
-    solvers = {"dpm": "DPM++ 2M", "ddim": "DDIM"}
-    sampler = solvers[about["solver"]] if about["kind"] == "diffusion" else "Euler"
+    samplers = {"dpm": "DPM++ 2M", "ddim": "DDIM", "renoise": "LCM"}
+    sampler = samplers.get(about["solver"], "Euler")
     negative = about["negative_prompt"] and f"\nNegative prompt: {about['negative_prompt']}"
     return (f"{about['prompt']}{negative}\nSteps: {about['steps']}, Sampler: {sampler}, "
             f"CFG scale: {about['guidance']:g}, Seed: {about['seed']}, Size: {width}x{height}, "

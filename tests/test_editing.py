@@ -380,6 +380,10 @@ def test_study_of_inversion(files, call):
     code, out, err = call(inversion.main, "--flow", "flow.safetensors", "--one-step", ONE_STEP,
                           "--num-samples", 3, "--num-sets", 2, "--steps", 1, 2)
     assert code == 0 and "runs/inversion/inversion.json and .png" in out, err
+    checkpoint.save(make_model(), "sd.safetensors")
+    code, _, err = call(inversion.main, "--teacher", "sd.safetensors", "--flow", "sd.safetensors",
+                        "--one-step", "sd.safetensors")
+    assert code == 2 and "sd.safetensors: has no captions with a judge" in err
     rows = json.loads(Path("runs/inversion/inversion.json").read_text())
     assert {(row["model"], row["steps"]) for row in rows} == {
         ("autoencoder", None), ("one step, new noise", None),

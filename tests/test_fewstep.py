@@ -24,7 +24,7 @@ import reflow
 import sample
 import unet
 import validation
-from command import TINY_TEACHER, NotFinite
+from command import TINY_TEACHER, BadInput, NotFinite
 from conftest import ROOT, relative_error
 from diffusion import diffusion_start, diffusion_velocity
 from evaluation.perceptual import perceptual_distance
@@ -795,6 +795,30 @@ def test_progressive_distillation_saves_a_model_for_every_round(call, folder, fe
     assert call(fewstep.train.main, *flags)[0] == 0 and lost.exists()
 
 
+def test_a_part_without_a_model_of_its_own_never_becomes_the_model(call, tmp_path, monkeypatch):
+    """MLCM's first part, on a resume after which the second one is killed."""
+    few = [*FEW[2:], "--iterations", 7, "--validation-pairs", 0]
+    flags = ["--method", "mlcm", *few, "--out", "m.safetensors"]
+    assert call(fewstep.train.main, *flags)[0] == 0
+    Path("m.safetensors").unlink()
+    train = fewstep.train.train
+
+    def killed(unet, ema, batch, loss, options, folder, *more):
+        if folder.name == "edges":
+            raise KeyboardInterrupt
+        return train(unet, ema, batch, loss, options, folder, *more)
+
+    monkeypatch.setattr(fewstep.train, "train", killed)
+    assert call(fewstep.train.main, *flags)[0] == 2
+    assert not Path("m.safetensors").exists()
+
+
+def test_studies_run_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each process would count its share of the passes alone
+    with pytest.raises(BadInput, match="without torchrun"):
+        study.open_table(tmp_path / "a.json", SimpleNamespace())
+
+
 def test_unsupported_steps_guidance_teachers_and_flags_are_refused(call, untrained):
     for method, count in (("perflow", 2), ("hipa", 2), ("freeflow", 4), ("mlcm", 3),
                           ("progressive", 8)):
@@ -807,6 +831,8 @@ def test_unsupported_steps_guidance_teachers_and_flags_are_refused(call, untrain
     assert code == 2 and "a few-step model" in err
     code, _, err = call(fewstep.train.main, "--method", "progressive", "--iterations", 3)
     assert code == 2 and "4 rounds" in err
+    code, _, err = call(fewstep.train.main, "--method", "mlcm", "--num-pairs", 30)
+    assert code == 2 and "--num-pairs: mlcm trains on prompts alone" in err
     code, _, err = call(fewstep.train.main, "--method", "lcm", "--lpips-net", "vgg")
     assert code == 2 and "--lpips-net: is for hipa" in err
     code, _, err = call(fewstep.train.main, "--method", "lcm", "--ema-device", "cpu")

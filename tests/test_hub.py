@@ -26,6 +26,7 @@ from formats.images import read_image, save_image
 from formats.single_file import VAE_PREFIX
 from formats.vae_file import replace_vae
 from make_checkpoint import make_model
+from stable_diffusion import FewStep
 
 
 @pytest.fixture
@@ -227,6 +228,16 @@ def test_a_folder_gets_a_png_an_image_and_continues(call, monkeypatch, tmp_path)
     assert image.size == (32, 32) and image.text["prompt"] == "a blue square"
     assert image.text["parameters"] == ("a blue square\nSteps: 2, Sampler: DPM++ 2M, CFG scale: "
                                         "2.5, Seed: 6, Size: 32x32, Model: tiny_sd")
+    assert image.text["solver"] == "dpm"
+    model = checkpoint.load(TINY_TEACHER)  # few-step and flow models have samplers of their own
+    few_step = FewStep("renoise", 4)
+    for name, change in (("renoise", {"few_step": few_step}), ("euler", {"kind": "flow"})):
+        checkpoint.save(replace(model, **change), "other.safetensors")
+        other = ["--model", "other.safetensors", *arguments[2:-1], f"{name}/"]
+        assert call(sample.main, *other)[0] == 0
+        about = Image.open(f"{name}/{names[0]}").text
+        assert about["solver"] == name
+        assert f"Sampler: {'LCM' if name == 'renoise' else 'Euler'}," in about["parameters"]
     # As if interrupted: what is missing is made again, to the byte, and nothing else.
     (tmp_path / "many" / names[2]).unlink()
     assert "4 images, 1 of them new" in call(sample.main, *arguments)[1]

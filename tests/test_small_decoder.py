@@ -17,7 +17,7 @@ import checkpoint
 import evaluate
 import sample
 import small_decoder
-from command import TINY_TEACHER, BadInput
+from command import TINY_ONE_STEP, TINY_TEACHER, BadInput
 from conftest import relative_error
 from experiments import small_decoders
 from formats.images import decode_finite
@@ -254,8 +254,8 @@ def test_training_lowers_the_loss_and_samples_end_to_end(call, pairs_folder):
 
     assert "finished already" in call(
         small_decoder.main, *small(pairs_folder, "--iterations", 40, "--save-every", 20))[1]
-    code, _, err = call(small_decoder.main, *small(pairs_folder, "--iterations", 50, "--crop", 4))
-    assert code == 2 and "crop was 0, now 4" in err
+    code, _, err = call(small_decoder.main, *small(pairs_folder, "--iterations", 50, "--crop", 5))
+    assert code == 2 and "crop was 0, now 5" in err
 
 
 def test_stopped_run_resumes_bit_for_bit(call, pairs_folder, monkeypatch):
@@ -325,7 +325,7 @@ def test_defaults_for_stable_diffusion(call, model, pairs_folder, monkeypatch):
         raise BadInput("enough")
 
     monkeypatch.setattr(small_decoder, "train", stop)
-    monkeypatch.setattr(small_decoder, "perceptual_distance", lambda net, device: net)
+    monkeypatch.setattr(small_decoder, "perceptual_distance", lambda net, device: torch.add)
     code, _, err = call(small_decoder.main, "--model", "sd.safetensors")
     assert code == 2 and "--crop 32: larger than the latents" in err
     spec = json.loads(Path("runs/pairs/pairs.json").read_text())
@@ -482,6 +482,8 @@ def test_wrong_requests_are_a_one_line_error(call, pairs_folder, monkeypatch):
     for arguments, words in (
         ([], "runs/pairs: holds no pairs; make them: python reflow.py"),
         (["--pairs", "pairs", "--crop", 9], "--crop 9: larger than the latents"),
+        (["--pairs", "pairs", "--crop", 4], "--crop 4: too small for --lpips-net random"),
+        (["--model", TINY_ONE_STEP], "--teacher ITS-TEACHER --pairs runs/pairs"),
         (["--pairs", "pairs", "--init", "teacher"], "teacher: no such file or folder"),
         (["--pairs", "pairs", "--dtype", "fp16"], "--dtype fp16: is for sampling only"),
         (["--pairs", "pairs", "--out", "a.bin"], "must end in .safetensors"),

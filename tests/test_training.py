@@ -181,7 +181,7 @@ def test_out_of_memory_names_flags_with_which_the_run_resumes(tmp_path):
 
     with pytest.raises(
         BadInput,
-        match="state of step 5 is kept.*--accumulate.*--gradient-checkpointing.*--ema-device cpu",
+        match=r"state of step 5 is kept.* \(--accumulate\), --gradient-checkpointing or another",
     ):
         run(tmp_path / "a", factor=out_of_memory)
     resumed = run(tmp_path / "a", accumulate=3)  # as the error advises
@@ -192,7 +192,7 @@ def test_out_of_memory_while_loading_a_state_names_the_state(tmp_path, monkeypat
     run(tmp_path, iterations=10)
     with monkeypatch.context() as patch:
         patch.setattr(training, "permuted", lambda *given: raise_error(torch.OutOfMemoryError))
-        with pytest.raises(BadInput, match="the state of step 10 is kept.*--ema-device cpu"):
+        with pytest.raises(BadInput, match="the state of step 10 is kept.*--accumulate"):
             run(tmp_path)
 
 

@@ -245,8 +245,12 @@ def test_output_becomes_the_l2_model_if_lpips_is_no_longer_requested(call):
     l2.unlink()  # a lost model is written again
     assert call(distill.main, *few, "--lpips-iterations", 1)[0] == 0
     assert l2.read_bytes() == l2_model != out.read_bytes()
+    finished = out.read_bytes()
     assert call(distill.main, *few, "--lpips-iterations", 0)[0] == 0
     assert out.read_bytes() == l2_model
+    _, output, _ = call(distill.main, *few, "--lpips-iterations", 1)  # and back
+    assert out.read_bytes() == finished and "finished already" not in output
+    assert "finished already" in call(distill.main, *few, "--lpips-iterations", 1)[1]
 
 
 def test_progress_bar_counts_the_pairs_of_all_processes(monkeypatch, tmp_path):
