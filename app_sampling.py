@@ -57,7 +57,8 @@ def find_models(
         files = folder.glob(f"{pattern}.safetensors")
         found += sorted(files, key=lambda path: (path.parent, path.stem))
     models = [str(path) for path in found if path.parent.suffix != ".state"
-              and not path.stem.startswith(("shard-", "."))]  # "." of a file that is being written
+              and not path.stem.startswith(("shard-", "."))  # "." of a file that is being written
+              and not path.stem.endswith("-reader")]
     return {path: outline(path, last_change(path), tokenizer if path in given else None)
             for path in [*given, *models]}
 

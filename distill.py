@@ -26,8 +26,8 @@ from torch import Tensor
 
 import checkpoint
 from command import (
-    BadInput, DefaultByModel, Parser, add_machine_options, check_not_overwriting, non_negative,
-    non_negative_int, pick_device, pick_dtype, positive, resolve_defaults, run,
+    BadInput, DefaultByModel, Parser, add_machine_options, all_gather, check_not_overwriting,
+    non_negative, non_negative_int, pick_device, pick_dtype, positive, resolve_defaults, run,
 )
 from evaluation.perceptual import NETS, perceptual_distance
 from evaluation.plan import check_request, print_plan
@@ -144,7 +144,8 @@ def main():
     runs = [stage for stage in stages if stage[1].iterations]
     finished = check_request(args, spec, runs)
     if finished and len(runs) == 2:  # OUT is L2's after a command without LPIPS
-        finished = Path(l2_out).exists() and not filecmp.cmp(l2_out, args.out, shallow=False)
+        differ = Path(l2_out).exists() and not filecmp.cmp(l2_out, args.out, shallow=False)
+        finished = all_gather([differ])[0]
     print_plan(args, teacher, prompts, spec, [options for _, options, _ in runs])
     # A stage that is not asked for now may have written OUT.
     skipped = any(saved_step(stage[0]) for stage in stages if stage not in runs)

@@ -198,16 +198,16 @@ def check(args: argparse.Namespace) -> None:
     if args.kind and len(args.kind) != len(args.model):
         raise BadInput(f"--kind: {len(args.kind)} given for {len(args.model)} models; give one for "
                        "each, in order (auto: as its file says)")
+    check_real_image_options(args)
+    check_output(args.out)
     args.model = [str(local_path(path)) for path in args.model]
     names = [name_of(path) for path in args.model]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise BadInput(f"--model: two are named {twice}, so their rows would look alike; rename "
                        "one, or link to it by another name")
-    check_real_image_options(args)
     if not (args.coco or args.images):
         check_same_dataset(args.model)
-    check_output(args.out)
 
 
 def main():

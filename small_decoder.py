@@ -32,8 +32,8 @@ from torch import Tensor, nn
 import checkpoint
 from command import (
     TINY_TEACHER, BadInput, DefaultByModel, Parser, add_machine_options, barrier,
-    check_not_overwriting, dtype_name, first_line, non_negative_int, note, pick_device, pick_dtype,
-    positive, rank, read_our_json, resolve_defaults, run,
+    check_not_overwriting, dtype_name, first_line, is_out_of_memory, non_negative_int, note,
+    pick_device, pick_dtype, positive, rank, read_our_json, resolve_defaults, run,
 )
 from editing import psnr
 from evaluation.perceptual import NETS, perceptual_distance
@@ -192,6 +192,8 @@ def main():
         side = pixels * (args.crop or min(pairs.spec["latent_shape"][1:]))
         lpips(*torch.zeros(2, 1, 3, side, side, device=device))
     except RuntimeError as problem:  # its pools leave nothing
+        if is_out_of_memory(problem):
+            raise
         raise BadInput(f"--crop {args.crop}: too small for --lpips-net {args.lpips_net} "
                        f"({first_line(problem)})") from None
     small, state = initial_decoder(args, model), Path(args.out + ".state")

@@ -188,8 +188,7 @@ def open_table(
     names: of the flags that decide the rows. BadInput: the folder holds a study with other ones, or
     another run writes there, whose rows would be lost.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("a study runs in one process; start it without torchrun")
+    check_one_process()
     check_output(path)
     lock_folder(path.parent)
     settings = {name: value for name, value in vars(args).items() if name in names}
@@ -198,6 +197,11 @@ def open_table(
     write_json(settings_path, settings)
     rows = read_our_json(path, [])
     return rows, lambda: write_json(path, rows)
+
+
+def check_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("a study runs in one process; start it without torchrun")
 
 
 def study_of(

@@ -26,6 +26,7 @@ from editing import encode_image, invert, psnr
 from evaluation.figures import with_intervals
 from evaluation.judge import check_same_dataset, load_judge
 from evaluation.plots import COLOURS, grouped, markdown_table
+from evaluation.study import check_one_process
 from formats.images import decode_finite, image_grid
 from rectified_flow import squared
 from sample import run_seed, sample_images, sample_latents, seed_range
@@ -97,6 +98,7 @@ def main():
     add("--out", default="runs/inversion", help="folder")
     add_machine_options(parser, run_seed)
     args = parser.parse_args()
+    check_one_process()
     path, paths = Path(args.out) / "inversion.json", [args.teacher, args.flow, args.one_step]
     check_output(path)
     check_same_dataset(paths)

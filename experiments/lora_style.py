@@ -35,6 +35,7 @@ from command import (
 from diffusion import NoiseSchedule, noise_loss
 from evaluation.figures import with_intervals
 from evaluation.plots import markdown_table, save_comparison, steps_label
+from evaluation.study import check_one_process
 from fewstep.lora import LoRA, add_lora
 from formats.lora import merge_lora
 from pairs import shuffled
@@ -126,6 +127,7 @@ def main():
     add("--out", default="runs/lora_style.json")
     add_machine_options(parser, run_seed)
     args = parser.parse_args()
+    check_one_process()
     check_output(args.out)
     stem, device = args.out.removesuffix(".json"), pick_device(args.device)
     dtype, judge = pick_dtype(args.dtype, device), emoji.load_reader()

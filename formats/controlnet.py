@@ -53,9 +53,9 @@ def open_controlnet(path: Path, unet: UNetConfig) -> tuple[dict, tuple[int, ...]
                            f"cross_attention_dim is {found}, and that of --model is "
                            f"{unet.cross_attention_dim}; give a ControlNet made for this model")
     if not path.is_dir():
-        generic = path.name.startswith(("diffusion_pytorch_model", "model."))
-        name = path.absolute().parent.name if generic else path.name
-        if "shuffle" in name.lower():  # the weights do not say so
+        # The weights do not say so: the name of the file or, if it is no original one, the folder.
+        parts = path.absolute().parts[-1 if path.name.startswith("control_v") else -2 :]
+        if "shuffle" in "/".join(parts).lower():
             raise BadInput(f"{path}: by its name a ControlNet that averages its residuals over the "
                            "image (shuffle), which this project does not implement")
         return files, CONDITION_CHANNELS

@@ -38,8 +38,10 @@ def replace_vae(model: StableDiffusion, path: str | Path) -> None:
                                       "no such file or folder; give an autoencoder of SD 1.x"))
     files = open_safetensors(weight_files(path) if path.is_dir() else [path])
     # Stable Diffusion XL's has the same sizes. A folder's config tells them apart.
+    generic = path.name.startswith("diffusion_pytorch_model")
+    name = path.absolute().parent.name if generic else path.name
     if any(key.startswith("conditioner.") for key in files) or not path.is_dir() and (
-            re.search("sd_?-?xl", path.name.lower())):
+            re.search("sd[-_]?xl", name.lower())):
         raise BadInput(f"{path}: an autoencoder of Stable Diffusion XL; give one of SD 1.x")
     with torch.device("meta"):
         vae = AutoencoderKL(config)

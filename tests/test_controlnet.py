@@ -236,6 +236,7 @@ REFUSED = {
     "shuffle in a folder": (configured(global_pool_conditions=True), "its global_pool_conditions"),
     "shuffle in a file": (renamed("control_v11e_sd15_shuffle.safetensors"), "(shuffle)"),
     "shuffle by its folder": (renamed("control_v11e_sd15_shuffle/model.safetensors"), "(shuffle)"),
+    "shuffle by a folder, renamed": (renamed("sd15_shuffle/controlnet.safetensors"), "(shuffle)"),
     "BGR": (configured(controlnet_conditioning_channel_order="bgr"), "channel_order is 'bgr'"),
     "another class": (configured(_class_name="ControlNetUnionModel"), "'ControlNetUnionModel'"),
     "another U-Net": (configured(layers_per_block=3),

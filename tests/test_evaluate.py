@@ -5,7 +5,7 @@ import fcntl
 import json
 import math
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +250,21 @@ def test_studies_refuse_what_no_training_can_serve(call, monkeypatch):
     ):
         code, _, err = call(main, *arguments)
         assert code == 2 and words in err
+
+
+def test_emoji_are_tuned_on_emoji_and_have_a_figure(monkeypatch):
+    rows = []
+
+    def measure(cell, *more):
+        rows.append(asdict(cell) | {"model": "one-step", "frechet": cell.learning_rate})
+
+    monkeypatch.setattr(paper_table, "measure_cell", measure)
+    for captions, tuned_on in (("emoji", "emoji"), ("open", "mixed")):
+        cell = paper_table.Cell(captions, 6.0, "negated", "direct", 4, 5e-4, 0)
+        paper_table.rate_for(cell, Namespace(tune_at=4), rows, None)
+        assert {row["captions"] for row in rows} == {tuned_on}
+        assert paper_table.main_students(rows) == rows
+        rows.clear()
 
 
 def test_guidance_0_has_a_folder_of_its_own(tmp_path):

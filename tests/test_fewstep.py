@@ -705,6 +705,10 @@ def test_passes_per_sample_of_each_method(method, teacher):
 FEW = ["--num-pairs", 40, "--teacher-steps", 2, "--batch-size", 4, "--validation-pairs", 6]
 
 
+def few_of(method: str) -> list:
+    return FEW[2:] if METHODS[method].data == "prompts" else FEW
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fewstep")
@@ -734,8 +738,8 @@ def few_images(monkeypatch):
 def test_each_method_trains_resumes_and_samples(method, call, folder, few_images):
     out, pairs = folder / f"{method}.safetensors", folder / "pairs"
     iterations = 6 if method == "progressive" else 4  # at least one for each round
-    flags = ["--method", method, "--pairs", pairs, "--out", out, *FEW, "--iterations", iterations,
-             "--cooldown", 0, "--save-every", 2]
+    flags = ["--method", method, "--pairs", pairs, "--out", out, *few_of(method),
+             "--iterations", iterations, "--cooldown", 0, "--save-every", 2]
     code, output, err = call(fewstep.train.main, *flags)
     assert code == 0, err
     assert f"a model by {method}" in output
@@ -797,7 +801,7 @@ def test_progressive_distillation_saves_a_model_for_every_round(call, folder, fe
 
 def test_a_part_without_a_model_of_its_own_never_becomes_the_model(call, tmp_path, monkeypatch):
     """MLCM's first part, on a resume after which the second one is killed."""
-    few = [*FEW[2:], "--iterations", 7, "--validation-pairs", 0]
+    few = [*few_of("mlcm"), "--iterations", 7, "--validation-pairs", 0]
     flags = ["--method", "mlcm", *few, "--out", "m.safetensors"]
     assert call(fewstep.train.main, *flags)[0] == 0
     Path("m.safetensors").unlink()
@@ -1035,8 +1039,8 @@ def test_loss_figure_has_one_panel_per_trained_row(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains_in_two_processes(tmp_path, method):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                ROOT / "fewstep" / "train.py", "--method", method, *FEW, "--iterations", 8,
-                "--save-every", 4, "--accumulate", 2]
+                ROOT / "fewstep" / "train.py", "--method", method, *few_of(method),
+                "--iterations", 8, "--save-every", 4, "--accumulate", 2]
     result = subprocess.run([*map(str, torchrun)], cwd=tmp_path, capture_output=True, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
@@ -1048,8 +1052,8 @@ def test_each_method_trains_in_two_processes(tmp_path, method):
 def test_rounds_of_another_length_are_refused(call, folder):
     """A round that starts after another number of iterations is another run."""
     flags = ["--method", "mlcm", "--pairs", folder / "pairs", "--out",
-             folder / "longer.safetensors", *FEW, "--cooldown", 0, "--validation-pairs", 0,
-             "--iterations"]
+             folder / "longer.safetensors", *few_of("mlcm"), "--cooldown", 0,
+             "--validation-pairs", 0, "--iterations"]
     assert call(fewstep.train.main, *flags, 2)[0] == 0
     code, _, err = call(fewstep.train.main, *flags, 4)
     assert code == 2 and "before" in err

@@ -196,6 +196,8 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, call):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     save_file({"conditioner.a": torch.zeros(1)}, tmp_path / "xl.safetensors")
     checkpoint.save(make_model(), "sd_xl_base_1.0.safetensors")
+    (tmp_path / "sdxl-vae").mkdir()
+    shutil.copy("sd_xl_base_1.0.safetensors", "sdxl-vae/diffusion_pytorch_model.safetensors")
     (tmp_path / "vae.pt").touch()
     model = make_model()
     model.vae.config = replace(model.vae.config, scaling_factor=0.13)  # SDXL's
@@ -205,6 +207,7 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, call):
     for path, said in (("a.safetensors", "tensors are missing"), ("vae.pt", "pickle"),
                        ("xl.safetensors", "of Stable Diffusion XL"),
                        ("sd_xl_base_1.0.safetensors", "of Stable Diffusion XL"),
+                       ("sdxl-vae/diffusion_pytorch_model.safetensors", "of Stable Diffusion XL"),
                        ("none.safetensors", "no such file"), (".", "config.json"),
                        ("sdxl/text_encoder", "its configuration is not that of")):
         code, _, err = call(sample.main, "--model", TINY_TEACHER, "--vae", path)

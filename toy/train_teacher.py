@@ -217,8 +217,8 @@ def main():
     parser = Parser("Train a tiny Stable Diffusion from scratch.")
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="shapes", help="the dataset")
-    add("--out", help="the model; OUT with -captions.txt and -reader.safetensors stand beside it; "
-                      "default: in toy/, where they have no prefix")
+    add("--out",
+        help="the model; its .json, captions and reader are named after it; default: in toy/")
     add("--work", help="folder of the training states; default: runs/teacher-DATASET")
     add("--data", type=positive, default=100_000, help="images for the U-Net (shapes only)")
     add("--reader-iterations", type=positive, default=3000, help="of the judge (shapes only)")
