@@ -166,9 +166,9 @@ def inverted(args, model, prompts, image, noise, generate) -> tuple[Tensor, int]
     source, steps = model, args.steps or model.steps
     if args.invert_model:
         source = checkpoint.load(args.invert_model, model.device, model.dtype, None, args.tokenizer)
-        if model.few_step or model.kind == "one-step":  # --steps are the other model's
+        if not model.has_path:  # --steps are the other model's
             steps = source.steps
-    if source.few_step or source.kind == "one-step":
+    if not source.has_path:
         raise BadInput(f"--invert: {limits(source)}, so it has no ODE that runs backwards; give a "
                        "diffusion or a flow as --invert-model")
     if (source.family, source.latent_shape()) != (model.family, model.latent_shape()):

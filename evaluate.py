@@ -96,7 +96,7 @@ def straightness_of(
     model, prompts: list[str], seeds: range, steps: list[int], guidance: float,
 ) -> dict:
     """Straightness metrics; {} for models that follow no velocity or are sampled in one step."""
-    if model.kind == "one-step" or model.few_step or max(steps) == 1:
+    if not model.has_path or max(steps) == 1:
         return {}
     count = max_batch_size(model.latent_shape(), STRAIGHTNESS_SAMPLES)
     return straightness_figures(model, prompts[:count], seeds[:count], guidance)

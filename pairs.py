@@ -74,7 +74,7 @@ def requested_pairs(
 
     paired False: prompts alone are needed.
     """
-    if teacher.few_step or teacher.kind == "one-step":
+    if not teacher.has_path:
         what = "few-step" if teacher.few_step else "one-step"
         raise BadInput(f"{args.teacher}: a {what} model, which has no path to learn from; give a "
                        "diffusion or a flow as --teacher")
@@ -87,7 +87,7 @@ def requested_pairs(
         every, source, count = built_in_prompts(), "built-in", args.num_pairs or GRAMMAR_PAIRS
         where = ("captions are to be had as LAION's or COCO's lists or PartiPrompts, and the paper "
                  f"took {PAPER_PAIRS:,} of LAION-2B-en; give a file of them with --prompts")
-        if count > GRAMMAR_PAIRS and paired:
+        if count > GRAMMAR_PAIRS:
             raise BadInput(f"--num-pairs {count}: the built-in grammar is good for "
                            f"{GRAMMAR_PAIRS:,}; {where}")
         what = f"{count:,} pairs" if paired else "prompts"

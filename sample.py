@@ -58,15 +58,13 @@ def sample_latents(
 
     None means the model's own. guidance: 1 is off. negative: the prompt that guidance leads away
     from. solver: "dpm" or "ddim", for a diffusion. size: (height, width) in pixels. Few-step models
-    are sampled without guidance. bar: updated after each batch. decode: return images,
-    as `sample_images` does. For editing.py, prompts may also be contexts (N, L, D), and seeds
-    noises (N, 4, h, w). start: (latents (N, 4, h, w), t) begins at X_t = (1 - t) X0 + t latents and
-    spreads `steps` over [t, 1], so that t does not set the cost.
+    are sampled without guidance. bar: updated after each batch. decode: as `sample_images` does.
+    For editing.py, prompts may also be contexts (N, L, D), and seeds noises (N, 4, h, w). start:
+    (latents (N, 4, h, w), t) begins at X_t = (1 - t) X0 + t latents and spreads `steps` over
+    [t, 1], so that t does not set the cost.
     """
     assert start is None or starts_anywhere(model)
     steps, guidance = steps or model.steps, model.guidance_for(guidance)
-    if model.few_step:
-        guidance = 1.0
     shape, samples = model.latent_shape(size), []
     null_context = model.encode_prompts([negative])  # (1, L, D)
     sampler = sampler_of(model, solver)

@@ -62,9 +62,9 @@ def read_pairs(folder: str, model) -> Pairs:
     """The pairs in a folder. BadInput: none, incomplete, damaged, or other latents."""
     spec = read_our_json(Path(folder, "pairs.json"), {})
     if not spec:
-        has_path = model.kind != "one-step" and not model.few_step
-        raise BadInput(f"{folder}: holds no pairs; make them: python reflow.py --teacher "
-                       f"{model.path if has_path else 'ITS-TEACHER'} --pairs {folder}")
+        teacher = model.path if model.has_path else "ITS-TEACHER"
+        raise BadInput(f"{folder}: holds no pairs; make them: python reflow.py --teacher {teacher} "
+                       f"--pairs {folder}")
     count, shape = spec["count"], tuple(spec["latent_shape"])
     if shape[0] != model.unet.config.in_channels or count < 2:
         raise BadInput(f"{folder}: holds {count} latents of {shape[0]} channels; give two or more "
@@ -168,6 +168,20 @@ def initial_decoder(args: argparse.Namespace, model) -> SmallDecoder:
     return SmallDecoder(config).to(model.device)
 
 
+def check_crop(args: argparse.Namespace, model, pairs: Pairs, lpips: Distance) -> None:
+    """BadInput: larger than the latents, or so small that the pools of LPIPS leave nothing."""
+    if args.crop > min(pairs.spec["latent_shape"][1:]):
+        raise BadInput(f"--crop {args.crop}: larger than the latents; 0 takes them whole")
+    side = args.crop * model.vae.config.downsampling
+    try:
+        lpips(*torch.zeros(2, 1, 3, side, side, device=model.device))
+    except RuntimeError as problem:
+        if is_out_of_memory(problem):
+            raise
+        raise BadInput(f"--crop {args.crop}: too small for --lpips-net {args.lpips_net} "
+                       f"({first_line(problem)})") from None
+
+
 def settings_for(args: argparse.Namespace, model, pairs: Pairs, small: SmallDecoder) -> dict:
     """What decides the result, beside the options; a note if the pairs are another model's."""
     model_hash = checkpoint.fingerprint(model.path)
@@ -185,17 +199,9 @@ def main():
     model = checkpoint.load(args.model, device, pick_dtype(args.dtype, device))
     resolve_defaults(args, model.is_tiny)
     pairs = read_pairs(args.pairs, model)
-    if args.crop > min(pairs.spec["latent_shape"][1:]):
-        raise BadInput(f"--crop {args.crop}: larger than the latents; 0 takes them whole")
-    lpips, pixels = perceptual_distance(args.lpips_net, device), model.vae.config.downsampling
-    try:
-        side = pixels * (args.crop or min(pairs.spec["latent_shape"][1:]))
-        lpips(*torch.zeros(2, 1, 3, side, side, device=device))
-    except RuntimeError as problem:  # its pools leave nothing
-        if is_out_of_memory(problem):
-            raise
-        raise BadInput(f"--crop {args.crop}: too small for --lpips-net {args.lpips_net} "
-                       f"({first_line(problem)})") from None
+    lpips = perceptual_distance(args.lpips_net, device)
+    if args.crop:
+        check_crop(args, model, pairs, lpips)
     small, state = initial_decoder(args, model), Path(args.out + ".state")
     options = training_options(
         args, "small decoder", args.iterations, args.batch_size, args.learning_rate,

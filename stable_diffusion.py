@@ -79,12 +79,22 @@ class StableDiffusion:
         return self.family != "sd"
 
     @property
+    def has_path(self) -> bool:
+        """Does it follow an ODE's path, which a student can learn and metrics can measure?"""
+        return self.kind != "one-step" and not self.few_step
+
+    @property
     def guidance(self) -> float:
         """The default guidance scale."""
         return 1.0 if self.few_step else FAMILIES[self.family].guidance[self.kind]
 
     def guidance_for(self, scale: float | None) -> float:
-        """The guidance scale to sample with. None: the default; a one-step model takes 0 as off."""
+        """The guidance scale to sample with. None: the default; a one-step model takes 0 as off.
+
+        Few-step models are always sampled without guidance.
+        """
+        if self.few_step:
+            return 1.0
         if scale == 0 and self.kind == "one-step":
             note("--guidance 0: off, as 1 is, since a one-step model has no unconditional mode")
             return 1.0

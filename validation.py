@@ -136,7 +136,7 @@ def validate(
                                        batch_size=reference.batch_size)
                 rows.append((f"{done:,} iterations\n{steps_label(steps)}", images))
             save_comparison(str(state / "samples" / f"{done:07d}.png"), rows, reference.prompts)
-        if model.kind != "one-step" and not model.few_step:
+        if model.has_path:
             straight = straightness_figures(model, reference.prompts, reference.seeds,
                                             model.guidance)
             figures["relative_straightness"] = straight["relative_straightness"]

@@ -40,8 +40,8 @@ def replace_vae(model: StableDiffusion, path: str | Path) -> None:
     # Stable Diffusion XL's has the same sizes. A folder's config tells them apart.
     generic = path.name.startswith("diffusion_pytorch_model")
     name = path.absolute().parent.name if generic else path.name
-    if any(key.startswith("conditioner.") for key in files) or not path.is_dir() and (
-            re.search("sd[-_]?xl", name.lower())):
+    is_xl = path.is_file() and re.search("sd[-_]?xl", name.lower())
+    if is_xl or any(key.startswith("conditioner.") for key in files):
         raise BadInput(f"{path}: an autoencoder of Stable Diffusion XL; give one of SD 1.x")
     with torch.device("meta"):
         vae = AutoencoderKL(config)

@@ -121,7 +121,7 @@ def test_a_local_path_wins(cache, tmp_path, monkeypatch):
 
 
 def test_only_what_is_read_is_asked_for(monkeypatch, tmp_path):
-    """Variants are asked for where a network has nothing else."""
+    """Variants are fetched only for a network without other weights."""
     files = ["model_index.json", "safety_checker/model.safetensors", "tokenizer/vocab.json",
              "unet/model.safetensors", "unet/model.fp16.safetensors", "unet/model.bin",
              "vae/model.fp16.safetensors", "text_encoder/model.fp16.safetensors"]

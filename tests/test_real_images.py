@@ -203,11 +203,12 @@ def test_models_of_one_name_are_refused_and_versions_have_their_own_folders(
     assert folders[0] != folders[1]
 
 
-def test_out_of_memory_is_no_wrong_flag(networks, coco_folder):
-    def full(*arguments, **more):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def out_of_memory(*arguments, **more):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
-    fid = SimpleNamespace(update=full, device="cpu")
+
+def test_out_of_memory_is_no_wrong_flag(networks, coco_folder):
+    fid = SimpleNamespace(update=out_of_memory, device="cpu")
     (coco_folder / "val2017" / "._000000000001.jpg").touch()  # of a Mac's copy
     images = real_images.read_images(coco_folder / "val2017")
     assert len(images) == len(CAPTIONS)
@@ -229,10 +230,7 @@ def test_a_damaged_backbone_is_one_line(call, monkeypatch, tmp_path):
     with pytest.raises(BadInput, match="--lpips-net alex: its backbone could not be"):
         perceptual_distance("alex", torch.device("cpu"))
 
-    def full(*arguments, **more):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(lpips, "LPIPS", full)
+    monkeypatch.setattr(lpips, "LPIPS", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         perceptual_distance("alex", torch.device("cpu"))
 

@@ -311,7 +311,7 @@ def commands_of(recipes: tuple[str, ...], folder: Path) -> list[list[str]]:
 
 
 def test_the_laptop_recipe_shows_a_finished_table_of_its_own_model_alone(tmp_path):
-    """Not one that a kill left without its figures, nor a table of another model."""
+    """A table without its figures, after a kill, or of another model is measured again."""
     def recipe() -> str:
         return subprocess.run(["sh", ROOT / "recipes/laptop.sh"], cwd=tmp_path, text=True,
                               capture_output=True, env=os.environ | {"RUN": "echo"},
